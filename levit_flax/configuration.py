@@ -1,0 +1,382 @@
+"""The configuration of a LeViT model, with transformers' field names, and the published variants."""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+# What transformers has no word for stands in config.json under this key.
+OWN_BLOCK = "levit_flax"
+
+# Written by transformers for its own housekeeping: read past in silence, because none of it touches the model.
+HOUSEKEEPING_KEYS = frozenset(
+    "_name_or_path _commit_hash architectures attn_implementation chunk_size_feed_forward dtype is_encoder_decoder"
+    " model_type output_attentions output_hidden_states return_dict torch_dtype torchscript transformers_version"
+    " use_return_dict use_bfloat16".split()
+)
+
+# Keys that would change the network. Each is accepted with the value that LeViT has anyway, and refused with any other.
+FIXED_KEYS: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("hardswish", "hard_swish"),
+    "hidden_dropout_prob": (0, 0.0),
+    "attention_probs_dropout_prob": (0, 0.0),
+    "batch_norm_eps": (1e-5,),
+    "layer_norm_eps": (1e-5,),
+    "batch_norm_momentum": (0.1,),
+    "qkv_bias": (False,),
+    "use_conv": (False,),
+    "stem_type": ("s16",),
+    "global_pool": ("avg",),
+    "attention_type": ("absolute_bias",),
+    "pruned_heads": ({},),
+    "tie_word_embeddings": (True, False),
+}
+
+
+class DownOp(NamedTuple):
+    """One downsampling between two stages, in the order of transformers' `down_ops` entries.
+
+    Attributes:
+        kind: always "Subsample".
+        key_dim: channels of a query or key, per head.
+        num_attention_heads: heads of the downsampling attention.
+        attention_ratio: value channels per key channel.
+        mlp_ratio: hidden channels of the MLP behind it, as a multiple of the next stage's width; 0 for no MLP.
+        stride: the step from one query to the next, in tokens.
+    """
+
+    kind: str
+    key_dim: int
+    num_attention_heads: int
+    attention_ratio: int
+    mlp_ratio: int
+    stride: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LevitConfig:
+    """Describe a LeViT model; the defaults are LeViT-128's, as in transformers.
+
+    Sequences become tuples, so that a config is hashable and can be a static argument of `jax.jit`. Every value is
+    checked at construction.
+
+    Attributes:
+        image_size: side of the square input in pixels, or (height, width). A square pair becomes an int.
+        num_channels: channels of the input picture.
+        kernel_size: side of the stem's convolution kernels.
+        stride: stride of the stem's four convolutions.
+        padding: zero padding of the stem's convolutions, on every side.
+        patch_size: pixels per token along one side, `stride ** 4`; kept because transformers needs it.
+        hidden_sizes: width of each stage, in channels; two stages or more.
+        num_attention_heads: heads per stage.
+        depths: blocks (attention and MLP) per stage.
+        key_dim: channels of a query or key, per head and stage.
+        drop_path_rate: probability in [0, 1) that a residual branch is dropped while training, the same at every depth.
+        mlp_ratio: hidden channels of the MLPs as a multiple of the stage's width; 0 for no MLP.
+        attention_ratio: value channels per key channel.
+        initializer_range: kept for the round trip with transformers; initialisation here is the original code's, which
+            has no such number.
+        down_ops: the downsamplings between the stages; derived from `key_dim[0]` and `hidden_sizes` when left out.
+        num_labels: number of classes; 0 for no classifier. Left out, it follows `id2label`, or is 2.
+        id2label: class names by index. A mapping {index: name} is accepted; `LABEL_0`, `LABEL_1`, ... when left out.
+        problem_type: "regression", "single_label_classification", "multi_label_classification", or None to infer it
+            from the labels.
+        extra: keys of a foreign config.json that mean nothing here, as (key, JSON text), kept for the way back.
+
+    Raises:
+        ValueError: a field is out of its range, or two fields contradict each other; the message names them.
+
+    Source: facebookresearch/LeViT levit.py (`specification`, `model_factory`); transformers configuration_levit.py.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    num_channels: int = 3
+    kernel_size: int = 3
+    stride: int = 2
+    padding: int = 1
+    patch_size: int = 16
+    hidden_sizes: tuple[int, ...] = (128, 256, 384)
+    num_attention_heads: tuple[int, ...] = (4, 8, 12)
+    depths: tuple[int, ...] = (4, 4, 4)
+    key_dim: tuple[int, ...] = (16, 16, 16)
+    drop_path_rate: float = 0.0
+    mlp_ratio: tuple[int, ...] = (2, 2, 2)
+    attention_ratio: tuple[int, ...] = (2, 2, 2)
+    initializer_range: float = 0.02
+    down_ops: tuple[DownOp, ...] = None  # type: ignore[assignment]  # filled in __post_init__
+    num_labels: int = None  # type: ignore[assignment]  # filled in __post_init__
+    id2label: tuple[str, ...] = None  # type: ignore[assignment]  # filled in __post_init__
+    problem_type: str | None = None
+    extra: tuple[tuple[str, str], ...] = ()
+
+    _SCALARS: ClassVar[dict[str, int]] = {"num_channels": 1, "kernel_size": 1, "stride": 1, "padding": 0, "patch_size": 1}
+    _PER_STAGE: ClassVar[dict[str, int]] = {
+        "hidden_sizes": 1,
+        "num_attention_heads": 1,
+        "depths": 0,
+        "key_dim": 1,
+        "mlp_ratio": 0,
+        "attention_ratio": 1,
+    }
+
+    def __post_init__(self) -> None:
+        for name, least in self._SCALARS.items():
+            self._set(name, _integer(name, getattr(self, name), least))
+        for name, least in self._PER_STAGE.items():
+            self._set(name, _integers(name, getattr(self, name), least))
+        self._check_stages()
+        self._set("image_size", _image_size(self.image_size))
+        self._set("down_ops", self._checked_down_ops())
+        self._check_grid()
+        self._set_labels()
+        for name, end in (("drop_path_rate", 1.0), ("initializer_range", float("inf"))):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < end:
+                raise ValueError(f"LevitConfig.{name} must be a number in [0, {end:g}), got {value!r}.")
+            self._set(name, float(value))
+        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
+            raise ValueError(
+                f"LevitConfig.problem_type must be one of {', '.join(PROBLEM_TYPES)} or None, got {self.problem_type!r}."
+            )
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the one place that writes to the frozen dataclass, while it is built
+
+    def _check_stages(self) -> None:
+        lengths = {name: len(getattr(self, name)) for name in self._PER_STAGE}
+        if len(set(lengths.values())) != 1 or len(self.hidden_sizes) < 2:
+            found = ", ".join(f"{name} {length}" for name, length in lengths.items())
+            raise ValueError(f"LevitConfig needs one entry per stage, two stages or more, in every tuple; found {found}.")
+        if self.hidden_sizes[0] < 8:
+            raise ValueError(
+                f"LevitConfig.hidden_sizes[0] must be 8 or more, since the stem starts at an eighth of it, got"
+                f" {self.hidden_sizes[0]}."
+            )
+
+    def _check_grid(self) -> None:
+        for size, tokens in zip(self.image_height_width, self.grids[0], strict=True):
+            if tokens != -(-size // self.patch_size):
+                raise ValueError(
+                    f"LevitConfig.patch_size {self.patch_size} does not fit the stem: {size} pixels through four"
+                    f" convolutions (kernel_size {self.kernel_size}, stride {self.stride}, padding {self.padding}) are"
+                    f" {tokens} tokens, not {-(-size // self.patch_size)}."
+                )
+
+    def _checked_down_ops(self) -> tuple[DownOp, ...]:
+        downsamplings = self.num_stages - 1
+        if self.down_ops is None:
+            key_dim = self.key_dim[0]  # of the first stage, everywhere, as in the original code
+            return tuple(
+                DownOp("Subsample", key_dim, _integer("down_ops heads (hidden_sizes // key_dim[0])", c // key_dim, 1), 4, 2, 2)
+                for c in self.hidden_sizes[:-1]
+            )
+        # Every model that transformers builds appends an empty entry to its config's list.
+        entries = [tuple(op) for op in self.down_ops if tuple(op) != ("",)]
+        if len(entries) != downsamplings:
+            raise ValueError(
+                f"LevitConfig.down_ops must have {downsamplings} entries for {self.num_stages} stages, got {len(entries)}."
+            )
+        checked = []
+        for entry in entries:
+            if len(entry) != len(DownOp._fields) or entry[0] != "Subsample":
+                raise ValueError(f"LevitConfig.down_ops entries must be ('Subsample', 5 integers), got {entry!r}.")
+            least = (1, 1, 1, 0, 1)
+            checked.append(
+                DownOp("Subsample", *(_integer("down_ops", v, n) for v, n in zip(entry[1:], least, strict=True)))
+            )
+        return tuple(checked)
+
+    def _set_labels(self) -> None:
+        labels = self.id2label
+        if isinstance(labels, Mapping):
+            labels = _ordered_labels(labels)
+        count = self.num_labels
+        if count is None:
+            count = 2 if labels is None else len(labels)
+        count = _integer("num_labels", count, 0)
+        if labels is None:
+            labels = (f"LABEL_{i}" for i in range(count))
+        labels = tuple(str(label) for label in labels)
+        if len(labels) != count:
+            raise ValueError(f"LevitConfig.num_labels is {count}, but id2label names {len(labels)} classes.")
+        self._set("num_labels", count)
+        self._set("id2label", labels)
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages."""
+        return len(self.hidden_sizes)
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """Class indices by name; of two classes with the same name, the last."""
+        return {label: i for i, label in enumerate(self.id2label)}
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """Input size in pixels as (height, width)."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Token grid (height, width) of every stage."""
+        grid = self.image_height_width
+        for _ in range(4):
+            grid = tuple((n + 2 * self.padding - self.kernel_size) // self.stride + 1 for n in grid)  # type: ignore[assignment]
+        if min(grid) < 1:
+            raise ValueError(f"LevitConfig.image_size {self.image_size} is too small: the stem leaves no token.")
+        grids = [grid]
+        for op in self.down_ops:
+            grids.append(tuple((n - 1) // op.stride + 1 for n in grids[-1]))  # type: ignore[arg-type]
+        return tuple(grids)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LevitConfig":
+        """Build a config from the content of a transformers `config.json`.
+
+        Args:
+            values: the parsed JSON. `down_ops` may carry any number of the empty entries that transformers appends.
+                Keys that this class does not know are kept in `extra` and warned of once.
+
+        Returns:
+            The config. What stands in the `levit_flax` block wins over its rounded form outside.
+
+        Raises:
+            ValueError: the model type is another, a value is illegal, or a key would change the architecture.
+        """
+        values = dict(values)
+        if values.get("model_type", "levit") != "levit":
+            raise ValueError(f"Expected a config with model_type 'levit', found {values['model_type']!r}.")
+        own = values.pop(OWN_BLOCK, {})
+        values.pop("label2id", None)  # follows from id2label
+        if "id2label" in values:
+            values.pop("num_labels", None)
+        if "drop_path_rate" in own:
+            values["drop_path_rate"] = own["drop_path_rate"]
+        known = {field.name for field in dataclasses.fields(cls)} - {"extra"}
+        fields, extra = {}, {}
+        for key, value in values.items():
+            if key in known:
+                fields[key] = value
+            elif key in FIXED_KEYS:
+                if value not in FIXED_KEYS[key]:
+                    raise ValueError(
+                        f"The config asks for {key}={value!r}, which would be another network: levit-flax builds LeViT with"
+                        f" {key}={FIXED_KEYS[key][0]!r} only."
+                    )
+            elif key not in HOUSEKEEPING_KEYS:
+                extra[key] = json.dumps(value, sort_keys=True)
+        if extra:
+            warnings.warn(
+                f"The config has keys that LeViT does not use: {', '.join(sorted(extra))}. They are kept for the way back.",
+                stacklevel=2,
+            )
+        return cls(**fields, extra=tuple(sorted(extra.items())))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as transformers would write it to `config.json`, and will read it.
+
+        Returns:
+            JSON-ready values. `drop_path_rate` is the integer 0, the only value that transformers' strict config
+            accepts; a true rate above 0 stands in the `levit_flax` block.
+        """
+        values: dict[str, Any] = {"model_type": "levit"}
+        for name in ("image_size", *self._SCALARS, *self._PER_STAGE):
+            value = getattr(self, name)
+            values[name] = list(value) if isinstance(value, tuple) else value
+        values["drop_path_rate"] = 0
+        values["initializer_range"] = self.initializer_range
+        values["down_ops"] = [list(op) for op in self.down_ops]
+        values["id2label"] = {str(i): label for i, label in enumerate(self.id2label)}
+        values["label2id"] = self.label2id
+        if self.problem_type is not None:
+            values["problem_type"] = self.problem_type
+        for key, text in self.extra:
+            values[key] = json.loads(text)
+        if self.drop_path_rate:
+            values[OWN_BLOCK] = {"drop_path_rate": self.drop_path_rate}
+        return values
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < least:
+        raise ValueError(f"LevitConfig.{name} must be an integer of at least {least}, got {value!r}.")
+    return int(value)
+
+
+def _integers(name: str, values: Any, least: int) -> tuple[int, ...]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"LevitConfig.{name} must be a sequence with one integer per stage, got {values!r}.")
+    return tuple(_integer(f"{name}[{i}]", value, least) for i, value in enumerate(values))
+
+
+def _image_size(value: Any) -> int | tuple[int, int]:
+    if isinstance(value, int | float):
+        return _integer("image_size", value, 1)
+    size = _integers("image_size", value, 1)
+    if len(size) != 2:
+        raise ValueError(f"LevitConfig.image_size must be an integer or (height, width), got {value!r}.")
+    return size[0] if size[0] == size[1] else (size[0], size[1])
+
+
+def _ordered_labels(labels: Mapping[Any, str]) -> tuple[str, ...]:
+    by_index = {int(index): label for index, label in labels.items()}
+    if sorted(by_index) != list(range(len(by_index))):
+        raise ValueError(
+            f"LevitConfig.id2label must name the classes 0 to {len(by_index) - 1} once each, got the indices"
+            f" {sorted(by_index)}."
+        )
+    return tuple(by_index[i] for i in range(len(by_index)))
+
+
+def imagenet_labels() -> tuple[str, ...]:
+    """Return the names of ImageNet-1k's 1000 classes in their usual order (WordNet lemmas, by synset number)."""
+    return tuple((Path(__file__).parent / "imagenet_labels.txt").read_text(encoding="utf-8").splitlines())
+
+
+# timm registers these under the name of LeViT, with SiLU in place of hard swish, and has published no weights for them.
+UNTRAINED_TIMM_VARIANTS = ("levit_384_s8", "levit_512_s8", "levit_512", "levit_256d", "levit_512d")
+
+
+class _Variants(dict[str, LevitConfig]):
+    def __missing__(self, name: str) -> LevitConfig:
+        if str(name).replace("-", "_").replace("levit_conv_", "levit_") in UNTRAINED_TIMM_VARIANTS:
+            raise KeyError(
+                f"{name} is one of timm's untrained experiments (SiLU activations, other stems), not a published LeViT;"
+                f" the published variants are {', '.join(self)}."
+            )
+        raise KeyError(f"{name} is not a LeViT variant; the published ones are {', '.join(self)}.")
+
+
+def _published(
+    hidden_sizes: tuple[int, ...],
+    key_dim: int,
+    heads: tuple[int, ...],
+    depths: tuple[int, ...] = (4, 4, 4),
+    drop_path_rate: float = 0.0,
+) -> LevitConfig:
+    return LevitConfig(
+        hidden_sizes=hidden_sizes,
+        key_dim=(key_dim,) * 3,
+        num_attention_heads=heads,
+        depths=depths,
+        drop_path_rate=drop_path_rate,
+        id2label=imagenet_labels(),
+    )
+
+
+# The columns of Graham et al. 2021, table 1, with the key dimensions and rates of `specification` in
+# facebookresearch/LeViT levit.py: widths, key_dim, heads, depths, drop_path_rate.
+VARIANTS: Mapping[str, LevitConfig] = _Variants(
+    {
+        "levit-128S": _published((128, 256, 384), 16, (4, 6, 8), depths=(2, 3, 4)),
+        "levit-128": _published((128, 256, 384), 16, (4, 8, 12)),
+        "levit-192": _published((192, 288, 384), 32, (3, 5, 6)),
+        "levit-256": _published((256, 384, 512), 32, (4, 6, 8)),
+        "levit-384": _published((384, 512, 768), 32, (6, 9, 12), drop_path_rate=0.1),
+    }
+)

@@ -1,0 +1,458 @@
+"""The three LeViT models and their outputs.
+
+All of them are pure-functional Linen modules over the same parameter tree: `stem`, `stage_0/block_0/{attention,mlp}`,
+`downsample_0/{attention,mlp}`, `head`, `head_dist`. Pictures come in channels last.
+
+Source: Graham et al. 2021, "LeViT: a Vision Transformer in ConvNet's Clothing for Faster Inference" (section 4);
+facebookresearch/LeViT levit.py; transformers modeling_levit.py.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from flax.traverse_util import flatten_dict
+from flax.typing import Dtype, PrecisionLike
+
+from .attention import Attention, DownsamplingAttention
+from .configuration import LevitConfig
+from .layers import MLP, ConvNorm, Layer, NormLinear, drop_path
+
+Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}
+
+
+class ModelOutput:
+    """What the output classes share."""
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return the fields that are not None, in transformers' order."""
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
+        return tuple(value for value in values if value is not None)
+
+
+@struct.dataclass
+class LevitModelOutput(ModelOutput):
+    """Hold what `LevitModel` computes.
+
+    Attributes:
+        last_hidden_state: [B N C], the tokens of the last stage.
+        pooler_output: [B C], their mean.
+        hidden_states: the stem's tokens, then those after each stage and its downsampling, each [B N C]; or None.
+        attentions: one [B H Q K] per attention in order, downsampling included, rows summing to 1; or None.
+        features: the map [B H W C] of each stage before its downsampling; or None.
+    """
+
+    last_hidden_state: jax.Array
+    pooler_output: jax.Array
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+    features: tuple[jax.Array, ...] | None = None
+
+
+@struct.dataclass
+class LevitForImageClassificationOutput(ModelOutput):
+    """Hold what `LevitForImageClassification` computes.
+
+    Attributes:
+        loss: the mean loss over the batch, a scalar; None without labels.
+        logits: [B num_labels], unbounded scores before softmax.
+        hidden_states: as in `LevitModelOutput`.
+        attentions: as in `LevitModelOutput`.
+        features: as in `LevitModelOutput`.
+    """
+
+    loss: jax.Array | None = None
+    logits: jax.Array | None = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+    features: tuple[jax.Array, ...] | None = None
+
+
+@struct.dataclass
+class LevitForImageClassificationWithTeacherOutput(ModelOutput):
+    """Hold what `LevitForImageClassificationWithTeacher` computes.
+
+    Attributes:
+        logits: [B num_labels], the mean of the two heads' logits, which all published accuracies are for.
+        cls_logits: [B num_labels], of the head that learned the labels.
+        distillation_logits: [B num_labels], of the head that learned from the teacher.
+        hidden_states: as in `LevitModelOutput`.
+        attentions: as in `LevitModelOutput`.
+        features: as in `LevitModelOutput`.
+    """
+
+    logits: jax.Array
+    cls_logits: jax.Array
+    distillation_logits: jax.Array
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+    features: tuple[jax.Array, ...] | None = None
+
+
+class Stem(Layer):
+    """Turn a picture into tokens by four strided convolutions (section 4.2 of the paper)."""
+
+    features: int
+    kernel_size: int
+    stride: int
+    padding: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Map [B H W C] to tokens [B N features], row by row."""
+        for i, share in enumerate((8, 4, 2, 1)):
+            if i:
+                x = nn.hard_swish(x)
+            conv = ConvNorm(
+                self.features // share, self.kernel_size, self.stride, self.padding, **self.shared, name=f"conv_{i}"
+            )
+            x = conv(x, train)
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+class Block(Layer):
+    """Attend, then apply the MLP, each as a residual branch.
+
+    Attributes:
+        num_heads: as in `BiasedAttention`, and so are key_dim, attention_ratio and grid.
+        mlp_ratio: hidden channels of the MLP as a multiple of the width; 0 for no MLP.
+        drop_path_rate: probability in [0, 1) that a branch is dropped while training.
+    """
+
+    num_heads: int
+    key_dim: int
+    attention_ratio: int
+    grid: tuple[int, int]
+    mlp_ratio: int
+    drop_path_rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
+        """Map [B N C] to [B N C], and return the attention [B H N N] with it."""
+        branch, attention = Attention(
+            num_heads=self.num_heads,
+            key_dim=self.key_dim,
+            attention_ratio=self.attention_ratio,
+            grid=self.grid,
+            **self.shared,
+            name="attention",
+        )(x, train)
+        x = x + drop_path(self, branch, self.drop_path_rate, train)
+        if self.mlp_ratio:
+            branch = MLP(self.mlp_ratio * x.shape[-1], **self.shared, name="mlp")(x, train)
+            x = x + drop_path(self, branch, self.drop_path_rate, train)
+        return x, attention
+
+
+class Stage(Layer):
+    """Apply the blocks of one stage.
+
+    Attributes:
+        config: the architecture.
+        index: which of its stages.
+    """
+
+    config: LevitConfig
+    index: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, list[jax.Array]]:
+        """Map [B N C] to [B N C], and return the attention [B H N N] of each block with it."""
+        config, attentions = self.config, []
+        for i in range(config.depths[self.index]):
+            x, attention = Block(
+                num_heads=config.num_attention_heads[self.index],
+                key_dim=config.key_dim[self.index],
+                attention_ratio=config.attention_ratio[self.index],
+                grid=config.grids[self.index],
+                mlp_ratio=config.mlp_ratio[self.index],
+                drop_path_rate=config.drop_path_rate,
+                **self.shared,
+                name=f"block_{i}",
+            )(x, train)
+            attentions.append(attention)
+        return x, attentions
+
+
+class Downsample(Layer):
+    """Go from one stage to the next: attention onto the coarser grid, then an MLP as a residual branch.
+
+    Attributes:
+        config: the architecture.
+        index: which stage it leaves.
+    """
+
+    config: LevitConfig
+    index: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
+        """Map [B K C] to [B Q C'], and return the attention [B H Q K] with it."""
+        op = self.config.down_ops[self.index]
+        x, attention = DownsamplingAttention(
+            features=self.config.hidden_sizes[self.index + 1],
+            num_heads=op.num_attention_heads,
+            key_dim=op.key_dim,
+            attention_ratio=op.attention_ratio,
+            grid=self.config.grids[self.index],
+            stride=op.stride,
+            **self.shared,
+            name="attention",
+        )(x, train)
+        if op.mlp_ratio:
+            branch = MLP(op.mlp_ratio * x.shape[-1], **self.shared, name="mlp")(x, train)
+            x = x + drop_path(self, branch, self.config.drop_path_rate, train)
+        return x, attention
+
+
+def check_pixel_values(pixel_values: jax.Array, config: LevitConfig) -> None:
+    """Raise ValueError unless `pixel_values` is a float batch [B H W C] of the config's size and channels."""
+    shape, channels = pixel_values.shape, config.num_channels
+    expected = (*config.image_height_width, channels)
+    wanted = f"LeViT expects pixel_values [B H W C] = [B {' '.join(map(str, expected))}]"
+    if len(shape) != 4:
+        raise ValueError(f"{wanted}, but got {len(shape)} axes: {shape}. A single picture needs a batch axis in front.")
+    if shape[1:] == (channels, *expected[:2]) and shape[1:] != expected:
+        raise ValueError(
+            f"{wanted}, channels last, but got a channels-first batch {shape}: use jnp.transpose(pixel_values, (0, 2, 3, 1))."
+        )
+    if shape[3] != channels:
+        raise ValueError(f"{wanted}, but got {shape[3]} channels in {shape}: the config's num_channels is {channels}.")
+    if shape[1:] != expected:
+        raise ValueError(
+            f"{wanted}, but got {shape[1]}x{shape[2]} pixels: resize the pictures with LevitImageProcessor, or give the"
+            f" model another image_size."
+        )
+    if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
+        raise ValueError(
+            f"{wanted} in floating point, but got {pixel_values.dtype}: LevitImageProcessor rescales and normalises pictures."
+        )
+
+
+def classification_loss(logits: jax.Array, labels: jax.Array, problem_type: str | None = None) -> jax.Array:
+    """Return the mean loss over a batch, as transformers computes it.
+
+    Args:
+        logits: [B num_labels].
+        labels: class indices [B] for single-label, 0 or 1 per class [B num_labels] for multi-label, and targets [B] or
+            [B num_labels] for regression.
+        problem_type: None infers regression from a single logit, single-label from integer labels, else multi-label.
+
+    Returns:
+        A scalar: squared error, cross entropy of the softmax, or binary cross entropy of the sigmoids.
+
+    Source: `ForSequenceClassificationLoss` in transformers loss/loss_utils.py, but nothing is written into the config.
+    """
+    if problem_type is None:
+        if logits.shape[-1] == 1:
+            problem_type = "regression"
+        elif jnp.issubdtype(labels.dtype, jnp.integer):
+            problem_type = "single_label_classification"
+        else:
+            problem_type = "multi_label_classification"
+    if problem_type == "single_label_classification":
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels.reshape(-1)).mean()
+    labels = labels.reshape(logits.shape).astype(logits.dtype)
+    if problem_type == "regression":
+        return jnp.square(logits - labels).mean()
+    return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
+
+
+class LevitBase(nn.Module):
+    """Hold the fields and the backbone that the three models share.
+
+    Attributes:
+        config: the architecture.
+        folded: the batch norms are folded into their neighbours; no batch statistics, and no training of them.
+        dtype: type of the computation; None for float32, or float64 where the parameters are. Batch norm and softmax
+            are computed in float32 at least.
+        param_dtype: type of the parameters that `init` makes.
+        precision: precision of matrix products and convolutions, as in `jax.lax.Precision`; None for JAX's default,
+            which on GPU and TPU is below float32.
+    """
+
+    config: LevitConfig
+    folded: bool = False
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+
+    head_names: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The fields that every layer takes, with the computation's type settled."""
+        dtype = self.dtype or jnp.promote_types(self.param_dtype, jnp.float32)
+        return {
+            "folded": self.folded,
+            "dtype": dtype,
+            "param_dtype": self.param_dtype,
+            "precision": self.precision,
+        }
+
+    def backbone(
+        self,
+        pixel_values: jax.Array,
+        train: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        output_features: bool = False,
+    ) -> LevitModelOutput:
+        """Compute everything but the heads; the arguments are those of the models."""
+        config, shared = self.config, self.shared
+        check_pixel_values(pixel_values, config)
+        if train and self.folded:
+            raise ValueError("A folded model has no batch norm left to train: train before fold_batch_norm.")
+        stem = Stem(config.hidden_sizes[0], config.kernel_size, config.stride, config.padding, **shared, name="stem")
+        x = stem(pixel_values.astype(shared["dtype"]), train)  # [B N C]
+        hidden_states, attentions, features = [x], [], []
+        for i, (grid, width) in enumerate(zip(config.grids, config.hidden_sizes, strict=True)):
+            x, maps = Stage(config=config, index=i, **shared, name=f"stage_{i}")(x, train)
+            attentions += maps
+            features.append(x.reshape(x.shape[0], *grid, width))
+            if i < config.num_stages - 1:
+                x, attention = Downsample(config=config, index=i, **shared, name=f"downsample_{i}")(x, train)
+                attentions.append(attention)
+            hidden_states.append(x)
+        return LevitModelOutput(
+            last_hidden_state=x,
+            pooler_output=x.mean(1),
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            features=tuple(features) if output_features else None,
+        )
+
+    def head(self, name: str, pooled: jax.Array, train: bool) -> jax.Array:
+        """Map pooled features [B C] to logits [B num_labels]; without classes, return them as they are."""
+        if self.config.num_labels == 0:
+            return pooled
+        return NormLinear(self.config.num_labels, **self.shared, name=name)(pooled, train)
+
+
+class LevitModel(LevitBase):
+    """Compute LeViT's features, without a classifier."""
+
+    @nn.compact
+    def __call__(
+        self, pixel_values: jax.Array, *, train: bool = False, return_dict: bool = True, **output_flags: bool
+    ) -> LevitModelOutput | tuple[Any, ...]:
+        """Compute the features of a batch of pictures.
+
+        Args:
+            pixel_values: float [B H W C], normalised as `LevitImageProcessor` does.
+            train: use and update batch statistics (`mutable=["batch_stats"]`), and drop residual branches (random stream
+                "drop_path", needed where the config's rate is above 0).
+            return_dict: False returns `.to_tuple()`.
+            **output_flags: `output_hidden_states`, `output_attentions` and `output_features` fill those fields.
+
+        Returns:
+            The features.
+
+        Raises:
+            ValueError: the batch does not fit the config; the message says how to mend it.
+        """
+        output = self.backbone(pixel_values, train, **output_flags)
+        return output if return_dict else output.to_tuple()
+
+
+class LevitForImageClassification(LevitBase):
+    """Classify pictures with one head.
+
+    The published checkpoints have two heads: their accuracies belong to `LevitForImageClassificationWithTeacher`.
+    """
+
+    head_names = ("head",)
+
+    @nn.compact
+    def __call__(
+        self,
+        pixel_values: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        train: bool = False,
+        return_dict: bool = True,
+        **output_flags: bool,
+    ) -> LevitForImageClassificationOutput | tuple[Any, ...]:
+        """Classify a batch of pictures, and compute the loss where labels are given.
+
+        Args:
+            pixel_values: as in `LevitModel`.
+            labels: as in `classification_loss`; the config's `problem_type` chooses the loss.
+            train: as in `LevitModel`.
+            return_dict: False returns `.to_tuple()`.
+            **output_flags: as in `LevitModel`.
+
+        Returns:
+            The logits, and the loss where labels are given.
+
+        Raises:
+            ValueError: the batch does not fit the config; the message says how to mend it.
+        """
+        features = self.backbone(pixel_values, train, **output_flags)
+        logits = self.head("head", features.pooler_output, train)
+        output = LevitForImageClassificationOutput(
+            loss=None if labels is None else classification_loss(logits, labels, self.config.problem_type),
+            logits=logits,
+            hidden_states=features.hidden_states,
+            attentions=features.attentions,
+            features=features.features,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+class LevitForImageClassificationWithTeacher(LevitBase):
+    """Classify pictures with two heads, one taught by the labels and one by a teacher, and average them."""
+
+    head_names = ("head", "head_dist")
+
+    @nn.compact
+    def __call__(
+        self, pixel_values: jax.Array, *, train: bool = False, return_dict: bool = True, **output_flags: bool
+    ) -> LevitForImageClassificationWithTeacherOutput | tuple[Any, ...]:
+        """Classify a batch of pictures.
+
+        Args:
+            pixel_values: as in `LevitModel`.
+            train: as in `LevitModel`.
+            return_dict: False returns `.to_tuple()`.
+            **output_flags: as in `LevitModel`.
+
+        Returns:
+            The averaged logits and those of each head.
+
+        Raises:
+            ValueError: the batch does not fit the config; the message says how to mend it.
+        """
+        features = self.backbone(pixel_values, train, **output_flags)
+        cls_logits = self.head("head", features.pooler_output, train)
+        distillation_logits = self.head("head_dist", features.pooler_output, train)
+        output = LevitForImageClassificationWithTeacherOutput(
+            logits=(cls_logits + distillation_logits) / 2,
+            cls_logits=cls_logits,
+            distillation_logits=distillation_logits,
+            hidden_states=features.hidden_states,
+            attentions=features.attentions,
+            features=features.features,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+MODEL_CLASSES: tuple[type[LevitBase], ...] = (
+    LevitModel,
+    LevitForImageClassification,
+    LevitForImageClassificationWithTeacher,
+)
+
+
+def abstract_variables(model: LevitBase) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shape and type of every variable of a model by its path, such as "params/stem/conv_0/conv/kernel".
+
+    Nothing is computed, and no memory is taken.
+    """
+    config = model.config
+    pixel_values = jax.ShapeDtypeStruct((1, *config.image_height_width, config.num_channels), jnp.float32)
+    return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), pixel_values), sep="/")
