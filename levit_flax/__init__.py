@@ -1,0 +1,46 @@
+"""LeViT, a fast hybrid of convolution and attention for image classification, for JAX.
+
+Names are imported when first used: `import levit_flax` costs nothing, and never imports PyTorch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import from_pretrained as from_pretrained
+    from .checkpoint import save_pretrained as save_pretrained
+    from .classifier import ImageClassifier as ImageClassifier
+    from .configuration import VARIANTS as VARIANTS
+    from .configuration import LevitConfig as LevitConfig
+    from .image_processing import LevitImageProcessor as LevitImageProcessor
+    from .modeling import LevitForImageClassification as LevitForImageClassification
+    from .modeling import LevitForImageClassificationWithTeacher as LevitForImageClassificationWithTeacher
+    from .modeling import LevitModel as LevitModel
+
+_HOMES = {
+    # The architecture
+    "VARIANTS": "configuration",
+    "LevitConfig": "configuration",
+    # The models
+    "LevitModel": "modeling",
+    "LevitForImageClassification": "modeling",
+    "LevitForImageClassificationWithTeacher": "modeling",
+    # Weights in and out; PyTorch's are the matter of `levit_flax.convert`
+    "from_pretrained": "checkpoint",
+    "save_pretrained": "checkpoint",
+    # Pictures in, labels out
+    "LevitImageProcessor": "image_processing",
+    "ImageClassifier": "classifier",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

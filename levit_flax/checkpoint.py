@@ -1,0 +1,234 @@
+"""The model directory on disk: `config.json`, `preprocessor_config.json` and `flax_model.safetensors`."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from . import hub, modeling
+from .configuration import OWN_BLOCK, LevitConfig
+from .image_processing import LevitImageProcessor
+from .modeling import LevitBase, Variables
+
+CONFIG_FILE = "config.json"
+PROCESSOR_FILE = "preprocessor_config.json"
+WEIGHTS_FILE = "flax_model.safetensors"  # never model.safetensors, which transformers would open as PyTorch's
+OWN_FILES = (CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE)
+
+# The weights that PyTorch writes, in the order in which they are looked for.
+TORCH_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    dtype: Any = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> tuple[LevitBase, Variables]:
+    """Load a model from a directory or a Hub repository; PyTorch weights are converted on the way.
+
+    Args:
+        source: a directory, a Hub id such as "facebook/levit-128S", or "levit-cifar10", the small model that comes with
+            the package.
+        dtype: type of the floating-point arrays; None keeps the file's.
+        revision: branch, tag or commit of a Hub repository.
+        token: access token for the Hub.
+        cache_dir: where downloads are kept; None for huggingface_hub's own cache.
+        local_files_only: do not touch the network.
+
+    Returns:
+        The module and its variables, {"params": ..., "batch_stats": ...}, as JAX arrays.
+
+    Raises:
+        ValueError: the files do not hold what they should; `ConversionError` for PyTorch weights.
+        OSError: there is no such source, or it cannot be read or fetched.
+    """
+    resolved = hub.resolve(
+        source,
+        weights=(WEIGHTS_FILE, *TORCH_WEIGHT_FILES),
+        files=(CONFIG_FILE, PROCESSOR_FILE),
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    assert resolved.weights is not None  # resolve raises where none of the asked-for weights is there
+    if resolved.weights.name != WEIGHTS_FILE:
+        from levit_flax import convert  # only whoever brings PyTorch weights pays for it
+
+        return convert.from_torch(resolved.weights, dtype)
+    model, variables = read_directory(resolved.directory)
+    if dtype is not None:
+        variables = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype != np.int32 else leaf, variables)
+        model = model.clone(param_dtype=jnp.dtype(dtype))
+    return model, to_device(variables, str(resolved.weights))
+
+
+def read_directory(directory: Path) -> tuple[LevitBase, Variables]:
+    """Read a model directory of ours into a module and NumPy arrays."""
+    path = directory / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        block, architecture = values.get(OWN_BLOCK, {}), values["architectures"][0]
+        model_class = {model.__name__: model for model in modeling.MODEL_CLASSES}[architecture]
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not the config of a saved LeViT model ({error!r}).") from None
+    try:
+        flat = load_file(directory / WEIGHTS_FILE)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{directory / WEIGHTS_FILE} is not a whole safetensors file ({error}): copy or download it again."
+        ) from None
+    param_dtype = next((leaf.dtype for leaf in flat.values() if jnp.issubdtype(leaf.dtype, jnp.floating)), jnp.float32)
+    model = model_class(
+        LevitConfig.from_dict(values), folded=bool(block.get("folded", False)), param_dtype=jnp.dtype(param_dtype)
+    )
+    variables = unflatten_dict(flat, sep="/")
+    check_variables(model, variables, str(directory / WEIGHTS_FILE))
+    return model, variables
+
+
+def save_pretrained(
+    directory: str | Path,
+    model: LevitBase,
+    variables: Mapping[str, Any],
+    processor: LevitImageProcessor | None = None,
+    overwrite: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model directory, whole or not at all.
+
+    Args:
+        directory: where to; made if it does not exist.
+        model: the module.
+        variables: its variables.
+        processor: written beside the model where given.
+        overwrite: replace the model that is there; files that are not a model's stay.
+        provenance: JSON-ready values that tell where the weights came from, kept in config.json.
+
+    Raises:
+        FileExistsError: the directory has content and `overwrite` is False.
+        ValueError: the variables do not fit the model.
+        OSError: the directory cannot be written.
+    """
+    check_variables(model, variables, "The given tree")
+    config = model.config.to_dict()
+    config["architectures"] = [type(model).__name__]
+    config[OWN_BLOCK] = {
+        **config.get(OWN_BLOCK, {}),
+        "version": version("levit-flax"),
+        "folded": model.folded,
+        "provenance": dict(provenance or {}),
+    }
+    flat = {path: np.asarray(leaf, order="C") for path, leaf in flatten_dict(variables, sep="/").items()}
+    with staged_directory(Path(directory), overwrite) as staging:
+        (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(flat, staging / WEIGHTS_FILE, metadata={"format": "flax"})
+        if processor is not None:
+            processor.save_pretrained(staging)
+
+
+def check_variables(model: LevitBase, variables: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError unless names and shapes are those of the model's own variables."""
+    expected = {path: leaf.shape for path, leaf in modeling.abstract_variables(model).items()}
+    found = {path: leaf.shape for path, leaf in flatten_dict(variables, sep="/").items()}
+    differing = [
+        f"{path} (expected {expected.get(path, 'nothing')}, found {found.get(path, 'nothing')})"
+        for path in sorted(expected.keys() | found.keys())
+        if expected.get(path) != found.get(path)
+    ]
+    if differing:
+        raise ValueError(
+            f"{where} does not fit {type(model).__name__} in {len(differing)} places: {', '.join(differing[:8])}."
+        )
+
+
+def to_device(variables: Variables, where: str) -> Variables:
+    """Return the variables as JAX arrays, refusing to lose float64 in silence."""
+    if not jax.config.jax_enable_x64 and any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(variables)):
+        raise ValueError(
+            f"{where} holds float64, which JAX would cut to float32: pass dtype='float32', or call"
+            " jax.config.update('jax_enable_x64', True)."
+        )
+    return jax.tree.map(jnp.asarray, variables)
+
+
+@contextlib.contextmanager
+def staged_directory(directory: Path, overwrite: bool) -> Iterator[Path]:
+    """Give a temporary sibling to fill, and put it in the place of `directory` once the block has ended well.
+
+    Raises:
+        FileExistsError: the directory has content and `overwrite` is False.
+        OSError: the directory cannot be written.
+    """
+    directory = directory.expanduser().resolve()
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file: expected a directory to write, or a name that is free.")
+    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"{directory} exists and is not empty: choose another name, or replace the model in it with --force"
+            " (overwrite=True)."
+        )
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    except OSError as error:
+        raise OSError(f"Cannot write {directory}: {error.strerror}. Choose a place that you may write to.") from None
+    try:
+        staging.chmod(0o755)  # mkdtemp keeps others out
+        yield staging
+        replace_directory(directory, staging)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def replace_directory(directory: Path, staging: Path) -> None:
+    """Rename `staging` to `directory`, and take along what is not a model's from the directory that was there."""
+    if not directory.exists():
+        os.rename(staging, directory)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    os.rename(directory, retired)
+    os.rename(staging, directory)
+    for entry in retired.iterdir():
+        if entry.name not in OWN_FILES:
+            os.rename(entry, directory / entry.name)
+    shutil.rmtree(retired)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary sibling of a file, and rename it once that has ended well."""
+    path = path.expanduser().resolve()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise OSError(f"Cannot write {path}: {error.strerror}. Choose a place that you may write to.") from None
+    os.close(handle)
+    staging = Path(name)
+    try:
+        write(staging)
+        staging.chmod(0o644)  # mkstemp keeps others out
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
