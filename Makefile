@@ -1,0 +1,45 @@
+# `make demo` and `make test` do all the set-up in .venv, from a fresh clone on.
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+
+.PHONY: help demo test test-all lint format clean
+
+help:
+	@echo "make demo      convert the embedded model, prove it right, name photographs"
+	@echo "make test      run the tests (ten minutes); make test-all runs all of them"
+	@echo "make lint      check style and types; make format mends style"
+	@echo "make clean     remove the environment and what was built"
+
+demo: $(STAMPS)/demo
+	$(BIN)/levit-flax demo
+
+test: $(STAMPS)/test
+	$(BIN)/python -m pytest -m "not slow and not network"
+
+test-all: $(STAMPS)/test
+	$(BIN)/python -m pytest | tee tests/last_full_run.txt; test $${PIPESTATUS[0]} -eq 0
+
+lint: $(STAMPS)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMPS)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+test-all: SHELL := /bin/bash
+
+# A stamp is written only after its installation ended well, and anew when pyproject.toml changes.
+$(STAMPS)/%: pyproject.toml $(STAMPS)/python
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $@
+
+$(STAMPS)/python:
+	"$$(sh tools/newest_python.sh)" -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@mkdir -p $(STAMPS) && touch $@
