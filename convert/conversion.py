@@ -104,7 +104,8 @@ def convert(
     structure = layout.structure(tensors)
     given = config or (None if source.config is None else LevitConfig.from_dict(source.config))
     try:
-        inferred = infer_config(inferable_shapes(tensors, layout, structure), structure, image_size)
+        names = {row.flax: row.torch for row in layout.rows(structure)}
+        inferred = infer_config(inferable_shapes(tensors, layout, structure), names, structure, image_size)
     except ConversionError:
         if given is None:
             raise
@@ -146,14 +147,13 @@ def to_flax(tensor: np.ndarray, row: Row, dtype: Any) -> np.ndarray:
 
 
 def inferable_shapes(tensors: Tensors, layout: CheckpointLayout, structure: Structure) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors that have a row, by their path and with the axes of the Flax tree."""
+    """Return the shapes of the parameters that a checkpoint has, by their path and with the axes of the Flax tree."""
     shapes = {}
     for row in layout.rows(structure):
         if row.torch in tensors and row.flax.startswith("params/"):
-            tensor = tensors[row.torch]
-            axes = row.permutation.value
-            if axes is None or tensor.ndim == len(axes):
-                shapes[row.flax] = row.permutation.to_flax(tensor).shape
+            shape, axes = tensors[row.torch].shape, row.permutation.value
+            fits = axes is not None and len(shape) == len(axes)
+            shapes[row.flax] = tuple(shape[axis] for axis in axes) if fits else shape
     return shapes
 
 

@@ -23,28 +23,33 @@ INFERRED_FIELDS = (
 
 
 def infer_config(
-    shapes: Mapping[str, tuple[int, ...]], structure: Structure, image_size: int | tuple[int, int] | None = None
+    shapes: Mapping[str, tuple[int, ...]],
+    names: Mapping[str, str],
+    structure: Structure,
+    image_size: int | tuple[int, int] | None = None,
 ) -> LevitConfig:
     """Work out a config from shapes in the Flax tree.
 
     Args:
         shapes: the shape of every parameter by its path ("params/stem/conv_0/conv/kernel"), in Flax's order of axes.
+        names: the name of each parameter in the checkpoint, by the same path, for messages.
         structure: the structure, from the names.
         image_size: input size in pixels; None for the square one, a multiple of 16, that fits the bias tables.
 
     Returns:
-        The config, with ImageNet-free default labels.
+        The config, with labels LABEL_0, LABEL_1, ...
 
     Raises:
         ConversionError: a tensor that the inference needs is missing, or the shapes contradict each other.
     """
 
     def shape(path: str, rank: int) -> tuple[int, ...]:
-        found = shapes.get(f"params/{path}")
+        path = f"params/{path}"
+        found = shapes.get(path)
         if found is None or len(found) != rank:
             raise ConversionError(
-                f"The architecture cannot be read from the shapes: expected a tensor with {rank} axes for {path}, found"
-                f" {found or 'none'}. A config.json beside the weights tells what shapes do not."
+                f"The architecture cannot be read from the shapes: expected a tensor {names[path]} with {rank} axes, found"
+                f" {'none' if found is None else found}. A config.json beside the weights tells what shapes do not."
             )
         return found
 

@@ -10,11 +10,12 @@ import ml_dtypes  # noqa: F401  # registers bfloat16 with NumPy, which safetenso
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from levit_flax import hub
-from levit_flax.checkpoint import CONFIG_FILE, PROCESSOR_FILE, TORCH_WEIGHT_FILES
+from levit_flax.checkpoint import CONFIG_FILE, TORCH_WEIGHT_FILES, resolve
 
 from .errors import ConversionError
 from .pickles import read_pickle
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".json")
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -111,11 +112,12 @@ def open_source(
         return Source("the mapping", tensors, None, None, {"source": "a mapping of tensors"})
     provenance: dict[str, Any] = {"source": str(source)}
     path = Path(source).expanduser()
+    if not path.exists() and path.suffix in WEIGHT_SUFFIXES:
+        raise FileNotFoundError(f"There is no file {path}: expected a weight file, a directory or a Hub id.")
     if not path.is_file():
-        resolved = hub.resolve(
+        resolved = resolve(
             source,
             weights=TORCH_WEIGHT_FILES,
-            files=(CONFIG_FILE, PROCESSOR_FILE),
             revision=revision,
             token=token,
             cache_dir=cache_dir,
