@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,15 @@ from safetensors.numpy import load_file, save_file
 
 from . import hub, modeling
 from .configuration import OWN_BLOCK, LevitConfig
-from .image_processing import LevitImageProcessor
+from .image_processing import PROCESSOR_FILE, LevitImageProcessor
 from .modeling import LevitBase, Variables
 
 CONFIG_FILE = "config.json"
-PROCESSOR_FILE = "preprocessor_config.json"
 WEIGHTS_FILE = "flax_model.safetensors"  # never model.safetensors, which transformers would open as PyTorch's
+# The small model inside the package, in transformers' PyTorch layout.
+EMBEDDED_NAME = "cifar10"
+EMBEDDED_DIRECTORY = Path(__file__).parent / "embedded"
+
 OWN_FILES = (CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE)
 
 # The weights that PyTorch writes, in the order in which they are looked for.
@@ -48,8 +51,7 @@ def from_pretrained(
     """Load a model from a directory or a Hub repository; PyTorch weights are converted on the way.
 
     Args:
-        source: a directory, a Hub id such as "facebook/levit-128S", or "levit-cifar10", the small model that comes with
-            the package.
+        source: a directory, a Hub id such as "facebook/levit-128S", or "cifar10", the small model inside the package.
         dtype: type of the floating-point arrays; None keeps the file's.
         revision: branch, tag or commit of a Hub repository.
         token: access token for the Hub.
@@ -63,16 +65,8 @@ def from_pretrained(
         ValueError: the files do not hold what they should; `ConversionError` for PyTorch weights.
         OSError: there is no such source, or it cannot be read or fetched.
     """
-    resolved = hub.resolve(
-        source,
-        weights=(WEIGHTS_FILE, *TORCH_WEIGHT_FILES),
-        files=(CONFIG_FILE, PROCESSOR_FILE),
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
-    assert resolved.weights is not None  # resolve raises where none of the asked-for weights is there
+    resolved = resolve(source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    assert resolved.weights is not None  # resolve raises where there are none
     if resolved.weights.name != WEIGHTS_FILE:
         from levit_flax import convert  # only whoever brings PyTorch weights pays for it
 
@@ -82,6 +76,32 @@ def from_pretrained(
         variables = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype != np.int32 else leaf, variables)
         model = model.clone(param_dtype=jnp.dtype(dtype))
     return model, to_device(variables, str(resolved.weights))
+
+
+def resolve(
+    source: str | Path, *, weights: Sequence[str] = (WEIGHTS_FILE, *TORCH_WEIGHT_FILES), **options: Any
+) -> hub.Resolved:
+    """Find the files of a model: the package's own, a directory's or a Hub repository's.
+
+    Args:
+        source: as in `from_pretrained`.
+        weights: the weight files to look for, in order; ours and then PyTorch's.
+        **options: revision, token, cache_dir and local_files_only, as in `from_pretrained`.
+
+    Raises:
+        OSError: there is no such source, or it cannot be read or fetched.
+    """
+    if source == EMBEDDED_NAME and not Path(source).exists():
+        source = EMBEDDED_DIRECTORY
+    return hub.resolve(source, weights=weights, files=(CONFIG_FILE, PROCESSOR_FILE), **options)
+
+
+def load_processor(directory: Path | None, config: LevitConfig) -> LevitImageProcessor:
+    """Return the processor that lies in a model's directory, or the usual one for the model's image size."""
+    if directory is not None and (directory / PROCESSOR_FILE).is_file():
+        return LevitImageProcessor.from_pretrained(directory)
+    height, width = config.image_height_width
+    return LevitImageProcessor(size=max(height, width), crop_size=(height, width))
 
 
 def read_directory(directory: Path) -> tuple[LevitBase, Variables]:
@@ -170,7 +190,19 @@ def to_device(variables: Variables, where: str) -> Variables:
             f"{where} holds float64, which JAX would cut to float32: pass dtype='float32', or call"
             " jax.config.update('jax_enable_x64', True)."
         )
-    return jax.tree.map(jnp.asarray, variables)
+    return jax.device_put(variables)
+
+
+def check_free(directory: Path, overwrite: bool) -> None:
+    """Raise FileExistsError unless a model may be written to this directory."""
+    directory = directory.expanduser()
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file: expected a directory to write, or a name that is free.")
+    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"{directory} exists and is not empty: choose another name, or replace the model in it with --force"
+            " (overwrite=True)."
+        )
 
 
 @contextlib.contextmanager
@@ -181,14 +213,8 @@ def staged_directory(directory: Path, overwrite: bool) -> Iterator[Path]:
         FileExistsError: the directory has content and `overwrite` is False.
         OSError: the directory cannot be written.
     """
+    check_free(directory, overwrite)
     directory = directory.expanduser().resolve()
-    if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"{directory} is a file: expected a directory to write, or a name that is free.")
-    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
-        raise FileExistsError(
-            f"{directory} exists and is not empty: choose another name, or replace the model in it with --force"
-            " (overwrite=True)."
-        )
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))

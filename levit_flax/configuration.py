@@ -113,7 +113,13 @@ class LevitConfig:
     problem_type: str | None = None
     extra: tuple[tuple[str, str], ...] = ()
 
-    _SCALARS: ClassVar[dict[str, int]] = {"num_channels": 1, "kernel_size": 1, "stride": 1, "padding": 0, "patch_size": 1}
+    _SCALARS: ClassVar[dict[str, int]] = {
+        "num_channels": 1,
+        "kernel_size": 1,
+        "stride": 1,
+        "padding": 0,
+        "patch_size": 1,
+    }
     _PER_STAGE: ClassVar[dict[str, int]] = {
         "hidden_sizes": 1,
         "num_attention_heads": 1,
@@ -150,7 +156,9 @@ class LevitConfig:
         lengths = {name: len(getattr(self, name)) for name in self._PER_STAGE}
         if len(set(lengths.values())) != 1 or len(self.hidden_sizes) < 2:
             found = ", ".join(f"{name} {length}" for name, length in lengths.items())
-            raise ValueError(f"LevitConfig needs one entry per stage, two stages or more, in every tuple; found {found}.")
+            raise ValueError(
+                f"LevitConfig needs one entry per stage, two stages or more, in every tuple; found {found}."
+            )
         if self.hidden_sizes[0] < 8:
             raise ValueError(
                 f"LevitConfig.hidden_sizes[0] must be 8 or more, since the stem starts at an eighth of it, got"
@@ -171,7 +179,14 @@ class LevitConfig:
         if self.down_ops is None:
             key_dim = self.key_dim[0]  # of the first stage, everywhere, as in the original code
             return tuple(
-                DownOp("Subsample", key_dim, _integer("down_ops heads (hidden_sizes // key_dim[0])", c // key_dim, 1), 4, 2, 2)
+                DownOp(
+                    "Subsample",
+                    key_dim,
+                    _integer("down_ops heads (hidden_sizes // key_dim[0])", c // key_dim, 1),
+                    4,
+                    2,
+                    2,
+                )
                 for c in self.hidden_sizes[:-1]
             )
         # Every model that transformers builds appends an empty entry to its config's list.

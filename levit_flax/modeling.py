@@ -8,6 +8,7 @@ facebookresearch/LeViT levit.py; transformers modeling_levit.py.
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -448,6 +449,7 @@ MODEL_CLASSES: tuple[type[LevitBase], ...] = (
 )
 
 
+@functools.lru_cache(maxsize=8)
 def abstract_variables(model: LevitBase) -> dict[str, jax.ShapeDtypeStruct]:
     """Return shape and type of every variable of a model by its path, such as "params/stem/conv_0/conv/kernel".
 

@@ -1,0 +1,292 @@
+"""The `levit-flax` command: reads arguments, calls the library, prints.
+
+Results go to stdout, progress and warnings to stderr. Exit status 0, 1 (the work failed) or 2 (the call was wrong).
+Everything heavy is imported inside the commands, so that `--help` is quick.
+"""
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from levit_flax.convert.conversion import Conversion
+    from levit_flax.convert.verification import Comparison
+
+app = typer.Typer(
+    help="LeViT for JAX: convert PyTorch checkpoints, classify pictures.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+DEFAULT_MODEL = "facebook/levit-128S"
+
+
+class DType(StrEnum):
+    """The types that weights may be stored in."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="Directory or Hub id; cifar10 is the small model inside the package.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Use what is on this machine, without the network.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: the command line after the program's name; None for the process's own.
+
+    Returns:
+        The exit status.
+    """
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        app(args=arguments, prog_name="levit-flax")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Weight file, directory or Hub id of a PyTorch LeViT.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare with transformers on seeded inputs, if installed.")
+    ] = True,
+    dtype: Annotated[DType | None, typer.Option(help="Type of the weights; the file's own if left out.")] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="SIDE or HEIGHTxWIDTH in pixels, where no config.json says it.")
+    ] = None,
+    revision: RevisionOption = None,
+    offline: OfflineOption = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model in OUT.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a PyTorch checkpoint into a model directory, and report on it."""
+    from levit_flax import checkpoint
+    from levit_flax.convert import conversion, sources, verification
+
+    checkpoint.check_free(out, overwrite=force)
+    opened = sources.open_source(source, revision=revision, local_files_only=offline)
+    result = conversion.convert(opened, dtype and dtype.value, image_size=parse_image_size(image_size))
+    comparison = None
+    if verify and dtype in (None, DType.FLOAT32) and verification.transformers_is_installed():
+        comparison = verification.compare_with_transformers(opened, result)
+        if not comparison.passed:
+            raise ValueError(
+                f"The converted model does not compute what transformers computes: its logits differ by"
+                f" {comparison.relative:.1e} of the largest (at most {verification.PARITY_LIMIT:.0e} is rounding)."
+                f" Nothing was written."
+            )
+    checkpoint.save_pretrained(
+        out,
+        result.model,
+        result.variables,
+        checkpoint.load_processor(result.directory, result.model.config),
+        overwrite=force,
+        provenance=result.provenance,
+    )
+    report = conversion_report(result, comparison)
+    if as_json:
+        print(json.dumps({**report, "out": str(out)}, indent=2))
+    else:
+        print_fields(report)
+        print(f"written to {out}")
+
+
+def conversion_report(result: "Conversion", comparison: "Comparison | None") -> dict[str, Any]:
+    """Return what a conversion did, JSON-ready."""
+    return {
+        "source": result.provenance["source"],
+        "model": type(result.model).__name__,
+        "layout": result.layout,
+        "architecture": "read from the shapes" if result.inferred else "read from config.json",
+        "parameters": result.num_parameters,
+        "dtype": str(result.model.param_dtype),
+        "mapped": result.mapped,
+        "ignored": {reason: len(names) for reason, names in result.ignored.items()},
+        "compared with PyTorch": None
+        if comparison is None
+        else {"largest difference": comparison.absolute, "of the largest logit": comparison.relative},
+    }
+
+
+def parse_image_size(text: str | None) -> int | tuple[int, int] | None:
+    """Read "224" or "224x320"; anything else is a wrong call."""
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if not all(side.isdecimal() for side in sides) or len(sides) > 2:
+        raise typer.BadParameter(f"expected SIDE or HEIGHTxWIDTH in pixels, such as 224 or 224x320; found {text!r}")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+@app.command()
+def classify(
+    paths: Annotated[list[Path], typer.Argument(help="Pictures, and folders that are searched for pictures.")],
+    model: ModelOption = DEFAULT_MODEL,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes to name for each picture.")] = 5,
+    revision: RevisionOption = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Name what is in pictures."""
+    from levit_flax.classifier import ImageClassifier
+    from levit_flax.image_processing import ImageError
+
+    files, broken = list_pictures(paths)
+    classifier = ImageClassifier.from_pretrained(model, revision=revision, local_files_only=offline)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for path in files:
+        try:
+            [results[str(path)]] = classifier(path, top_k)
+        except (ImageError, OSError) as error:
+            broken[str(path)] = str(error)
+    if as_json:
+        print(json.dumps([{"file": f, "predictions": p} for f, p in results.items()], indent=2))
+    elif results:
+        print_predictions(results)
+    for reason in broken.values():
+        print(f"error: {reason}", file=sys.stderr)
+    if broken:
+        raise typer.Exit(1)
+
+
+def list_pictures(paths: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
+    """Return the files to classify, folders searched in depth and in order, and what is wrong with the rest."""
+    from PIL import Image
+
+    suffixes = Image.registered_extensions()
+    files, broken = [], {}
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)  # whatever it is: if it is no picture, its reader says so
+            continue
+        found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in suffixes and file.is_file()]
+        files += found
+        if not found:
+            broken[str(path)] = f"The folder {path} holds no pictures."
+    return files, broken
+
+
+def print_predictions(results: dict[str, list[dict[str, Any]]]) -> None:
+    """Print a table with a line for each class named."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("picture", overflow="fold")
+    table.add_column("score", justify="right")
+    table.add_column("label", overflow="fold")
+    for file, predictions in results.items():
+        for rank, prediction in enumerate(predictions):
+            table.add_row("" if rank else file, f"{prediction['score']:.4f}", prediction["label"])
+    Console().print(table, markup=False)
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str | None, typer.Argument(help="Directory or Hub id; left out, the published variants are listed.")
+    ] = None,
+    revision: RevisionOption = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Describe a model, or list the published variants."""
+    facts = describe_variants() if model is None else describe_model(model, revision, offline)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        print_fields(facts)
+
+
+def describe_variants() -> dict[str, Any]:
+    """Return the parameter count and the widths of every published variant, with two heads."""
+    import math
+
+    from levit_flax.configuration import VARIANTS
+    from levit_flax.modeling import LevitForImageClassificationWithTeacher, abstract_variables
+
+    facts = {}
+    for name, config in VARIANTS.items():
+        leaves = abstract_variables(LevitForImageClassificationWithTeacher(config))
+        facts[name] = {
+            "parameters": sum(math.prod(leaf.shape) for path, leaf in leaves.items() if path.startswith("params/")),
+            "hidden_sizes": list(config.hidden_sizes),
+            "depths": list(config.depths),
+        }
+    return facts
+
+
+def describe_model(source: str, revision: str | None, offline: bool) -> dict[str, Any]:
+    """Return what is known of a model."""
+    import jax
+
+    from levit_flax.checkpoint import from_pretrained, load_processor, resolve
+    from levit_flax.configuration import OWN_BLOCK
+
+    resolved = resolve(source, revision=revision, local_files_only=offline)
+    model, variables = from_pretrained(resolved.directory)
+    config = model.config.to_dict()
+    stored = json.loads((resolved.directory / "config.json").read_text(encoding="utf-8"))
+    labels = model.config.id2label
+    for key in ("id2label", "label2id", OWN_BLOCK):
+        config.pop(key, None)
+    return {
+        "model": type(model).__name__,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        "dtype": str(jax.numpy.dtype(model.param_dtype)),
+        "folded": model.folded,
+        "labels": f"{len(labels)}: {', '.join(labels[:3])}, ...",
+        **config,
+        "drop_path_rate": model.config.drop_path_rate,
+        "preprocessing": load_processor(resolved.directory, model.config).to_dict(),
+        "weights": str(resolved.weights),
+        "revision": resolved.revision,
+        "provenance": stored.get(OWN_BLOCK, {}).get("provenance"),
+    }
+
+
+def print_fields(fields: dict[str, Any]) -> None:
+    """Print a line for each field that says something."""
+    width = max(len(name) for name in fields)
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {entry}" for key, entry in value.items())
+        if value not in (None, ""):
+            print(f"{name:{width}}  {value}")
+
+
+@app.command()
+def demo() -> None:
+    """Convert the model inside the package, prove it right, and name what is in real photographs."""
+    from levit_flax.demo import run_demo
+
+    run_demo()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

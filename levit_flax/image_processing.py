@@ -1,0 +1,655 @@
+"""From pictures to the arrays that LeViT takes, bit for bit as transformers' `LevitImageProcessorPil` makes them."""
+
+import json
+import math
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .hub import resolve
+
+PROCESSOR_FILE = "preprocessor_config.json"
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# LeViT is evaluated on pictures resized to 256 before the crop of 224. Source: facebookresearch/LeViT datasets.py.
+RESIZE_RATIO = 256 / 224
+
+RETURN_TYPES = (None, "np", "jax", "pt")
+DATA_FORMATS = ("channels_last", "channels_first")
+CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGBA
+
+# The names under which transformers' versions have written this processor.
+PROCESSOR_TYPES = ("LevitImageProcessor", "LevitImageProcessorFast", "LevitImageProcessorPil", "LevitFeatureExtractor")
+
+# Written by transformers and without effect on the pixels of a single picture: read past in silence.
+HOUSEKEEPING_KEYS = frozenset(
+    "_processor_class _valid_processor_keys auto_map data_format device disable_grouping feature_extractor_type"
+    " image_processor_type image_seq_length input_data_format pad_size processor_class return_tensors use_fast".split()
+)
+
+# Would change the pixels: accepted with the value that LeViT has anyway, and refused with any other.
+FIXED_KEYS = {"do_pad": False, "default_to_square": False}
+
+# Pillow's decoders raise far more than OSError on damaged files.
+DECODER_ERRORS = (
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError),
+    *(struct.error, zlib.error),
+)
+
+Size = int | Sequence[int] | Mapping[str, int]
+
+
+class ImageError(ValueError):
+    """A picture cannot be used; the message says which one and why."""
+
+
+class LevitImageProcessor:
+    """Resize, crop, rescale and normalise pictures for LeViT.
+
+    The result has the same bits as that of transformers' `LevitImageProcessorPil` wherever that one has a result, with
+    these differences, all on purpose:
+
+    - The output is channels last unless `data_format="channels_first"` is asked for.
+    - `do_convert_rgb` is on by default, so that grey, palette, CMYK and transparent pictures work. As in transformers,
+      transparency in a PIL image or an array is laid over white, and dropped from a file that is given by its path.
+    - 16-bit pictures (modes "I" and "I;16") are scaled to 8 bits, where Pillow's conversion would clip them to white.
+    - Values that are not finite, pictures above the pixel limit (`PIL.Image.MAX_IMAGE_PIXELS`, which here also limits
+      the picture once resized) and settings that are None are refused.
+
+    Args:
+        do_resize: whether to resize.
+        size: n or {"shortest_edge": n} resizes the shorter edge to int(256 / 224 * n) pixels and keeps the aspect
+            ratio; (height, width) or {"height": h, "width": w} resizes to just that.
+        resample: Pillow's filter, `PIL.Image.Resampling`; bicubic by default.
+        do_center_crop: whether to crop the centre; a picture smaller than the crop gets black borders.
+        crop_size: n, (height, width) or {"height": h, "width": w}.
+        do_rescale: whether to multiply the values by `rescale_factor`.
+        rescale_factor: what takes levels 0 to 255 to the range that the mean refers to.
+        do_normalize: whether to subtract `image_mean` and divide by `image_std`.
+        image_mean: one number, or one per channel.
+        image_std: one number, or one per channel.
+        do_convert_rgb: whether pictures of every kind become RGB.
+
+    Raises:
+        ValueError: a setting is not what it should be; the message names it.
+
+    Source: transformers models/levit/image_processing_pil_levit.py; facebookresearch/LeViT datasets.py.
+    """
+
+    def __init__(
+        self,
+        *,
+        do_resize: bool = True,
+        size: Size = 224,
+        resample: int = Image.Resampling.BICUBIC,
+        do_center_crop: bool = True,
+        crop_size: Size = 224,
+        do_rescale: bool = True,
+        rescale_factor: float = 1 / 255,
+        do_normalize: bool = True,
+        image_mean: float | Sequence[float] = IMAGENET_MEAN,
+        image_std: float | Sequence[float] = IMAGENET_STD,
+        do_convert_rgb: bool = True,
+    ) -> None:
+        # The attributes are exactly the parameters: `preprocess`, `to_dict` and `from_dict` rely on it.
+        self.do_resize = _parse_flag("do_resize", do_resize)
+        self.size = _parse_size("size", size, shortest_edge=True)
+        self.resample = _parse_resample(resample)
+        self.do_center_crop = _parse_flag("do_center_crop", do_center_crop)
+        self.crop_size = _parse_size("crop_size", crop_size, shortest_edge=False)
+        self.do_rescale = _parse_flag("do_rescale", do_rescale)
+        self.rescale_factor = _parse_number("rescale_factor", rescale_factor)
+        self.do_normalize = _parse_flag("do_normalize", do_normalize)
+        self.image_mean = _parse_numbers("image_mean", image_mean)
+        self.image_std = _parse_numbers("image_std", image_std)
+        self.do_convert_rgb = _parse_flag("do_convert_rgb", do_convert_rgb)
+        if 0 in np.atleast_1d(self.image_std):
+            raise ValueError(f"image_std must not be zero, because the pixels are divided by it; found {image_std!r}.")
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
+
+    def preprocess(
+        self,
+        images: Any,
+        *,
+        return_tensors: str | None = None,
+        data_format: str = "channels_last",
+        input_data_format: str | None = None,
+        **overrides: Any,
+    ) -> dict[str, Any]:
+        """Turn one picture or many into pixel values for the model.
+
+        Args:
+            images: a path, a PIL image, an array [H W], [H W C] or [C H W] (NumPy, JAX, PyTorch), an array of four
+                dimensions for a batch of these, or a list of any of them. Only files are turned upright by their EXIF
+                tag; of an animation the first frame is taken. Float arrays hold values in [0, 1] or whole levels 0 to
+                255.
+            return_tensors: "np", "jax" or "pt" (PyTorch) for one array of the whole batch; None for a list of NumPy
+                arrays, one per picture, whose sizes may differ.
+            data_format: "channels_last" for [B H W C], "channels_first" for [B C H W].
+            input_data_format: the channel order of the arrays in `images`; inferred from their shapes when left out.
+            **overrides: any parameter of the class, for this call only.
+
+        Returns:
+            A dictionary with "pixel_values", float32 as long as rescaling or normalisation is on.
+
+        Raises:
+            ImageError: a picture cannot be used, or pictures of different sizes were to become one array.
+            FileNotFoundError: a path leads nowhere.
+            TypeError: something is not a picture, or an override is not a parameter.
+            ValueError: a setting is not what it should be.
+            ImportError: `return_tensors="pt"` without PyTorch.
+        """
+        _check_choice("return_tensors", return_tensors, RETURN_TYPES)
+        _check_choice("data_format", data_format, DATA_FORMATS)
+        # Built anew even without overrides, so that an attribute that was assigned to is checked as well.
+        processor = type(self)(**{**vars(self), **overrides})
+        pictures = list(_flatten(images))
+        if not pictures:
+            raise ImageError("Expected at least one picture, found an empty list or batch.")
+        results = []
+        for index, picture in enumerate(pictures):
+            try:
+                pixels = processor.rescale_and_normalize(processor.resize_and_crop(picture, input_data_format))
+            except ImageError as error:
+                if len(pictures) == 1:
+                    raise
+                raise ImageError(f"Picture {index} of the {len(pictures)} (counted from 0): {error}") from error
+            if data_format == "channels_first":
+                pixels = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
+            results.append(pixels)
+        return {"pixel_values": _to_tensors(results, return_tensors)}
+
+    __call__ = preprocess
+
+    def resize_and_crop(self, image: Any, input_data_format: str | None = None) -> np.ndarray:
+        """Do the first half of the work for one picture: all that comes before the arithmetic on pixel values.
+
+        Args:
+            image: a path, a PIL image, or an array [H W], [H W C] or [C H W].
+            input_data_format: the channel order of an array; inferred from its shape when left out.
+
+        Returns:
+            [H W C]: uint8 levels, or float32 in [0, 1] where the picture came as such; it may share memory with it.
+
+        Raises:
+            ImageError: the picture cannot be used.
+            FileNotFoundError: the path leads nowhere.
+            TypeError: `image` is not a picture.
+        """
+        _check_choice("input_data_format", input_data_format, (None, *DATA_FORMATS))
+        picture = _read(image, input_data_format, self.do_convert_rgb)
+        if self.do_resize:
+            picture = _resize(picture, self.size, self.resample)
+        pixels = np.asarray(picture)
+        if self.do_center_crop:
+            pixels = _center_crop(pixels, self.crop_size["height"], self.crop_size["width"])
+        return pixels
+
+    def rescale_and_normalize(self, pixels: np.ndarray) -> np.ndarray:
+        """Do the second half of the work: the arithmetic on pixel values.
+
+        Args:
+            pixels: [... C], as `resize_and_crop` returns them.
+
+        Returns:
+            [... C], float32 unless both steps are off or a float array of another width came in unresized.
+
+        Raises:
+            ValueError: `image_mean` or `image_std` does not fit the number of channels.
+        """
+        if self.do_rescale and pixels.dtype.kind == "f" and pixels.min() >= 0 and 0 < pixels.max() <= 1:
+            warnings.warn(
+                "The picture's values are in [0, 1] already, and do_rescale=True shrinks them once more; pass "
+                "do_rescale=False if they are not levels 0 to 255.",
+                stacklevel=3,  # the caller of the processor
+            )
+        if pixels.dtype != np.uint8 or not (self.do_rescale or self.do_normalize):
+            return self._arithmetic(pixels)
+        # 256 levels a channel: looking the results up gives the same bits in a fifth of the time.
+        levels = np.arange(256, dtype=np.uint8)
+        tables = self._arithmetic(np.stack([levels] * pixels.shape[-1], axis=-1)).T.copy()  # [C 256]
+        # A uint8 is never out of range; "clip" spares NumPy the check.
+        looked_up = [
+            table.take(plane, mode="clip") for table, plane in zip(tables, np.moveaxis(pixels, -1, 0), strict=True)
+        ]
+        return np.stack(looked_up, axis=-1)
+
+    def _arithmetic(self, pixels: np.ndarray) -> np.ndarray:
+        if self.do_rescale:
+            pixels = _rescale(pixels, self.rescale_factor)
+        if self.do_normalize:
+            channels = pixels.shape[-1]
+            dtype = pixels.dtype if pixels.dtype.kind == "f" else np.dtype(np.float32)
+            mean = np.array(_per_channel("image_mean", self.image_mean, channels), dtype)
+            std = np.array(_per_channel("image_std", self.image_std, channels), dtype)
+            pixels = (pixels.astype(dtype) - mean) / std
+        return pixels
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any], **overrides: Any) -> Self:
+        """Build the processor from the content of a `preprocessor_config.json`.
+
+        Args:
+            settings: what any version of transformers, or `to_dict`, wrote. A setting that is absent or None takes its
+                default; a key that is unknown is warned of and has no effect.
+            **overrides: parameters of the class that replace those in `settings`.
+
+        Raises:
+            ValueError: the settings belong to another processor, ask for what LeViT's cannot do, or are malformed.
+            TypeError: an override is not a parameter.
+        """
+        kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or PROCESSOR_TYPES[0]
+        if kind not in PROCESSOR_TYPES:
+            raise ValueError(f"Expected the settings of a LevitImageProcessor, found those of a {kind}.")
+        known = vars(cls())
+        given = {name: value for name, value in settings.items() if value is not None}
+        for name, value in FIXED_KEYS.items():
+            if given.get(name, value) != value:
+                raise ValueError(f"LevitImageProcessor works with {name}={value} only, found {given[name]!r}.")
+        unknown = sorted(given.keys() - known.keys() - HOUSEKEEPING_KEYS - FIXED_KEYS.keys())
+        if unknown:
+            warnings.warn(f"LevitImageProcessor does not know these settings and leaves them: {unknown}.", stacklevel=2)
+        return cls(**{**{name: given[name] for name in known if name in given}, **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain JSON values, under the keys that transformers reads."""
+        return {"image_processor_type": PROCESSOR_TYPES[0], **json.loads(json.dumps(vars(self)))}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> Self:
+        """Read the processor from a directory or a Hub repository.
+
+        Args:
+            source: a directory with a `preprocessor_config.json`, or the name of a Hub repository.
+            revision: branch, tag or commit on the Hub.
+            token: access token for the Hub.
+            cache_dir: where downloads are kept; Hugging Face's own cache when left out.
+            local_files_only: use what is in the cache and do not touch the network.
+            **overrides: parameters of the class that replace those in the file.
+
+        Raises:
+            FileNotFoundError: there is no such directory, or no `preprocessor_config.json` in it.
+            HubError: the Hub did not serve the file.
+            ValueError: the file is not the JSON of a LeViT image processor.
+            TypeError: an override is not a parameter.
+        """
+        directory = resolve(
+            source,
+            files=(PROCESSOR_FILE,),
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        ).directory
+        path = directory / PROCESSOR_FILE
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON ({error}).") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"Expected {path} to hold a JSON object, found a {type(settings).__name__}.")
+        return cls.from_dict(settings, **overrides)
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write `preprocessor_config.json`, which transformers reads too, into a directory.
+
+        Args:
+            directory: where to write; made if it does not exist.
+            overwrite: whether a file that is there already may be replaced.
+
+        Raises:
+            FileExistsError: the file is there already.
+            NotADirectoryError: `directory` is a file.
+        """
+        directory = Path(directory)
+        if directory.exists() and not directory.is_dir():
+            raise NotADirectoryError(f"Expected a directory to write {PROCESSOR_FILE} into, but {directory} is a file.")
+        path = directory / PROCESSOR_FILE
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists already; pass overwrite=True to replace it.")
+        directory.mkdir(parents=True, exist_ok=True)
+        unfinished = directory / f".{PROCESSOR_FILE}.{os.getpid()}"
+        try:
+            unfinished.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def load_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Read a picture file as transformers' `load_image` does: the first frame, turned upright by its EXIF tag, as RGB.
+
+    Transparency is dropped: the colours that the file stores under it appear. 16-bit pictures are scaled to 8 bits.
+
+    Args:
+        path: the file; its format is told from its content.
+
+    Returns:
+        An image of mode "RGB".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImageError: the file is a directory, empty, not a picture, damaged, or above `PIL.Image.MAX_IMAGE_PIXELS`.
+
+    Source: transformers image_utils.py (`load_image`).
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"There is no picture at {path}.")
+    if not os.path.isfile(path):
+        raise ImageError(f"Expected a picture file, but {path} is a directory or a device.")
+    if os.path.getsize(path) == 0:
+        raise ImageError(f"Expected a picture, but {path} is empty (0 bytes).")
+    with open(path, "rb") as file, _decoding(str(path)):
+        image = Image.open(file)
+        if _too_large(*image.size):
+            raise Image.DecompressionBombError
+        ImageOps.exif_transpose(image, in_place=True)
+        return _opaque_rgb(image)
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Turn whatever Pillow raises while it decodes the picture `name` into an ImageError."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(
+            f"{name} has more pixels than the limit of {Image.MAX_IMAGE_PIXELS:,}; if it can be trusted, raise "
+            "PIL.Image.MAX_IMAGE_PIXELS."
+        ) from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name} is not a picture in a format that Pillow reads.") from error
+    except DECODER_ERRORS as error:
+        raise ImageError(f"{name} cannot be decoded and is probably damaged ({error}).") from error
+
+
+def _too_large(width: int, height: int) -> bool:
+    return Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS
+
+
+def _opaque_rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB, dropping transparency and scaling 16 bits to 8."""
+    if image.mode.startswith("I"):  # "I", "I;16", "I;16B", ...
+        return Image.fromarray(_sixteen_to_eight_bits(np.asarray(image))).convert("RGB")
+    if image.mode == "F":
+        _require_finite(np.asarray(image))
+    if image.mode == "P":
+        image = image.convert("RGBA")  # Pillow warns when a palette with transparency becomes RGB directly
+    if image.mode == "RGB":
+        image.load()  # a file is read here, and closed by the caller
+        return image
+    return image.convert("RGB")
+
+
+def _rgb_over_white(image: Image.Image) -> Image.Image:
+    """Convert to RGB, laying what is transparent over white."""
+    transparent = "A" in image.getbands() or image.info.get("transparency") is not None
+    if not transparent or image.mode.startswith("I"):
+        return _opaque_rgb(image)
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _sixteen_to_eight_bits(levels: np.ndarray) -> np.ndarray:
+    if levels.min() < 0 or levels.max() > 65535:
+        raise ImageError(f"Expected a 16-bit picture with levels 0 to 65535, found {levels.min()} to {levels.max()}.")
+    return np.round(levels / 257).astype(np.uint8)  # 65535 = 257 * 255
+
+
+def _flatten(images: Any) -> Iterator[Any]:
+    """Yield the pictures one by one out of nested lists and batches."""
+    if isinstance(images, list | tuple):
+        for item in images:
+            yield from _flatten(item)
+    elif isinstance(images, str | os.PathLike | Image.Image):
+        yield images
+    else:
+        array = _as_array(images)
+        if array.ndim == 4:
+            yield from array
+        else:
+            yield array
+
+
+def _read(image: Any, input_data_format: str | None, do_convert_rgb: bool) -> Image.Image | np.ndarray:
+    """Return the picture as an RGB image or as an array [H W C]."""
+    if isinstance(image, str | os.PathLike):
+        return load_image(image)
+    if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ImageError(f"Expected a picture with at least one pixel, found one of size {image.size}.")
+        with _decoding("The PIL image"):  # which may not have read its file yet
+            if do_convert_rgb:
+                return _rgb_over_white(image)
+            image, input_data_format = np.asarray(image), "channels_last"
+    pixels = _channels_last(_as_array(image), input_data_format)
+    return _array_to_rgb(pixels) if do_convert_rgb else pixels
+
+
+def _as_array(image: Any) -> np.ndarray:
+    if not hasattr(image, "__array__"):
+        raise TypeError(f"Expected a path, a PIL image, an array or a list of these, found {type(image).__name__}.")
+    try:
+        array = np.asarray(image)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"This {type(image).__name__} cannot be read as a NumPy array ({error}).") from error
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"Expected pixels as uint8 or float32, found an array of {array.dtype}.")
+    return array
+
+
+def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarray:
+    """Return a picture [H W], [H W C] or [C H W] as [H W C], refusing what is not a picture."""
+    if array.ndim == 2:
+        array = array[:, :, None]
+    elif array.ndim != 3:
+        raise ImageError(f"Expected an array of 3 dimensions, or of 4 for a batch, found shape {array.shape}.")
+    elif (input_data_format or _infer_format(array.shape)) == "channels_first":
+        array = np.moveaxis(array, 0, -1)
+    if array.size == 0:
+        raise ImageError(f"Expected a picture with at least one pixel, found [H W C] shape {array.shape}.")
+    _require_finite(array)
+    return array
+
+
+def _infer_format(shape: tuple[int, ...]) -> str:
+    first, last = (shape[axis] in CHANNEL_COUNTS for axis in (0, -1))
+    if not first and not last:
+        raise ImageError(f"Expected a picture with 1, 3 or 4 channels first or last, found an array of shape {shape}.")
+    if first and last:
+        warnings.warn(
+            f"An array of shape {shape} can be read both ways and is taken as channels first; pass input_data_format.",
+            stacklevel=6,  # the caller of the processor
+        )
+    return "channels_first" if first else "channels_last"
+
+
+def _require_finite(array: np.ndarray) -> None:
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ImageError("Expected finite pixel values, found NaN or infinity in the picture.")
+
+
+def _array_to_rgb(pixels: np.ndarray) -> np.ndarray:
+    """Repeat a grey picture's channel, or lay a transparent picture over white; [H W C] to [H W 3]."""
+    if pixels.shape[-1] == 1:
+        return np.repeat(pixels, 3, axis=-1)
+    if pixels.shape[-1] == 3:
+        return pixels
+    if pixels.shape[-1] != 4:
+        raise ImageError(f"Expected a picture with 1, 3 or 4 channels, found [H W C] shape {pixels.shape}.")
+    if pixels.dtype.kind == "f" and (pixels.min() < 0 or pixels.max() > 1):
+        raise ImageError(
+            f"Expected a transparent float picture with values in [0, 1], found {pixels.min()} to {pixels.max()}."
+        )
+    whole = pixels.dtype.kind in "iu"
+    white = 255 if whole else 1.0
+    alpha = pixels[..., 3:] / white
+    rgb: np.ndarray = alpha * pixels[..., :3] + (1 - alpha) * white
+    return (np.round(rgb) if whole else rgb).astype(pixels.dtype)
+
+
+def _resize(picture: Image.Image | np.ndarray, size: Mapping[str, int], resample: int) -> np.ndarray:
+    """Resize with Pillow on 8-bit levels and return [H W C]; values in [0, 1] become levels and are scaled back."""
+    scaled = False
+    if not isinstance(picture, Image.Image):
+        if picture.shape[-1] > 4:
+            raise ImageError(f"Pillow resizes pictures of up to 4 channels, found [H W C] shape {picture.shape}.")
+        levels, scaled = _to_levels(picture)
+        picture = Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
+    width, height = _resized_dimensions(*picture.size, size)
+    if _too_large(width, height):
+        raise ImageError(
+            f"A picture of {picture.width} x {picture.height} pixels would be resized to {width} x {height}, more than "
+            f"the limit of {Image.MAX_IMAGE_PIXELS:,} pixels; crop it first, or set size to (height, width)."
+        )
+    resized = np.asarray(picture.resize((width, height), Image.Resampling(resample)))
+    if resized.ndim == 2:
+        resized = resized[:, :, None]
+    return _rescale(resized, 1 / 255) if scaled else resized
+
+
+def _to_levels(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Return pixel values as uint8 levels, and whether they were in [0, 1]."""
+    if pixels.dtype == np.uint8:
+        return pixels, False
+    low, high = pixels.min(), pixels.max()
+    if low >= 0 and high <= 255:
+        if pixels.dtype.kind != "f" or np.allclose(pixels, pixels.astype(int)):
+            return pixels.astype(np.uint8), False
+        if high <= 1:
+            return _rescale(pixels, 255).astype(np.uint8), True
+    raise ImageError(f"Resizing expects whole levels 0 to 255 or values in [0, 1], found values from {low} to {high}.")
+
+
+def _resized_dimensions(width: int, height: int, size: Mapping[str, int]) -> tuple[int, int]:
+    if "height" in size:
+        return size["width"], size["height"]
+    short = int(RESIZE_RATIO * size["shortest_edge"])
+    if width <= height:
+        return short, int(short * height / width)
+    return int(short * width / height), short
+
+
+def _center_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Cut [height width C] out of the middle; what lies outside the picture is black."""
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    inside = pixels[max(top, 0) : max(top, 0) + height, max(left, 0) : max(left, 0) + width]
+    if inside.shape[:2] == (height, width):
+        return inside
+    canvas = np.zeros((height, width, pixels.shape[2]), pixels.dtype)
+    top, left = max(-top, 0), max(-left, 0)
+    canvas[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
+    return canvas
+
+
+def _rescale(pixels: np.ndarray, factor: float) -> np.ndarray:
+    return (pixels.astype(np.float64) * factor).astype(np.float32)  # through float64, as transformers does
+
+
+def _per_channel(name: str, value: float | tuple[float, ...], channels: int) -> tuple[float, ...]:
+    if isinstance(value, float):
+        return (value,) * channels
+    if len(value) != channels:
+        raise ValueError(f"{name} must be one number or one for each of the {channels} channels, found {len(value)}.")
+    return value
+
+
+def _to_tensors(pictures: list[np.ndarray], return_tensors: str | None) -> Any:
+    if return_tensors is None:
+        return pictures
+    shapes = sorted({picture.shape for picture in pictures})
+    if len(shapes) > 1:
+        raise ImageError(
+            f"Pictures of different shapes {shapes} cannot become one array; crop them with do_center_crop=True, or "
+            "pass return_tensors=None for a list."
+        )
+    batch = np.stack(pictures)
+    if return_tensors == "jax":
+        import jax.numpy as jnp
+
+        return jnp.asarray(batch)
+    if return_tensors == "pt":
+        try:
+            import torch
+        except ImportError as error:
+            raise ImportError('return_tensors="pt" needs PyTorch, which is not installed; use "jax".') from error
+        return torch.from_numpy(batch)
+    return batch
+
+
+def _check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, found {value!r}.")
+
+
+def _parse_flag(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, found {value!r}.")
+    return value
+
+
+def _parse_number(name: str, value: float) -> float:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float | np.integer | np.floating)
+        or not math.isfinite(value)
+    ):
+        raise ValueError(f"{name} must be a finite number, found {value!r}.")
+    return float(value)
+
+
+def _parse_numbers(name: str, value: float | Sequence[float]) -> float | tuple[float, ...]:
+    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
+        return tuple(_parse_number(name, item) for item in value)
+    return _parse_number(name, value)
+
+
+def _parse_resample(value: int) -> int:
+    filters = {filter.value: filter.name.lower() for filter in sorted(Image.Resampling)}
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value not in filters:
+        raise ValueError(f"resample must be one of Pillow's filters {filters}, found {value!r}.")
+    return int(value)
+
+
+def _parse_size(name: str, value: Size, *, shortest_edge: bool) -> dict[str, int]:
+    """Bring a size into the form of a dictionary; only where `shortest_edge` is true may it be given by that edge."""
+    edges: dict[str, Any] = {}
+    if isinstance(value, Mapping):
+        edges = dict(value)
+    elif isinstance(value, list | tuple) and len(value) == 2:
+        edges = {"height": value[0], "width": value[1]}
+    elif isinstance(value, int | np.integer):
+        edges = {"shortest_edge": value} if shortest_edge else {"height": value, "width": value}
+    by_edge = shortest_edge and edges.keys() == {"shortest_edge"}
+    if not (by_edge or edges.keys() == {"height", "width"}) or not all(map(_is_positive_integer, edges.values())):
+        forms = '(height, width), {"height": h, "width": w}' + (' or {"shortest_edge": n}' if shortest_edge else "")
+        raise ValueError(f"{name} must be a positive integer, {forms}, found {value!r}.")
+    return {edge: int(pixels) for edge, pixels in edges.items()}
+
+
+def _is_positive_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) > 0
