@@ -1,0 +1,71 @@
+"""Small configs, unusual ones, and random variables, that the tests share."""
+
+import jax
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from levit_flax import LevitConfig
+from levit_flax.modeling import LevitBase, Variables, abstract_variables
+
+SMALL = {
+    "image_size": 64,
+    "hidden_sizes": (16, 32, 48),
+    "num_attention_heads": (1, 2, 3),
+    "depths": (2, 1, 2),
+    "key_dim": (8, 8, 8),
+    "num_labels": 5,
+}
+
+UNUSUAL = {
+    "small": {},
+    "odd grids": {"image_size": 80},
+    "one token at the end": {"image_size": 32},
+    "one channel": {"num_channels": 1},
+    "four channels": {"num_channels": 4},
+    "two stages": {
+        "hidden_sizes": (24, 40),
+        "num_attention_heads": (3, 5),
+        "depths": (1, 2),
+        "key_dim": (8, 4),
+        "mlp_ratio": (2, 2),
+        "attention_ratio": (2, 2),
+    },
+    "four stages": {
+        "image_size": 128,
+        "hidden_sizes": (16, 24, 32, 40),
+        "num_attention_heads": (2, 3, 4, 5),
+        "depths": (1, 1, 1, 1),
+        "key_dim": (8, 8, 8, 8),
+        "mlp_ratio": (2, 2, 2, 2),
+        "attention_ratio": (2, 2, 2, 2),
+    },
+    "other ratios": {"mlp_ratio": (3, 1, 4), "attention_ratio": (1, 3, 4)},
+    "stage without MLP": {"mlp_ratio": (2, 0, 2)},
+    "other key dimensions": {"key_dim": (8, 16, 4)},
+    "other downsampling": {"down_ops": (("Subsample", 4, 3, 2, 3, 2), ("Subsample", 16, 1, 1, 0, 3))},
+    "wide kernel": {"kernel_size": 5, "padding": 2},
+    "one class": {"num_labels": 1},
+}
+
+
+def unusual_config(name: str) -> LevitConfig:
+    return LevitConfig(**{**SMALL, **UNUSUAL[name]})
+
+
+def random_variables(model: LevitBase, seed: int = 0) -> Variables:
+    """Return variables that are random all over and of the size that they have in life, without compiling anything."""
+    generator = np.random.default_rng(seed)
+
+    def draw(path: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        name = path.rpartition("/")[2]
+        if name == "count":
+            return np.array(generator.integers(1, 1000), np.int32)
+        if name in ("scale", "var"):
+            values = generator.uniform(0.5, 1.5, leaf.shape)
+        elif name == "kernel":
+            values = generator.standard_normal(leaf.shape) / np.sqrt(leaf.size / leaf.shape[-1])
+        else:
+            values = generator.standard_normal(leaf.shape) * (1.0 if name == "attention_biases" else 0.1)
+        return values.astype(leaf.dtype)
+
+    return unflatten_dict({path: draw(path, leaf) for path, leaf in abstract_variables(model).items()}, sep="/")

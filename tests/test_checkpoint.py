@@ -1,0 +1,121 @@
+"""The model directory: whole or not there, and ours alone."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+from configs import SMALL, random_variables
+from flax.traverse_util import flatten_dict
+
+import levit_flax as lf
+from levit_flax import checkpoint
+from levit_flax.modeling import MODEL_CLASSES
+
+
+def small(model_class=lf.LevitForImageClassification, **fields):
+    model = model_class(lf.LevitConfig(**{**SMALL, **fields}))
+    return model, random_variables(model)
+
+
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+@pytest.mark.parametrize("folded", [False, True])
+def test_what_is_saved_is_loaded(model_class, folded, tmp_path):
+    model = model_class(lf.LevitConfig(**SMALL, drop_path_rate=0.2, problem_type="regression"), folded=folded)
+    variables = random_variables(model)
+    lf.save_pretrained(tmp_path / "new" / "model", model, variables, provenance={"source": "here"})
+    loaded, found = lf.from_pretrained(tmp_path / "new" / "model")
+    assert loaded == model
+    assert jax.tree.structure(found) == jax.tree.structure(variables)
+    for path, leaf in flatten_dict(variables, sep="/").items():
+        np.testing.assert_array_equal(flatten_dict(found, sep="/")[path], leaf)
+    config = json.loads((tmp_path / "new" / "model" / "config.json").read_text())
+    assert config["architectures"] == [model_class.__name__]
+    assert config["levit_flax"]["provenance"] == {"source": "here"}
+    assert sorted(os.listdir(tmp_path / "new")) == ["model"]
+
+
+def test_types_are_kept_or_changed(tmp_path):
+    model, variables = small()
+    half = jax.tree.map(lambda leaf: leaf.astype(jax.numpy.bfloat16) if leaf.dtype == np.float32 else leaf, variables)
+    lf.save_pretrained(tmp_path, model, half)
+    loaded, found = lf.from_pretrained(tmp_path)
+    assert loaded.param_dtype == jax.numpy.bfloat16
+    assert found["params"]["head"]["linear"]["kernel"].dtype == jax.numpy.bfloat16
+    loaded, found = lf.from_pretrained(tmp_path, dtype="float32")
+    assert loaded.param_dtype == np.float32
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"float32", "int32"}
+
+
+def test_the_processor_goes_along(tmp_path):
+    model, variables = small()
+    lf.save_pretrained(tmp_path, model, variables, lf.LevitImageProcessor(size=56, crop_size=64))
+    assert checkpoint.load_processor(tmp_path, model.config).size == {"shortest_edge": 56}
+    usual = checkpoint.load_processor(None, lf.LevitConfig(image_size=(64, 96)))
+    assert (usual.size, usual.crop_size) == ({"shortest_edge": 96}, {"height": 64, "width": 96})
+
+
+def test_existing_work_is_kept_unless_told_otherwise(tmp_path):
+    model, variables = small()
+    directory = tmp_path / "model"
+    directory.mkdir()
+    lf.save_pretrained(directory, model, variables, lf.LevitImageProcessor())  # an empty directory is free
+    (directory / "notes.txt").write_text("mine")
+    (directory / "model.safetensors").write_text("PyTorch's")
+    before = (directory / "flax_model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match=r"exists and is not empty.*--force \(overwrite=True\)"):
+        lf.save_pretrained(directory, model, random_variables(model, seed=1))
+    assert (directory / "flax_model.safetensors").read_bytes() == before
+    lf.save_pretrained(directory, model, random_variables(model, seed=1), overwrite=True)
+    assert (directory / "flax_model.safetensors").read_bytes() != before
+    assert sorted(os.listdir(directory)) == ["config.json", "flax_model.safetensors", "model.safetensors", "notes.txt"]
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    model, variables = small()
+
+    class Broken(lf.LevitImageProcessor):
+        def save_pretrained(self, directory, **_):
+            raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        lf.save_pretrained(tmp_path / "model", model, variables, Broken())
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"Cannot write .*model: Not a directory\. Choose a place"):
+        lf.save_pretrained(tmp_path / "file" / "model", model, variables)
+    with pytest.raises(FileExistsError, match="is a file: expected a directory to write"):
+        lf.save_pretrained(tmp_path / "file", model, variables)
+
+
+def test_variables_must_fit_the_model(tmp_path):
+    model, variables = small()
+    del variables["params"]["head"]["linear"]["bias"]
+    with pytest.raises(ValueError, match=r"in 1 places: params/head/linear/bias \(expected \(5,\), found nothing\)"):
+        lf.save_pretrained(tmp_path / "model", model, variables)
+    assert os.listdir(tmp_path) == []
+
+
+def test_damaged_directories(tmp_path):
+    model, variables = small()
+    lf.save_pretrained(tmp_path / "model", model, variables)
+    weights, config = tmp_path / "model" / "flax_model.safetensors", tmp_path / "model" / "config.json"
+    content, settings = weights.read_bytes(), json.loads(config.read_text())
+    weights.write_bytes(content[:-10])
+    with pytest.raises(ValueError, match=r"flax_model\.safetensors is not a whole safetensors file"):
+        lf.from_pretrained(tmp_path / "model")
+    weights.write_bytes(content)
+    config.write_text(json.dumps({**settings, "num_attention_heads": [1, 1, 3]}))
+    with pytest.raises(ValueError, match=r"does not fit LevitForImageClassification in \d+ places"):
+        lf.from_pretrained(tmp_path / "model")
+    for broken in ("{", "[]", json.dumps({**settings, "architectures": ["ResNet"]})):
+        config.write_text(broken)
+        with pytest.raises(ValueError, match=r"config\.json is not the config of a saved LeViT model"):
+            lf.from_pretrained(tmp_path / "model")
+    config.unlink()
+    with pytest.raises(OSError, match=r"config\.json"):
+        lf.from_pretrained(tmp_path / "model")
+    with pytest.raises(FileNotFoundError, match="There is no directory"):
+        lf.from_pretrained(tmp_path / "nowhere")

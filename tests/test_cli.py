@@ -1,0 +1,211 @@
+"""The command line: results on stdout, sentences on stderr, and nothing half-written."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from configs import SMALL, random_variables
+from PIL import Image
+from safetensors.numpy import save_file
+
+import levit_flax as lf
+from levit_flax import convert
+from levit_flax.checkpoint import EMBEDDED_DIRECTORY
+from levit_flax.cli import main
+
+HELP_SECONDS = 0.5
+COLD_CLASSIFY_SECONDS = 5.0
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def torch_directory(tmp_path):
+    model = lf.LevitForImageClassificationWithTeacher(lf.LevitConfig(**SMALL))
+    directory = tmp_path / "torch"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(model.config.to_dict()))
+    convert.save_torch(directory / "model.safetensors", model, random_variables(model))
+    return directory
+
+
+def run(capsys, *arguments):
+    status = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def quickest(*arguments, runs=3):
+    """Return the least of several times in seconds: the others had company on the machine."""
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "levit_flax.cli", *map(str, arguments)], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def test_help_is_quick():
+    assert quickest("--help", runs=5) < HELP_SECONDS
+
+
+def test_a_cold_answer_is_quick(picture):
+    assert quickest("classify", "--model", "cifar10", picture) < COLD_CLASSIFY_SECONDS
+
+
+def test_convert_reports_and_what_it_wrote_classifies(capsys, torch_directory, picture, tmp_path):
+    out_directory = tmp_path / "out"
+    status, out, _ = run(capsys, "convert", torch_directory, out_directory, "--no-verify", "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert report["layout"] == "hf" and report["model"] == "LevitForImageClassificationWithTeacher"
+    assert report["mapped"] == len(convert.to_torch(*lf.from_pretrained(out_directory)))
+    assert report["parameters"] == 55_834 and report["compared with PyTorch"] is None
+    provenance = json.loads((out_directory / "config.json").read_text())["levit_flax"]["provenance"]
+    assert provenance["source"] == str(torch_directory) and len(provenance["files"]["model.safetensors"]) == 64
+
+    status, out, _ = run(capsys, "classify", "--model", out_directory, picture, "--json", "--top-k", 2)
+    [answer] = json.loads(out)
+    assert status == 0 and answer["file"] == str(picture) and len(answer["predictions"]) == 2
+
+    status, out, _ = run(capsys, "info", out_directory)
+    assert status == 0 and "parameters" in out and "55834" in out
+
+
+def test_convert_verifies_against_transformers(capsys, torch_directory, tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    status, out, _ = run(capsys, "convert", torch_directory, tmp_path / "out", "--json")
+    compared = json.loads(out)["compared with PyTorch"]
+    assert status == 0 and 0 < compared["of the largest logit"] < 1e-5
+    monkeypatch.setattr("levit_flax.convert.verification.forward", lambda *_: np.ones((2, 5), np.float32))
+    status, out, err = run(capsys, "convert", torch_directory, tmp_path / "wrong")
+    assert status == 1 and out == "" and not (tmp_path / "wrong").exists()
+    assert err.startswith("error: The converted model does not compute what transformers computes")
+
+
+def test_info_lists_the_variants(capsys):
+    status, out, _ = run(capsys, "info", "--json")
+    assert status == 0 and json.loads(out)["levit-384"]["parameters"] == 39_128_836
+
+
+def test_a_broken_picture_among_good_ones(capsys, picture, tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "a.jpg").write_bytes(b"")
+    (folder / "b.txt").write_text("not looked at")
+    picture.rename(folder / "deeper" / "c.png")
+    status, out, err = run(capsys, "classify", "-m", "cifar10", folder, tmp_path / "none.jpg")
+    assert status == 1
+    assert "c.png" in out and "a.jpg" not in out
+    lines = err.splitlines()
+    assert len(lines) == 2 and "a.jpg" in err and "none.jpg" in err and all(s.startswith("error: ") for s in lines)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil-was-here",)
+
+
+def damaged_weights(kind, directory, whole):
+    """Write a weight file with something wrong, and return its path and what should be said."""
+    path = directory / "model.safetensors"
+    if kind == "empty":
+        path.write_bytes(b"")
+        return path, "is empty"
+    if kind == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+        return path, "not a whole safetensors file"
+    if kind == "resnet":
+        save_file({"conv1.weight": np.zeros((64, 3, 7, 7), np.float32)}, path)
+        return path, "does not hold a LeViT"
+    if kind == "code":
+        path = directory / "pytorch_model.bin"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps({"weight": Evil()}))
+            archive.writestr("archive/version", "3")
+        return path, "system"
+    return directory / "nothing.pth", "There is no file"
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "resnet", "code", "missing"])
+def test_bad_weights_are_a_sentence(capsys, kind, torch_directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = (torch_directory / "model.safetensors").read_bytes()
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    path, message = damaged_weights(kind, bad, whole)
+    status, out, err = run(capsys, "convert", path, tmp_path / "out")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ") and len(err.splitlines()) == 1 and message in err and str(path) in err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "evil-was-here").exists()
+
+
+def bad_picture(kind, path):
+    if kind == "text":
+        path.write_text("This is no picture.")
+    elif kind == "zero bytes":
+        path.write_bytes(b"")
+    elif kind == "bomb":
+        Image.new("1", (30_000, 30_000)).save(path, "PNG")
+
+
+@pytest.mark.parametrize("kind", ["text", "zero bytes", "bomb", "missing"])
+def test_bad_pictures_are_a_sentence(capsys, kind, tmp_path):
+    path = tmp_path / "picture.jpg"
+    bad_picture(kind, path)
+    status, out, err = run(capsys, "classify", "--model", "cifar10", path, "--json")
+    assert status == 1 and json.loads(out) == []
+    assert err.startswith("error: ") and len(err.splitlines()) == 1 and str(path) in err
+
+
+def test_bad_outputs_are_a_sentence(capsys, torch_directory, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, _, err = run(capsys, "convert", torch_directory, tmp_path / "file" / "out", "--no-verify")
+    assert status == 1 and "Cannot write" in err and len(err.splitlines()) == 1
+    status, _, err = run(capsys, "convert", torch_directory, torch_directory, "--no-verify")
+    assert status == 1 and "exists and is not empty" in err and len(err.splitlines()) == 1
+    assert sorted(os.listdir(torch_directory)) == ["config.json", "model.safetensors"]
+    assert run(capsys, "convert", torch_directory, torch_directory, "--no-verify", "--force")[0] == 0
+    assert "flax_model.safetensors" in os.listdir(torch_directory)
+
+
+def test_no_network_is_a_sentence(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "levit_flax.cli", "convert", "facebook/levit-128S", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")},
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1 and "the network" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("convert",), ("fly",), ("convert", "a", "b", "--image-size", "big"), ("classify", "x", "--top-k", "0")],
+)
+def test_wrong_calls_exit_with_2(capsys, arguments):
+    status, out, err = run(capsys, *arguments)
+    assert status == 2 and out == "" and "Usage" in err
+
+
+def test_demo_shows_everything(capsys):
+    pytest.importorskip("skimage")
+    status, out, _ = run(capsys, "demo")
+    assert status == 0
+    assert str(EMBEDDED_DIRECTORY) in out and "300 tensors mapped" in out
+    assert "largest difference" in out and "chelsea" in out and "pictures a second" in out

@@ -1,0 +1,109 @@
+"""The configuration: checked, hashable, and transformers' own on disk."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+from configs import SMALL, UNUSUAL, unusual_config
+
+import levit_flax as lf
+
+
+def test_defaults_are_transformers():
+    config = lf.LevitConfig()
+    assert (config.hidden_sizes, config.num_attention_heads, config.depths) == ((128, 256, 384), (4, 8, 12), (4, 4, 4))
+    assert config.down_ops == (("Subsample", 16, 8, 4, 2, 2), ("Subsample", 16, 16, 4, 2, 2))
+    assert config.down_ops[0].num_attention_heads == 8
+    assert config.id2label == ("LABEL_0", "LABEL_1") and config.num_labels == 2
+    assert config.grids == ((14, 14), (7, 7), (4, 4))
+
+
+def test_variants_are_the_published_ones():
+    assert list(lf.VARIANTS) == ["levit-128S", "levit-128", "levit-192", "levit-256", "levit-384"]
+    assert [config.drop_path_rate for config in lf.VARIANTS.values()] == [0, 0, 0, 0, 0.1]
+    assert {config.id2label[281] for config in lf.VARIANTS.values()} == {"tabby, tabby cat"}
+    assert {config.num_labels for config in lf.VARIANTS.values()} == {1000}
+    assert lf.VARIANTS["levit-192"].down_ops == (("Subsample", 32, 6, 4, 2, 2), ("Subsample", 32, 9, 4, 2, 2))
+    with pytest.raises(KeyError, match="levit_conv_512_s8 is one of timm's untrained experiments"):
+        lf.VARIANTS["levit_conv_512_s8"]
+    with pytest.raises(KeyError, match="levit-512x is not a LeViT variant; the published ones are levit-128S, "):
+        lf.VARIANTS["levit-512x"]
+
+
+def test_configs_are_frozen_hashable_and_hold_tuples():
+    config = lf.LevitConfig(**{**SMALL, "hidden_sizes": [16, 32, 48], "id2label": {4: "e", **dict(enumerate("abcd"))}})
+    assert config.hidden_sizes == (16, 32, 48) and config.id2label == tuple("abcde")
+    assert config.label2id == dict(zip("abcde", range(5), strict=True))
+    assert len({config, lf.LevitConfig(**{**SMALL, "id2label": list("abcde")})}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_labels = 3
+    assert lf.LevitConfig(image_size=(224, 224)) == lf.LevitConfig()
+    assert lf.LevitConfig(image_size=(200, 260)).grids == ((13, 17), (7, 9), (4, 5))
+    assert lf.LevitConfig(attention_ratio=(2.0, 2.0, 2.0)) == lf.LevitConfig()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_channels": 0}, "num_channels must be an integer of at least 1, got 0"),
+        ({"num_channels": True}, "num_channels must be an integer of at least 1, got True"),
+        ({"depths": (2, 3)}, "one entry per stage.*depths 2"),
+        ({"key_dim": 16}, "key_dim must be a sequence with one integer per stage, got 16"),
+        ({"key_dim": (16, 1.5, 16)}, r"key_dim\[1\] must be an integer of at least 1, got 1.5"),
+        ({"hidden_sizes": (4, 32, 48)}, r"hidden_sizes\[0\] must be 8 or more"),
+        ({"drop_path_rate": 1.0}, r"drop_path_rate must be a number in \[0, 1\), got 1.0"),
+        ({"image_size": (1, 2, 3)}, r"image_size must be an integer or \(height, width\)"),
+        ({"patch_size": 8}, "patch_size 8 does not fit the stem: 224 pixels.*are 14 tokens, not 28"),
+        ({"num_labels": 3, "id2label": ("a", "b")}, "num_labels is 3, but id2label names 2 classes"),
+        ({"id2label": {0: "a", 2: "b"}}, r"id2label must name the classes 0 to 1 once each, got the indices \[0, 2\]"),
+        ({"problem_type": "segmentation"}, "problem_type must be one of regression, .* got 'segmentation'"),
+        ({"down_ops": (("Subsample", 16, 8, 4, 2, 2),)}, "down_ops must have 2 entries for 3 stages, got 1"),
+        ({"down_ops": (("Pool", 16, 8, 4, 2, 2),) * 2}, r"must be \('Subsample', 5 integers\), got \('Pool'"),
+        ({"key_dim": (512, 16, 16)}, "down_ops heads .* at least 1, got 0"),
+    ],
+)
+def test_messages_name_the_field(fields, message):
+    with pytest.raises(ValueError, match=message):
+        lf.LevitConfig(**fields)
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_dictionaries_go_both_ways(name):
+    config = dataclasses.replace(unusual_config(name), drop_path_rate=0.25, problem_type="regression")
+    assert lf.LevitConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_the_drop_path_rate_survives_transformers_integer():
+    values = lf.VARIANTS["levit-384"].to_dict()
+    assert type(values["drop_path_rate"]) is int and values["drop_path_rate"] == 0
+    assert values["levit_flax"] == {"drop_path_rate": 0.1}
+    assert lf.LevitConfig.from_dict({"drop_path_rate": 0.1}).drop_path_rate == 0.1
+
+
+def test_transformers_reads_and_writes_the_same(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch_models = pytest.importorskip("transformers.models.levit.modeling_levit")
+    config = lf.VARIANTS["levit-384"]
+    theirs = transformers.LevitConfig.from_dict(config.to_dict())
+    for _ in range(2):  # each model appends to its config's down_ops
+        torch_models.LevitModel(transformers.LevitConfig.from_dict(lf.LevitConfig(**SMALL).to_dict()))
+        theirs.down_ops.append([""])
+    theirs.save_pretrained(tmp_path)
+    assert lf.LevitConfig.from_dict(json.loads((tmp_path / "config.json").read_text())) == config
+
+
+def test_unknown_keys_are_kept_and_warned_of():
+    with pytest.warns(UserWarning, match=re.escape("does not use: colour, finetuned_by. They are kept")) as caught:
+        config = lf.LevitConfig.from_dict({"colour": {"b": 1, "a": [2]}, "finetuned_by": "me", "dtype": "float32"})
+    assert len(caught) == 1
+    hash(config)
+    assert config.to_dict()["colour"] == {"b": 1, "a": [2]} and "dtype" not in config.to_dict()
+
+
+def test_other_networks_are_refused():
+    with pytest.raises(ValueError, match="Expected a config with model_type 'levit', found 'resnet'"):
+        lf.LevitConfig.from_dict({"model_type": "resnet"})
+    with pytest.raises(ValueError, match="The config asks for hidden_act='silu', which would be another network"):
+        lf.LevitConfig.from_dict({"hidden_act": "silu"})
+    assert lf.LevitConfig.from_dict({"hidden_act": "hardswish"}) == lf.LevitConfig()

@@ -1,0 +1,553 @@
+import errno
+import json
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import HubServer
+from huggingface_hub import HfApi, constants
+
+from levit_flax.hub import HubError, HubUnreachableError, Resolved, push, resolve
+
+REPO = "levit/tiny"
+WEIGHTS = (
+    "flax_model.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+FILES = ("config.json", "preprocessor_config.json")
+MODEL = {"config.json": b"{}", "model.safetensors": b"safe" * 1000, "pytorch_model.bin": b"pickle", "README.md": b"#"}
+SHARDED = {
+    "config.json": b"{}",
+    "model.safetensors.index.json": json.dumps(
+        {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    ).encode(),
+    "model-00001-of-00002.safetensors": b"one",
+    "model-00002-of-00002.safetensors": b"two",
+    "model-00003-of-00003.safetensors": b"left over from an older upload",
+}
+
+# A failure that needs no answer from a network must not keep the user waiting.
+PROMPT_SECONDS = 3
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Keep the tests away from the developer's cache, token and working directory."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with HubServer() as server:
+        use_hub(monkeypatch, server.url)
+        yield server
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make the Hub an address where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+    use_hub(monkeypatch, url)
+    return url
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    for name in ("config.json", "flax_model.safetensors", "secret.txt"):
+        (directory / name).write_bytes(name.encode())
+    return directory
+
+
+def load(source: str | Path = REPO, **options: Any) -> Resolved:
+    return resolve(source, weights=WEIGHTS, files=FILES, **options)
+
+
+def names(resolved: Resolved) -> set[str]:
+    return {path.name for path in resolved.directory.iterdir()}
+
+
+def one_sentence(error: pytest.ExceptionInfo[BaseException]) -> str:
+    text = str(error.value)
+    assert "\n" not in text and "Traceback" not in text and text.endswith("."), text
+    return text
+
+
+# --- a local directory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [REPO, f"./{REPO}", Path(REPO)])
+def test_a_local_directory_wins_over_a_repository_of_the_same_name(hub: HubServer, source: str | Path) -> None:
+    hub.add(REPO, MODEL)
+    directory = Path(REPO)
+    directory.mkdir(parents=True)
+    for name in ("pytorch_model.bin", "flax_model.safetensors"):
+        (directory / name).write_bytes(b"local")
+
+    assert load(source) == Resolved(directory, directory / "flax_model.safetensors", None, None)
+    assert hub.requests == []
+
+
+def test_a_home_directory_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_network: str) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.json").write_bytes(b"{}")
+
+    assert resolve("~", files=FILES) == Resolved(tmp_path, None, None, None)
+
+
+def test_a_local_directory_without_weights_says_what_it_holds(tmp_path: Path) -> None:
+    for name in ("config.json", "notes.txt"):
+        (tmp_path / name).touch()
+
+    with pytest.raises(FileNotFoundError) as error:
+        load(tmp_path)
+    text = one_sentence(error)
+    assert text.startswith(f"{tmp_path} does not hold flax_model.safetensors or model.safetensors or ")
+    assert text.endswith("; it holds config.json, notes.txt, work.")
+
+
+def test_a_file_is_not_a_source(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+
+    with pytest.raises(
+        NotADirectoryError, match=r"Expected a model directory .* found the file .*model\.safetensors\."
+    ):
+        load(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "./levit",
+        "../levit",
+        "/levit",
+        "~/levit",
+        "levit/",
+        "out/levit/best",
+        "out\\levit",
+        "levit-128S.pth",
+        "levit/pytorch_model.bin",
+        "levit/model.safetensors",
+        "levit 128S",
+        "levit--128S",
+        Path("facebook/levit-128S"),
+    ],
+)
+def test_what_can_only_be_a_path_never_reaches_the_network(hub: HubServer, source: str | Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"There is no directory .* give an existing directory, or a repository"
+    ):
+        load(source)
+    assert hub.requests == []
+
+
+# --- downloads --------------------------------------------------------------------------------------------------------
+
+
+def test_a_repository_is_downloaded_at_its_commit(hub: HubServer, cache: Path) -> None:
+    sha = hub.add(REPO, MODEL)
+
+    resolved = load()
+
+    assert (resolved.repo_id, resolved.revision) == (REPO, sha)
+    assert resolved.weights is not None and resolved.weights.read_bytes() == MODEL["model.safetensors"]
+    assert resolved.directory.is_relative_to(cache)
+
+
+def test_only_one_kind_of_weights_is_downloaded(hub: HubServer) -> None:
+    hub.add(REPO, MODEL)
+
+    assert names(load()) == {"config.json", "model.safetensors"}
+    assert sorted(hub.downloads()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "chosen"),
+    [
+        ("facebook/levit-128S", "model.safetensors"),
+        ("timm/levit_128s.fb_dist_in1k", "model.safetensors"),
+        ("timm/levit_conv_384.fb_dist_in1k", "pytorch_model.bin"),
+        ("levit", "flax_model.safetensors"),
+    ],
+)
+def test_the_families_of_repositories(hub: HubServer, repo_id: str, chosen: str) -> None:
+    preferred = WEIGHTS.index(chosen)
+    hub.add(repo_id, {name: b"" for name in (*WEIGHTS[preferred:], *FILES, "README.md")})
+
+    resolved = load(repo_id)
+    assert resolved.weights is not None
+    assert names(resolved) == {chosen, *FILES} and resolved.weights.name == chosen
+
+
+def test_the_processor_alone_downloads_no_weights(hub: HubServer) -> None:
+    hub.add(REPO, MODEL | {"preprocessor_config.json": b"{}"})
+
+    resolved = resolve(REPO, files=("preprocessor_config.json",))
+    assert resolved.weights is None and names(resolved) == {"preprocessor_config.json"}
+
+
+def test_a_sharded_checkpoint_brings_the_shards_that_its_index_names(hub: HubServer) -> None:
+    hub.add(REPO, SHARDED)
+
+    resolved = load()
+
+    assert resolved.weights is not None and resolved.weights.name == "model.safetensors.index.json"
+    assert names(resolved) == SHARDED.keys() - {"model-00003-of-00003.safetensors"}
+    assert names(load(local_files_only=True)) == names(resolved)
+
+
+def test_a_damaged_index_is_named(hub: HubServer) -> None:
+    hub.add(REPO, SHARDED | {"model.safetensors.index.json": b"[]"})
+
+    with pytest.raises(HubError, match=r"model\.safetensors\.index\.json is not the index of a sharded checkpoint"):
+        load()
+
+
+def test_what_is_in_the_cache_is_not_downloaded_again(hub: HubServer) -> None:
+    hub.add(REPO, MODEL)
+    first = load()
+    hub.requests.clear()
+
+    assert load() == first
+    assert hub.downloads() == []
+
+
+def test_a_new_commit_is_seen(hub: HubServer) -> None:
+    hub.add(REPO, MODEL)
+    old = load()
+    new = hub.add(REPO, MODEL | {"model.safetensors": b"better"})
+
+    resolved = load()
+    assert resolved.revision == new != old.revision
+    assert resolved.weights is not None and resolved.weights.read_bytes() == b"better"
+
+
+def test_a_revision_is_a_branch_or_a_commit_hash(hub: HubServer) -> None:
+    old = hub.add(REPO, MODEL)
+    other = hub.add(REPO, {"pytorch_model.bin": b"other"}, branch="refs/pr/1")
+    hub.add(REPO, MODEL | {"config.json": b"{ }"})
+
+    assert load(revision="refs/pr/1").revision == other
+    assert load(revision=old).revision == old
+    assert load(revision="refs/pr/1", local_files_only=True).revision == other
+
+
+def test_a_cut_download_goes_on_where_it_stopped(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)  # only whole chunks are kept
+    hub.add(REPO, MODEL)
+    hub.cut.add("model.safetensors")
+
+    resolved = load()
+
+    assert resolved.weights is not None and resolved.weights.read_bytes() == MODEL["model.safetensors"]
+    half = len(MODEL["model.safetensors"]) // 2
+    ranges = [r.range for r in hub.requests if r.method == "GET" and r.path.endswith("model.safetensors")]
+    assert ranges == [None, f"bytes={half}-"]
+
+
+def test_a_token_opens_a_private_repository(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add(REPO, MODEL, token="hf_secret")
+
+    load(token="hf_secret")
+    assert {request.authorization for request in hub.requests} == {"Bearer hf_secret"}
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert load().repo_id == REPO
+
+
+# --- the Hub says no --------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_token(hub: HubServer) -> None:
+    hub.add(REPO, MODEL)
+
+    with pytest.raises(HubError, match=r"The Hub refused access to levit/tiny \(HTTP 401, .*\): log in with") as error:
+        load(token="hf_wrong")
+    assert "hf_wrong" not in one_sentence(error)
+
+
+@pytest.mark.parametrize("token", ["", "hf_secret\n", "hf_sécret"])
+def test_a_token_that_cannot_be_one_is_not_shown(hub: HubServer, directory: Path, token: str) -> None:
+    hub.add(REPO, MODEL)
+
+    with pytest.raises(HubError, match=r"^The token is empty or holds a character that no access token has, .*\.$"):
+        load(token=token)
+    with pytest.raises(HubError, match=r"^The token is empty or holds a character that no access token has, .*\.$"):
+        push(directory, REPO, files=FILES, token=token)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("token", [None, "hf_other"])
+def test_a_missing_or_private_repository(hub: HubServer, token: str | None) -> None:
+    hub.add("levit/private", MODEL, token="hf_secret")
+    hub.tokens.add("hf_other")
+
+    for repo_id in ("levit/private", "levit/missing"):
+        with pytest.raises(HubError, match=f"{repo_id} is neither a local directory nor a model on the Hub") as error:
+            load(repo_id, token=token)
+        one_sentence(error)
+
+
+def test_a_gated_repository(hub: HubServer) -> None:
+    hub.add(REPO, MODEL, gated=True)
+
+    with pytest.raises(HubError, match=f"levit/tiny is gated: ask for access at {hub.url}/levit/tiny") as error:
+        load()
+    one_sentence(error)
+
+
+def test_a_missing_revision(hub: HubServer) -> None:
+    hub.add(REPO, MODEL)
+
+    with pytest.raises(
+        HubError, match=r"levit/tiny has no revision v9: give a branch, a tag or a commit hash"
+    ) as error:
+        load(revision="v9")
+    one_sentence(error)
+
+
+def test_a_repository_without_weights_says_what_it_holds(hub: HubServer) -> None:
+    hub.add(REPO, {"config.json": b"{}"} | {f"{i:02}.onnx": b"" for i in range(20)})
+
+    with pytest.raises(
+        HubError, match=r"The Hub repository levit/tiny does not hold flax_model\.safetensors or"
+    ) as error:
+        load()
+    assert one_sentence(error).endswith("it holds " + ", ".join(f"{i:02}.onnx" for i in range(12)) + " and 9 more.")
+    assert hub.downloads() == []
+
+
+def test_a_cache_that_cannot_be_written(hub: HubServer, tmp_path: Path) -> None:
+    hub.add(REPO, MODEL)
+    (tmp_path / "file").touch()
+
+    with pytest.raises(HubError, match=r"could not be read or written here \(.*Not a directory.*\): check the free"):
+        load(cache_dir=tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "text"),
+    [
+        (
+            RuntimeError("CAS service error\nTimer expired"),
+            HubUnreachableError,
+            "RuntimeError: CAS service error Timer",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            HubError,
+            r"No space left on device\): check the free space",
+        ),
+    ],
+)
+def test_a_download_that_fails_half_way(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: type[HubError], text: str
+) -> None:
+    def fail(*args: Any, **options: Any) -> str:
+        raise raised
+
+    hub.add(REPO, MODEL)
+    monkeypatch.setattr(HfApi, "snapshot_download", fail)
+
+    with pytest.raises(HubError, match=text) as error:
+        load()
+    assert type(error.value) is kind
+    one_sentence(error)
+
+
+# --- no Hub -----------------------------------------------------------------------------------------------------------
+
+
+def test_no_network(no_network: str, cache: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(HubUnreachableError) as error:
+        load()
+
+    assert time.monotonic() - started < PROMPT_SECONDS
+    text = one_sentence(error)
+    assert re.match(rf"The connection to the Hub at {no_network} failed \(\w+: .*Connection refused.*\)\. ", text)
+    assert f"The cache {cache} does not hold the whole of levit/tiny: check the network, or give a local" in text
+
+
+def test_a_hub_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        use_hub(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(HubUnreachableError, match=r"failed \(\w*Timeout: .*timed out"):
+            load()
+    assert time.monotonic() - started < PROMPT_SECONDS
+
+
+@pytest.mark.parametrize("status", [200, 429, 503])
+def test_a_hub_that_is_out_of_order(hub: HubServer, status: int) -> None:
+    hub.status = status  # 200 without JSON is what the login page of a public network answers
+
+    with pytest.raises(HubUnreachableError, match=rf"Hub at {hub.url} .* The cache .* check the network") as error:
+        load()
+    one_sentence(error)
+
+
+def test_without_network_the_cache_serves(
+    hub: HubServer, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.add(REPO, MODEL)
+    online = load()
+    request.getfixturevalue("no_network")
+
+    with caplog.at_level(logging.WARNING, logger="levit_flax.hub"):
+        assert load() == online
+    assert f"Going on with {REPO} from the cache, commit {online.revision}." in caplog.text
+
+
+def test_offline_the_cache_serves(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add(REPO, MODEL)
+    online = load()
+    hub.requests.clear()
+
+    assert load(local_files_only=True) == online
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load() == online
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("local_files_only", [True, False])
+def test_offline_and_not_in_the_cache(
+    hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch, local_files_only: bool
+) -> None:
+    hub.add(REPO, MODEL)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", not local_files_only)
+
+    with pytest.raises(HubError) as error:
+        load(revision="v1", local_files_only=local_files_only)
+    assert one_sentence(error).startswith(
+        f"The cache {cache} does not hold the whole of levit/tiny at revision v1, and offline mode is on: load it once"
+    )
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("missing", ["weights", "shard"])
+def test_offline_and_only_a_part_in_the_cache(hub: HubServer, missing: str) -> None:
+    hub.add(REPO, SHARDED)
+    if missing == "weights":
+        resolve(REPO, files=FILES)
+    else:
+        (load().directory / "model-00002-of-00002.safetensors").unlink()
+
+    with pytest.raises(HubError, match="does not hold the whole of levit/tiny, and offline mode is on"):
+        load(local_files_only=True)
+
+
+def test_the_environment_variables_of_huggingface_hub_are_obeyed(hub: HubServer, tmp_path: Path) -> None:
+    sha = hub.add(REPO, MODEL)
+    script = f"from levit_flax.hub import resolve; print(resolve({REPO!r}, weights=('model.safetensors',)).revision)"
+    root = Path(__file__).parents[1]
+
+    def run(**variables: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(root)} | variables
+        return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+
+    assert run(HF_ENDPOINT=hub.url).stdout.strip() == sha
+    hub.requests.clear()
+    assert run(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1").stdout.strip() == sha
+    assert hub.requests == []
+
+
+def test_importing_the_module_leaves_huggingface_hub_alone() -> None:
+    script = "import sys, levit_flax.hub; sys.exit('huggingface_hub' in sys.modules)"
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(root)}, check=True)
+
+
+# --- push -------------------------------------------------------------------------------------------------------------
+
+
+def test_push_creates_the_repository_and_uploads_the_named_files_only(hub: HubServer, directory: Path) -> None:
+    hub.tokens.add("hf_writer")
+
+    url = push(directory, REPO, files=(*FILES, *WEIGHTS), token="hf_writer", private=True)
+
+    assert url == f"{hub.url}/{REPO}"
+    repository = hub.repositories[REPO]
+    assert repository.token == "hf_writer"
+    assert repository.commits[repository.branches["main"]].keys() == {"config.json", "flax_model.safetensors"}
+    assert load(token="hf_writer").revision == repository.branches["main"]
+
+
+def test_push_to_a_branch_of_a_repository_that_exists(hub: HubServer, directory: Path) -> None:
+    hub.tokens.add("hf_writer")
+    before = hub.add(REPO, MODEL)
+    hub.add(REPO, {}, branch="next")
+
+    push(directory, REPO, files=FILES, token="hf_writer", revision="next")
+
+    branches = hub.repositories[REPO].branches
+    assert branches["main"] == before
+    assert hub.repositories[REPO].commits[branches["next"]].keys() == {"config.json"}
+
+
+def test_push_without_an_owner_goes_to_the_owner_of_the_token(hub: HubServer, directory: Path) -> None:
+    hub.tokens.add("hf_writer")
+
+    assert push(directory, "tiny", files=FILES, token="hf_writer") == f"{hub.url}/someone/tiny"
+    assert hub.repositories.keys() == {"someone/tiny"}
+
+
+@pytest.mark.parametrize(("token", "status"), [(None, 401), ("hf_wrong", 401), ("hf_reader", 403)])
+def test_push_without_the_right_to_write(hub: HubServer, directory: Path, token: str | None, status: int) -> None:
+    hub.tokens.add("hf_reader")
+    hub.readers.add("hf_reader")
+
+    with pytest.raises(HubError, match=rf"refused access to levit/tiny \(HTTP {status}, .*\): log in with") as error:
+        push(directory, REPO, files=FILES, token=token)
+    one_sentence(error)
+
+
+def test_push_to_a_missing_branch(hub: HubServer, directory: Path) -> None:
+    hub.tokens.add("hf_writer")
+
+    with pytest.raises(HubError, match="levit/tiny has no revision next: give a branch"):
+        push(directory, REPO, files=FILES, token="hf_writer", revision="next")
+
+
+def test_push_without_network(no_network: str, directory: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(
+        HubUnreachableError, match=rf"The connection to the Hub at {no_network} failed \(.*refused.*\)\.$"
+    ):
+        push(directory, REPO, files=FILES, token="hf_writer")
+    assert time.monotonic() - started < PROMPT_SECONDS
+
+
+def test_push_of_nothing(hub: HubServer, directory: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"nothing to upload: .* does not hold model\.onnx; it holds config\.json,"
+    ):
+        push(directory, REPO, files=("model.onnx",))
+    with pytest.raises(FileNotFoundError, match=r"nothing to upload: .*nowhere is not a directory\."):
+        push(directory / "nowhere", REPO, files=FILES)
+    assert hub.requests == []

@@ -1,0 +1,300 @@
+"""The models: their sizes, their outputs, their training mode, and what they refuse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+import levit_flax as lf
+from levit_flax.attention import offset_index
+from levit_flax.modeling import MODEL_CLASSES, abstract_variables, classification_loss
+
+from configs import SMALL, UNUSUAL, random_variables, unusual_config
+
+# Counted on the reference implementations: two heads, one head, and the elements of all running means and variances.
+SIZES = {
+    "levit-128S": (7_777_058, 7_391_290, 7_756_466, 7_371_466, 39_648),
+    "levit-128": (9_213_936, 8_828_168, 9_188_864, 8_803_864, 48_608),
+    "levit-192": (10_947_069, 10_561_301, 10_918_613, 10_533_613, 55_376),
+    "levit-256": (18_893_876, 18_379_852, 18_856_276, 18_343_276, 73_152),
+    "levit-384": (39_128_836, 38_358_300, 39_074_100, 38_305_100, 106_400),
+}
+ZERO_SCALES_128S = 20
+
+ONE_HEAD, TWO_HEADS = lf.LevitForImageClassification, lf.LevitForImageClassificationWithTeacher
+
+
+def make(model_class=ONE_HEAD, batch=2, seed=0, **fields):
+    config = lf.LevitConfig(**{**SMALL, **fields})
+    model = model_class(config, precision="highest")
+    pixel_values = jax.random.normal(jax.random.key(seed), (batch, *config.image_height_width, config.num_channels))
+    return model, jax.device_put(random_variables(model, seed)), pixel_values
+
+
+def count(model, collection):
+    leaves = {path: leaf for path, leaf in abstract_variables(model).items() if path.startswith(collection)}
+    return sum(leaf.size for path, leaf in leaves.items() if not path.endswith("count"))
+
+
+def test_every_variant_has_its_sizes_listed():
+    assert set(SIZES) == set(lf.VARIANTS)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_the_reference_s(name):
+    config = lf.VARIANTS[name]
+    two, one, two_folded, one_folded, statistics = SIZES[name]
+    assert count(TWO_HEADS(config), "params") == two
+    assert count(ONE_HEAD(config), "params") == one
+    assert count(TWO_HEADS(config, folded=True), "params") == two_folded
+    assert count(ONE_HEAD(config, folded=True), "params") == one_folded
+    assert count(TWO_HEADS(config), "batch_stats") == statistics
+
+
+def test_initialisation_is_the_original_s():
+    config = lf.VARIANTS["levit-128S"]
+    variables = jax.jit(TWO_HEADS(config).init)(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+    params = {path: np.asarray(leaf) for path, leaf in flatten_dict(variables["params"], sep="/").items()}
+    zeros = [path for path, leaf in params.items() if path.endswith("norm/scale") and not leaf.any()]
+    assert len(zeros) == ZERO_SCALES_128S
+    assert all(path.endswith(("attention/proj/norm/scale", "mlp/down/norm/scale")) for path in zeros)
+    assert not any(path.startswith("downsample") and "attention" in path for path in zeros)
+    kernel = params["stage_0/block_0/attention/qkv/linear/kernel"]
+    assert abs(kernel).max() <= 128**-0.5
+    assert kernel.std() == pytest.approx(0.0510, rel=0.02)  # of U(-1, 1) / sqrt(128)
+    conv = params["stem/conv_1/conv/kernel"]
+    assert abs(conv).max() <= (9 * 16) ** -0.5
+    head = params["head/linear/kernel"]
+    assert head.std() == pytest.approx(0.02, rel=0.02)
+    assert abs(head).max() > 0.06  # not cut at two standard deviations
+    assert not params["stage_1/block_0/attention/attention_biases"].any()
+
+
+def test_the_tree_reads_as_the_architecture():
+    paths = abstract_variables(TWO_HEADS(lf.LevitConfig(**SMALL)))
+    top = {path.split("/")[1] for path in paths}
+    stages = {f"stage_{i}" for i in range(3)}
+    assert top == {"stem", "downsample_0", "downsample_1", "head", "head_dist", *stages}
+    assert "params/stage_0/block_1/mlp/up/linear/kernel" in paths
+    assert paths["params/stage_0/block_0/attention/attention_biases"].shape == (16, 1)
+
+
+@pytest.mark.parametrize("side", range(1, 29))
+@pytest.mark.parametrize("stride", (1, 2, 3))
+def test_offset_index_equals_first_seen_enumeration(side, stride):
+    """The original code numbers offsets as it meets them."""
+    points = [(y, x) for y in range(side) for x in range(side)]
+    seen = {}
+    if side > 14:
+        points = points[: 3 * side]  # the rest repeats; keep the test quick
+    expected = [
+        [
+            seen.setdefault((abs(qy - ky), abs(qx - kx)), len(seen))
+            for ky, kx in ((y, x) for y in range(side) for x in range(side))
+        ]
+        for qy, qx in points
+        if qy % stride == 0 and qx % stride == 0
+    ]
+    np.testing.assert_array_equal(offset_index((side, side), stride)[: len(expected)], expected)
+
+
+def test_offset_index_of_a_wide_grid():
+    index = offset_index((2, 3))
+    np.testing.assert_array_equal(index[0], [0, 1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(index[4], [4, 3, 4, 1, 0, 1])
+    assert offset_index((5, 8), 2).shape == (12, 40)
+    with pytest.raises(ValueError, match="read-only"):
+        index[0, 0] = 1
+
+
+def test_outputs_have_transformers_names_and_order():
+    model, variables, pixel_values = make(TWO_HEADS)
+    out = model.apply(variables, pixel_values, output_hidden_states=True, output_attentions=True, output_features=True)
+    assert out.logits.shape == out.cls_logits.shape == (2, 5)
+    np.testing.assert_allclose(out.logits, (out.cls_logits + out.distillation_logits) / 2, rtol=1e-6)
+    assert [h.shape for h in out.hidden_states] == [(2, 16, 16), (2, 4, 32), (2, 1, 48), (2, 1, 48)]
+    assert [f.shape for f in out.features] == [(2, 4, 4, 16), (2, 2, 2, 32), (2, 1, 1, 48)]
+    shapes = [a.shape for a in out.attentions]
+    assert shapes == [(2, 1, 16, 16)] * 2 + [(2, 2, 4, 16), (2, 2, 4, 4), (2, 4, 1, 4)] + [(2, 3, 1, 1)] * 2
+    for attention in out.attentions:
+        np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-5)
+    flat = model.apply(variables, pixel_values, return_dict=False)
+    assert len(flat) == 3
+    np.testing.assert_array_equal(flat[0], out.logits)
+
+    base, variables, _ = make(lf.LevitModel)
+    out = base.apply(variables, pixel_values, output_hidden_states=True)
+    last, pooled, hidden = out.to_tuple()
+    assert last is out.last_hidden_state and hidden is out.hidden_states
+    np.testing.assert_allclose(pooled, last.mean(1), rtol=1e-6)
+
+
+def test_no_classes_means_no_classifier():
+    model, variables, pixel_values = make(num_labels=0)
+    assert "head" not in variables["params"]
+    assert model.apply(variables, pixel_values).logits.shape == (2, 48)
+
+
+def test_a_picture_s_answer_does_not_depend_on_its_batch():
+    model, variables, pixel_values = make(batch=4)
+    apply = jax.jit(model.apply)
+    alone = apply(variables, pixel_values[:1]).logits
+    np.testing.assert_allclose(apply(variables, pixel_values).logits[:1], alone, atol=1e-5 * float(abs(alone).max()))
+
+
+def test_jit_changes_nothing_and_traces_once_per_shape():
+    model, variables, pixel_values = make()
+    traces = []
+
+    @jax.jit
+    def apply(variables, pixel_values):
+        traces.append(pixel_values.shape)
+        return model.apply(variables, pixel_values).logits
+
+    expected = model.apply(variables, pixel_values).logits
+    for _ in range(3):
+        np.testing.assert_allclose(apply(variables, pixel_values), expected, rtol=1e-4, atol=1e-6)
+    apply(variables, pixel_values[:1])
+    assert len(traces) == 2
+
+
+def test_models_are_static_arguments():
+    model, variables, pixel_values = make()
+    apply = jax.jit(lambda m, v, x: m.apply(v, x).logits, static_argnums=0)
+    twin = ONE_HEAD(lf.LevitConfig(**SMALL), precision="highest")
+    assert hash(model) == hash(twin) and model == twin
+    apply(model, variables, pixel_values)
+    apply(twin, variables, pixel_values)
+    assert apply._cache_size() == 1
+
+
+def test_new_weights_take_effect_in_evaluation():
+    """The PyTorch implementations keep attention biases from before in a cache."""
+    model, variables, pixel_values = make()
+    table = variables["params"]["stage_0"]["block_0"]["attention"]["attention_biases"]
+    before = model.apply(variables, pixel_values).logits
+    changed = jax.tree.map(lambda leaf: leaf * 5 if leaf is table else leaf, variables)
+    assert float(abs(model.apply(changed, pixel_values).logits - before).max()) > 1e-3
+
+
+def test_gradients_in_evaluation_reach_every_parameter_twice():
+    model, variables, pixel_values = make()
+
+    @jax.grad
+    def gradient(params):
+        return (model.apply({**variables, "params": params}, pixel_values).logits ** 2).sum()
+
+    for _ in range(2):  # PyTorch's implementations break on the second call
+        gradients = flatten_dict(gradient(variables["params"]), sep="/")
+    # One query on one key: the softmax is 1 whatever the bias.
+    constant = {"stage_2/block_0/attention/attention_biases", "stage_2/block_1/attention/attention_biases"}
+    assert {path for path, leaf in gradients.items() if not bool(jnp.any(leaf != 0))} == constant
+
+
+def test_training_updates_statistics_and_counts():
+    model, variables, pixel_values = make()
+    before = variables["batch_stats"]["head"]["norm"]
+    _, updates = model.apply(variables, pixel_values, train=True, mutable=["batch_stats"])
+    after = updates["batch_stats"]["head"]["norm"]
+    assert after["count"] == before["count"] + 1 and after["count"].dtype == jnp.int32
+    assert (after["mean"] != before["mean"]).all() and (after["var"] != before["var"]).all()
+
+
+def test_drop_path_drops_whole_branches_of_single_pictures():
+    rate, batch = 0.4, 512
+    model, variables, _ = make(lf.LevitModel, drop_path_rate=rate, depths=(1, 0, 0), image_size=32, mlp_ratio=(0, 0, 0))
+    proj = variables["params"]["stage_0"]["block_0"]["attention"]["proj"]["norm"]
+    proj["scale"], proj["bias"] = jnp.zeros_like(proj["scale"]), jnp.ones_like(proj["bias"])  # the branch is 1
+    stem = variables["params"]["stem"]["conv_3"]["norm"]
+    stem["scale"], stem["bias"] = (
+        jnp.zeros_like(stem["scale"]),
+        jnp.zeros_like(stem["bias"]),
+    )  # and what it adds to is 0
+    out, _ = model.apply(
+        variables,
+        jnp.zeros((batch, 32, 32, 3)),
+        train=True,
+        output_features=True,
+        rngs={"drop_path": jax.random.key(3)},
+        mutable=["batch_stats"],
+    )
+    values = np.asarray(out.features[0]).reshape(batch, -1)
+    assert all(len(np.unique(row)) == 1 for row in values)
+    kept = values[:, 0] > 0
+    np.testing.assert_allclose(values[kept, 0], 1 / (1 - rate), rtol=1e-6)
+    assert kept.mean() == pytest.approx(1 - rate, abs=4 * (rate * (1 - rate) / batch) ** 0.5)
+    evaluated = model.apply(variables, jnp.zeros((2, 32, 32, 3)), output_features=True).features[0]
+    np.testing.assert_allclose(evaluated, 1)
+
+
+def test_bfloat16_computes_norms_and_softmax_in_float32():
+    model, variables, pixel_values = make()
+    low = model.clone(dtype=jnp.bfloat16)
+    logits = low.apply(variables, pixel_values).logits
+    assert logits.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        logits.astype(jnp.float32), model.apply(variables, pixel_values).logits, atol=0.05, rtol=0.05
+    )
+    text = str(jax.make_jaxpr(lambda v, x: low.apply(v, x).logits)(variables, pixel_values))
+    assert "exp" in text and not [line for line in text.splitlines() if " exp " in line and "bf16" in line]
+
+
+def test_half_precision_parameters_are_computed_in_float32():
+    model, variables, pixel_values = make()
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16) if leaf.dtype.kind == "f" else leaf, variables)
+    assert model.clone(param_dtype=jnp.float16).apply(half, pixel_values).logits.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((2, 3, 64, 64), "float32", r"channels last, but got a channels-first batch .*jnp\.transpose"),
+        ((64, 64, 3), "float32", "but got 3 axes.*batch axis"),
+        ((2, 64, 64, 4), "float32", "but got 4 channels.*num_channels is 3"),
+        ((2, 56, 64, 3), "float32", "but got 56x64 pixels: resize"),
+        ((2, 64, 64, 3), "uint8", "in floating point, but got uint8: LevitImageProcessor"),
+    ],
+)
+def test_wrong_pixels_are_explained(shape, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        ONE_HEAD(lf.LevitConfig(**SMALL)).init(jax.random.key(0), jnp.zeros(shape, dtype))
+
+
+def test_training_on_one_picture_is_refused():
+    model, variables, pixel_values = make(batch=1)
+    with pytest.raises(ValueError, match="more than one value per channel.*two pictures or more"):
+        model.apply(variables, pixel_values, train=True, mutable=["batch_stats"])
+
+
+def test_training_a_folded_model_is_refused():
+    model, _, pixel_values = make()
+    folded = model.clone(folded=True)
+    with pytest.raises(ValueError, match="no batch norm left to train"):
+        folded.init(jax.random.key(0), pixel_values, train=True)
+
+
+def test_losses():
+    logits = jnp.array([[2.0, -1.0, 0.5], [0.1, 0.2, 0.3]])
+    classes, several = jnp.array([0, 2]), jnp.array([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    log_softmax = np.log(np.exp(logits) / np.exp(logits).sum(1, keepdims=True))
+    assert classification_loss(logits, classes) == pytest.approx(-(log_softmax[0, 0] + log_softmax[1, 2]) / 2, rel=1e-5)
+    sigmoid = 1 / (1 + np.exp(-np.asarray(logits)))
+    binary = -np.where(several == 1, np.log(sigmoid), np.log(1 - sigmoid)).mean()
+    assert classification_loss(logits, several) == pytest.approx(binary, rel=1e-5)
+    assert classification_loss(logits[:, :1], jnp.array([1, 0])) == pytest.approx((1 + 0.01) / 2, rel=1e-5)
+
+
+def test_the_model_returns_the_loss_of_its_labels():
+    model, variables, pixel_values = make()
+    labels = jnp.array([1, 4])
+    out = model.apply(variables, pixel_values, labels)
+    assert out.loss.shape == ()
+    assert out.loss == classification_loss(out.logits, labels)
+    assert model.apply(variables, pixel_values).loss is None
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_every_legal_config_makes_every_model(name):
+    for model_class in MODEL_CLASSES:
+        assert abstract_variables(model_class(unusual_config(name)))
