@@ -115,7 +115,9 @@ def convert(
     model_class = {model.head_names: model for model in MODEL_CLASSES}.get(structure.heads)
     if model_class is None:
         raise ConversionError(f"{where} has a distillation head and no first head: expected both, or the first alone.")
-    model = model_class(given or inferred)
+    architecture = given or inferred
+    assert architecture is not None  # without a config, a failed inference was raised above
+    model = model_class(architecture)
     rows = tuple(layout.rows(Structure.of(model.config, structure.heads)))
     ignored = find_ignored(tensors, {row.torch for row in rows})
     problems = find_problems(tensors, rows, model, ignored)
@@ -258,8 +260,8 @@ def to_torch(model: LevitBase, variables: Mapping[str, Any], layout: str = "hf")
         layout: how to name the tensors: "hf" as transformers does.
 
     Returns:
-        NumPy arrays by PyTorch's names; `torch.from_numpy` makes tensors of them. What `from_torch` read comes out again
-        bit for bit.
+        NumPy arrays by PyTorch's names; `torch.from_numpy` makes tensors of them. What `from_torch` read comes out
+        again bit for bit.
 
     Raises:
         ValueError: the layout is unknown or cannot hold the model, or the variables do not fit it.

@@ -48,8 +48,9 @@ def infer_config(
         found = shapes.get(path)
         if found is None or len(found) != rank:
             raise ConversionError(
-                f"The architecture cannot be read from the shapes: expected a tensor {names[path]} with {rank} axes, found"
-                f" {'none' if found is None else found}. A config.json beside the weights tells what shapes do not."
+                f"The architecture cannot be read from the shapes: expected a tensor {names[path]} with {rank} axes,"
+                f" found {'none' if found is None else found}. A config.json beside the weights tells what shapes do"
+                " not."
             )
         return found
 

@@ -34,7 +34,7 @@ class Permutation(enum.Enum):
 
 
 class Row(NamedTuple):
-    """One tensor: its name in the file, its path in the variables ("params/..." or "batch_stats/..."), its permutation."""
+    """One tensor: its name in the file, its path in the variables ("params/stem/..."), and its permutation."""
 
     torch: str
     flax: str
@@ -170,7 +170,7 @@ HF_LAYER = re.compile(r"(?:levit\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.(?:mo
 def hf_structure(names: Iterable[str]) -> Structure:
     """Read the structure from transformers' tensor names."""
     kinds: dict[int, dict[int, str]] = {}  # stage -> layer -> a for attention, d for downsampling, m for MLP
-    heads = set()
+    heads: set[str] = set()
     letters = {"queries_keys_values": "a", "keys_values": "d", "linear_up": "m"}
     for name in names:
         heads.update(head for head, torch in HF_HEADS.items() if name.startswith(f"{torch}."))
@@ -181,8 +181,9 @@ def hf_structure(names: Iterable[str]) -> Structure:
     for stage, layers in enumerate(stages):
         if not re.fullmatch(r"(a*|(am)*)" + ("" if stage == len(stages) - 1 else "dm?"), layers):
             raise ConversionError(
-                f"The layers of stage {stage} do not make a LeViT: expected attention and MLP in turn, then a downsampling"
-                f" in all but the last stage; found {' '.join(layers) or 'nothing'} (a attention, m MLP, d downsampling)."
+                f"The layers of stage {stage} do not make a LeViT: expected attention and MLP in turn, then a"
+                f" downsampling in all but the last stage; found {' '.join(layers) or 'nothing'} (a attention, m MLP,"
+                " d downsampling)."
             )
     return Structure(
         depths=tuple(layers.count("a") for layers in stages),

@@ -231,7 +231,7 @@ class _ZipCheckpoint:
         signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
         start = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         content = self._bytes[start : start + entry.file_size]
-        if entry.header_offset < 0 or signature != _ZIP_MAGIC or len(content) != entry.file_size:
+        if signature != _ZIP_MAGIC or len(content) != entry.file_size:
             raise ValueError(f"its entry {name!r:.50} does not lie where its directory says")
         # PyTorch itself ignores the checksums. They cost a third of a second per gigabyte; a weight that is wrong in
         # silence costs more. Zero stands for none: torch.serialization.set_crc32_options(False) writes it.

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import ml_dtypes  # noqa: F401  # registers bfloat16 with NumPy, which safetensors then finds by name
+import ml_dtypes  # registers bfloat16 with NumPy, which safetensors then finds by name
 import numpy as np
 from safetensors import SafetensorError, safe_open
 

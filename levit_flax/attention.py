@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .layers import Layer, LinearNorm
+from .layers import Layer, LinearNorm, at_least_float32
 
 Grid = tuple[int, int]
 
 
 @functools.cache
 def offset_index(grid: Grid, stride: int = 1) -> np.ndarray:
-    """Return, for each pair of a query and a key, the row of the attention-bias table that belongs to it.
+    """Return the row of the attention-bias table that belongs to each pair of a query and a key.
 
-    Keys stand on `grid`, queries on every `stride`-th row and column of it. A pair shares its bias with all pairs at the
-    same distance, and the distance (|dy|, |dx|) is row |dy| * width + |dx|.
+    Keys stand on `grid`, queries on every `stride`-th row and column of it. A pair shares its bias with all pairs at
+    the same distance, and the distance (|dy|, |dx|) is row |dy| * width + |dx|.
 
     Args:
         grid: (height, width) of the keys, in tokens.
@@ -84,8 +84,9 @@ class BiasedAttention(Layer, kw_only=True):
         )
         bias = table[offset_index(self.grid, self.stride)].transpose(2, 0, 1)  # [H Q K]
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, precision=self.precision) * self.key_dim**-0.5
-        at_least_float32 = jnp.promote_types(self.dtype, jnp.float32)
-        attention = jax.nn.softmax(logits.astype(at_least_float32) + bias.astype(at_least_float32)).astype(self.dtype)
+        dtype = at_least_float32(self.dtype)
+        logits = logits.astype(dtype) + bias.astype(dtype)[None]
+        attention = jax.nn.softmax(logits).astype(self.dtype)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", attention, value, precision=self.precision)
         return mixed.reshape(*mixed.shape[:2], -1), attention
 

@@ -219,13 +219,18 @@ def staged_directory(directory: Path, overwrite: bool) -> Iterator[Path]:
         directory.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     except OSError as error:
-        raise OSError(f"Cannot write {directory}: {error.strerror}. Choose a place that you may write to.") from None
+        raise cannot_write(directory, error) from None
     try:
         staging.chmod(0o755)  # mkdtemp keeps others out
         yield staging
         replace_directory(directory, staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def cannot_write(path: Path, error: OSError) -> OSError:
+    """Return the error to raise when a place cannot be written to."""
+    return OSError(f"Cannot write {path}: {error.strerror} ({error.filename}). Choose a place that you may write to.")
 
 
 def replace_directory(directory: Path, staging: Path) -> None:
@@ -249,7 +254,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
-        raise OSError(f"Cannot write {path}: {error.strerror}. Choose a place that you may write to.") from None
+        raise cannot_write(path, error) from None
     os.close(handle)
     staging = Path(name)
     try:

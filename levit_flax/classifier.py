@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .checkpoint import from_pretrained, load_processor, resolve
 from .configuration import LevitConfig
 from .image_processing import LevitImageProcessor
+from .layers import at_least_float32
 from .modeling import LevitBase, LevitModel, Variables
 
 
@@ -50,7 +50,13 @@ class ImageClassifier:
         self.variables = variables
         self.processor = processor or load_processor(None, model.config)
         self.batch_size = batch_size
-        self._scores = jax.jit(lambda variables, pixels: scores(model.apply(variables, pixels).logits, model.config))
+
+        @jax.jit
+        def compute(variables: Variables, pixel_values: jax.Array) -> jax.Array:
+            output: Any = model.apply(variables, pixel_values)
+            return scores(output.logits, model.config)
+
+        self._scores = compute
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, batch_size: int = 32, **options: Any) -> "ImageClassifier":
@@ -77,8 +83,8 @@ class ImageClassifier:
             top_k: how many classes to name for each picture, the likeliest first; all of them where there are fewer.
 
         Returns:
-            For each picture a list of {"label": str, "score": float}. Scores are in [0, 1]: softmax over the classes, or
-            a sigmoid for each class of a multi-label model. A regression model's are its raw outputs.
+            For each picture a list of {"label": str, "score": float}. Scores are in [0, 1]: softmax over the classes,
+            or a sigmoid for each class of a multi-label model. A regression model's are its raw outputs.
 
         Raises:
             ImageError: a picture cannot be used; the message says which.
@@ -107,7 +113,7 @@ class ImageClassifier:
 
 def scores(logits: jax.Array, config: LevitConfig) -> jax.Array:
     """Turn logits [B num_labels] into what a user reads: softmax, sigmoid for multi-label, raw for regression."""
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits.astype(at_least_float32(logits.dtype))
     if config.problem_type == "regression" or config.num_labels == 1:
         return logits
     if config.problem_type == "multi_label_classification":

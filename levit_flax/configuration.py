@@ -146,7 +146,8 @@ class LevitConfig:
             self._set(name, float(value))
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
             raise ValueError(
-                f"LevitConfig.problem_type must be one of {', '.join(PROBLEM_TYPES)} or None, got {self.problem_type!r}."
+                f"LevitConfig.problem_type must be one of {', '.join(PROBLEM_TYPES)} or None, got"
+                f" {self.problem_type!r}."
             )
 
     def _set(self, name: str, value: Any) -> None:
@@ -193,7 +194,8 @@ class LevitConfig:
         entries = [tuple(op) for op in self.down_ops if tuple(op) != ("",)]
         if len(entries) != downsamplings:
             raise ValueError(
-                f"LevitConfig.down_ops must have {downsamplings} entries for {self.num_stages} stages, got {len(entries)}."
+                f"LevitConfig.down_ops must have {downsamplings} entries for {self.num_stages} stages, got"
+                f" {len(entries)}."
             )
         checked = []
         for entry in entries:
@@ -239,14 +241,15 @@ class LevitConfig:
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
         """Token grid (height, width) of every stage."""
-        grid = self.image_height_width
+        height, width = self.image_height_width
         for _ in range(4):
-            grid = tuple((n + 2 * self.padding - self.kernel_size) // self.stride + 1 for n in grid)  # type: ignore[assignment]
-        if min(grid) < 1:
+            height, width = ((n + 2 * self.padding - self.kernel_size) // self.stride + 1 for n in (height, width))
+        if min(height, width) < 1:
             raise ValueError(f"LevitConfig.image_size {self.image_size} is too small: the stem leaves no token.")
-        grids = [grid]
+        grids = [(height, width)]
         for op in self.down_ops:
-            grids.append(tuple((n - 1) // op.stride + 1 for n in grids[-1]))  # type: ignore[arg-type]
+            height, width = ((n - 1) // op.stride + 1 for n in (height, width))
+            grids.append((height, width))
         return tuple(grids)
 
     @classmethod
@@ -280,14 +283,15 @@ class LevitConfig:
             elif key in FIXED_KEYS:
                 if value not in FIXED_KEYS[key]:
                     raise ValueError(
-                        f"The config asks for {key}={value!r}, which would be another network: levit-flax builds LeViT with"
-                        f" {key}={FIXED_KEYS[key][0]!r} only."
+                        f"The config asks for {key}={value!r}, which would be another network: levit-flax builds LeViT"
+                        f" with {key}={FIXED_KEYS[key][0]!r} only."
                     )
             elif key not in HOUSEKEEPING_KEYS:
                 extra[key] = json.dumps(value, sort_keys=True)
         if extra:
             warnings.warn(
-                f"The config has keys that LeViT does not use: {', '.join(sorted(extra))}. They are kept for the way back.",
+                f"The config has keys that LeViT does not use: {', '.join(sorted(extra))}. They are kept for the way"
+                " back.",
                 stacklevel=2,
             )
         return cls(**fields, extra=tuple(sorted(extra.items())))

@@ -38,8 +38,8 @@ def run_demo() -> None:
     start = time.perf_counter()
     converted = conversion.convert(sources.open_source(EMBEDDED_DIRECTORY))
     print(
-        f"   {type(converted.model).__name__}: {converted.mapped} tensors mapped, {converted.num_parameters:,} parameters,"
-        f" {time.perf_counter() - start:.2f} s"
+        f"   {type(converted.model).__name__}: {converted.mapped} tensors mapped,"
+        f" {converted.num_parameters:,} parameters, {time.perf_counter() - start:.2f} s"
     )
 
     print("2. Verify it against the logits that PyTorch computed")
@@ -63,9 +63,8 @@ def run_demo() -> None:
             verdict = "none of its classes"
         else:
             verdict = "right" if first["label"] == expected else f"WRONG, it is a {expected}"
-        print(
-            f"   {name:10} {first['label']} {first['score']:.0%}, then {second['label']} {second['score']:.0%}  ({verdict})"
-        )
+        named = f"{first['label']} {first['score']:.0%}, then {second['label']} {second['score']:.0%}"
+        print(f"   {name:10} {named}  ({verdict})")
 
     print("4. Measure it")
     print(

@@ -15,6 +15,11 @@ BATCH_NORM_MOMENTUM = 0.1  # weight of the new batch; Flax and optax count the o
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+def at_least_float32(dtype: Dtype) -> Dtype:
+    """Return the type for sums over many values: float32, or float64 where that is asked for."""
+    return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+
+
 class Layer(nn.Module, kw_only=True):
     """Hold the fields that every layer has and hands on to its children.
 
@@ -72,7 +77,7 @@ class BatchNorm(Layer):
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), self.param_dtype)
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
 
-        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        dtype = at_least_float32(self.dtype)
         x = x.astype(dtype)
         if train:
             axes = tuple(range(x.ndim - 1))
@@ -92,7 +97,8 @@ class BatchNorm(Layer):
         else:
             mean, var = running_mean.value.astype(dtype), running_var.value.astype(dtype)
         factor = scale.astype(dtype) * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
-        return ((x - mean) * factor + bias.astype(dtype)).astype(self.dtype)
+        mean, factor, bias = (jnp.expand_dims(v, range(x.ndim - 1)) for v in (mean, factor, bias.astype(dtype)))
+        return ((x - mean) * factor + bias).astype(self.dtype)
 
 
 class ConvNorm(Layer):

@@ -21,7 +21,7 @@ from flax.typing import Dtype, PrecisionLike
 
 from .attention import Attention, DownsamplingAttention
 from .configuration import LevitConfig
-from .layers import MLP, ConvNorm, Layer, NormLinear, drop_path
+from .layers import MLP, ConvNorm, Layer, NormLinear, at_least_float32, drop_path
 
 Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}
 
@@ -219,7 +219,8 @@ def check_pixel_values(pixel_values: jax.Array, config: LevitConfig) -> None:
         raise ValueError(f"{wanted}, but got {len(shape)} axes: {shape}. A single picture needs a batch axis in front.")
     if shape[1:] == (channels, *expected[:2]) and shape[1:] != expected:
         raise ValueError(
-            f"{wanted}, channels last, but got a channels-first batch {shape}: use jnp.transpose(pixel_values, (0, 2, 3, 1))."
+            f"{wanted}, channels last, but got a channels-first batch {shape}: use"
+            " jnp.transpose(pixel_values, (0, 2, 3, 1))."
         )
     if shape[3] != channels:
         raise ValueError(f"{wanted}, but got {shape[3]} channels in {shape}: the config's num_channels is {channels}.")
@@ -230,7 +231,8 @@ def check_pixel_values(pixel_values: jax.Array, config: LevitConfig) -> None:
         )
     if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
         raise ValueError(
-            f"{wanted} in floating point, but got {pixel_values.dtype}: LevitImageProcessor rescales and normalises pictures."
+            f"{wanted} in floating point, but got {pixel_values.dtype}: LevitImageProcessor rescales and normalises"
+            " pictures."
         )
 
 
@@ -287,7 +289,7 @@ class LevitBase(nn.Module):
     @property
     def shared(self) -> dict[str, Any]:
         """The fields that every layer takes, with the computation's type settled."""
-        dtype = self.dtype or jnp.promote_types(self.param_dtype, jnp.float32)
+        dtype = self.dtype or at_least_float32(self.param_dtype)
         return {
             "folded": self.folded,
             "dtype": dtype,
@@ -345,8 +347,8 @@ class LevitModel(LevitBase):
 
         Args:
             pixel_values: float [B H W C], normalised as `LevitImageProcessor` does.
-            train: use and update batch statistics (`mutable=["batch_stats"]`), and drop residual branches (random stream
-                "drop_path", needed where the config's rate is above 0).
+            train: use and update batch statistics (`mutable=["batch_stats"]`), and drop residual branches (random
+                stream "drop_path", needed where the config's rate is above 0).
             return_dict: False returns `.to_tuple()`.
             **output_flags: `output_hidden_states`, `output_attentions` and `output_features` fill those fields.
 

@@ -1,7 +1,8 @@
 """PyTorch models with random weights, statistics and biases, to compare with.
 
-A freshly initialised LeViT proves nothing: its residual branches are zero and its statistics are 0 and 1. Here every tensor
-is random, and the statistics are near those of the activations, so that these stay of the size that they have in life.
+A freshly initialised LeViT proves nothing: its residual branches are zero and its statistics are 0 and 1. Here every
+tensor is random, and the statistics are near those of the activations, so that these keep the size that they have in
+life.
 """
 
 import numpy as np

@@ -6,10 +6,10 @@ import os
 import jax
 import numpy as np
 import pytest
-from configs import SMALL, random_variables
 from flax.traverse_util import flatten_dict
 
 import levit_flax as lf
+from configs import SMALL, random_variables
 from levit_flax import checkpoint
 from levit_flax.modeling import MODEL_CLASSES
 
@@ -84,7 +84,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         lf.save_pretrained(tmp_path / "model", model, variables, Broken())
     assert os.listdir(tmp_path) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"Cannot write .*model: Not a directory\. Choose a place"):
+    with pytest.raises(OSError, match=r"Cannot write .*file/model: .* \(.*file\)\. Choose a place"):
         lf.save_pretrained(tmp_path / "file" / "model", model, variables)
     with pytest.raises(FileExistsError, match="is a file: expected a directory to write"):
         lf.save_pretrained(tmp_path / "file", model, variables)

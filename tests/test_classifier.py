@@ -5,9 +5,9 @@ import json
 import jax
 import numpy as np
 import pytest
-from configs import SMALL, random_variables
 
 import levit_flax as lf
+from configs import SMALL, random_variables
 from levit_flax.checkpoint import EMBEDDED_DIRECTORY, resolve
 from levit_flax.convert import conversion, sources, verification
 

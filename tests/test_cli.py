@@ -10,11 +10,11 @@ import zipfile
 
 import numpy as np
 import pytest
-from configs import SMALL, random_variables
 from PIL import Image
 from safetensors.numpy import save_file
 
 import levit_flax as lf
+from configs import SMALL, random_variables
 from levit_flax import convert
 from levit_flax.checkpoint import EMBEDDED_DIRECTORY
 from levit_flax.cli import main

@@ -5,9 +5,9 @@ import json
 import re
 
 import pytest
-from configs import SMALL, UNUSUAL, unusual_config
 
 import levit_flax as lf
+from configs import SMALL, UNUSUAL, unusual_config
 
 
 def test_defaults_are_transformers():

@@ -5,11 +5,11 @@ import json
 import jax
 import numpy as np
 import pytest
-from configs import SMALL, UNUSUAL, random_variables, unusual_config
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 import levit_flax as lf
+from configs import SMALL, UNUSUAL, random_variables, unusual_config
 from levit_flax import convert
 from levit_flax.attention import offset_index
 from levit_flax.convert import ConversionError
@@ -111,7 +111,7 @@ def test_float64_is_not_lost_in_silence(checkpoint):
 
 
 def test_index_tables_are_compared(checkpoint):
-    model, variables, tensors = checkpoint
+    _, variables, tensors = checkpoint
     prefix = "levit.encoder.stages.0.layers"
     tables = {
         f"{prefix}.0.module.attention_bias_idxs": offset_index((4, 4)).astype(np.int64),
@@ -122,8 +122,8 @@ def test_index_tables_are_compared(checkpoint):
     wrong[2, 7] = 0
     with pytest.raises(
         ConversionError,
-        match=r"1 index tables that disagree with the image size: levit\.encoder\.stages\.0\.layers\.4\.attention_bias_idxs"
-        r" \(first at query 2, key 7: expected 7, found 0\)",
+        match=r"1 index tables that disagree with the image size: levit\.encoder\.stages\.0\.layers\.4\."
+        r"attention_bias_idxs \(first at query 2, key 7: expected 7, found 0\)",
     ):
         convert.from_torch({**tensors, **tables, f"{prefix}.4.attention_bias_idxs": wrong})
 
@@ -161,7 +161,7 @@ def test_a_config_names_what_is_missing(checkpoint):
 
 
 def test_a_config_that_is_not_the_tensors_is_refused(checkpoint):
-    model, _, tensors = checkpoint
+    _, _, tensors = checkpoint
     other = lf.LevitConfig(**{**SMALL, "key_dim": (8, 4, 8), "num_labels": 7})
     with pytest.raises(
         ConversionError, match=r"key_dim is \(8, 4, 8\) in the config and \(8, 8, 8\) in the tensors; num_l"

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import HubServer
 from huggingface_hub import HfApi, constants
 
+from hub_server import HubServer
 from levit_flax.hub import HubError, HubUnreachableError, Resolved, push, resolve
 
 REPO = "levit/tiny"
@@ -197,7 +197,7 @@ def test_only_one_kind_of_weights_is_downloaded(hub: HubServer) -> None:
 )
 def test_the_families_of_repositories(hub: HubServer, repo_id: str, chosen: str) -> None:
     preferred = WEIGHTS.index(chosen)
-    hub.add(repo_id, {name: b"" for name in (*WEIGHTS[preferred:], *FILES, "README.md")})
+    hub.add(repo_id, dict.fromkeys((*WEIGHTS[preferred:], *FILES, "README.md"), b""))
 
     resolved = load(repo_id)
     assert resolved.weights is not None

@@ -7,10 +7,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import levit_flax as lf
+from configs import SMALL, UNUSUAL, random_variables, unusual_config
 from levit_flax.attention import offset_index
 from levit_flax.modeling import MODEL_CLASSES, abstract_variables, classification_loss
-
-from configs import SMALL, UNUSUAL, random_variables, unusual_config
 
 # Counted on the reference implementations: two heads, one head, and the elements of all running means and variances.
 SIZES = {
@@ -263,7 +262,7 @@ def test_wrong_pixels_are_explained(shape, dtype, message):
 
 def test_training_on_one_picture_is_refused():
     model, variables, pixel_values = make(batch=1)
-    with pytest.raises(ValueError, match="more than one value per channel.*two pictures or more"):
+    with pytest.raises(ValueError, match=r"more than one value per channel.*two pictures or more"):
         model.apply(variables, pixel_values, train=True, mutable=["batch_stats"])
 
 

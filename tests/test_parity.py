@@ -14,12 +14,11 @@ from flax.traverse_util import flatten_dict
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from configs import UNUSUAL, unusual_config  # noqa: E402
-from oracles import pixels, state_dict, torch_model  # noqa: E402
-
 import levit_flax as lf  # noqa: E402
+from configs import UNUSUAL, unusual_config  # noqa: E402
 from levit_flax import convert  # noqa: E402
 from levit_flax.convert.layouts import LAYOUTS, Permutation, Row, Structure  # noqa: E402
+from oracles import pixels, state_dict, torch_model  # noqa: E402
 
 FLOAT32_LIMIT = 1e-5  # rounding through some sixty layers, at full matmul precision
 FLOAT64_LIMIT = 1e-10  # the algebra alone

@@ -177,6 +177,13 @@ def test_objects_beside_the_weights_are_inert(torch: Any, path: Path, protocol: 
     assert (result["size"], result["dtype"]) == ((2, 3), "torch.bfloat16")
 
 
+def test_legacy_containers_are_plain(torch: Any, path: Path) -> None:
+    value = {"size": torch.Size([2, 3]), "dtype": torch.bfloat16, "model": OrderedDict(weights=[torch.ones(2)])}
+    torch.save(value, path, _use_new_zipfile_serialization=False)
+    expected = {"size": (2, 3), "dtype": "torch.bfloat16", "model": {"weights": [np.ones(2, "f4")]}}
+    assert plain(read_pickle(path)) == plain(expected)
+
+
 def test_parameters_with_state_are_their_tensors(torch: Any, path: Path) -> None:
     parameter = torch.nn.Parameter(torch.arange(3.0))
     parameter.note = "kept by PyTorch, not here"
@@ -325,6 +332,19 @@ def test_wrong_checksum_is_refused(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("field", "value"), [(24, 10**6), (42, 1), (42, 10**6)], ids=["size", "no header", "outside the file"]
+)
+def test_wrong_directory_is_refused(path: Path, field: int, value: int) -> None:
+    write(path, tensor(0, (16,), (1,)))
+    content = bytearray(path.read_bytes())
+    record = content.rindex(b"archive/data/0") - 46
+    struct.pack_into("<I", content, record + 16, 0)  # without a checksum, which would tell too
+    struct.pack_into("<I", content, record + field, value)
+    path.write_bytes(content)
+    assert "it is truncated or damaged" in refusal(path)
+
+
+@pytest.mark.parametrize(
     ("entries", "reason"),
     [
         ({"byteorder": b"middle"}, "its byte order is 'middle'"),
@@ -437,6 +457,15 @@ def test_no_exploit_runs_in_the_legacy_format(torch: Any, path: Path) -> None:
     sentinel.rmdir()
     assert ".mkdir', which is no part of plain weights and may run code" in refusal(path)
     assert not sentinel.exists()
+
+
+def test_legacy_tensors_of_something_else_are_refused(torch: Any, path: Path) -> None:
+    class Exploit:
+        def __reduce__(self) -> Any:
+            return torch._utils._rebuild_tensor_v2, ("no storage", 0, (1,), (1,), False, OrderedDict())
+
+    torch.save(Exploit(), path, _use_new_zipfile_serialization=False)
+    assert "torch.load(weights_only=True) finds it damaged or more than weights" in refusal(path)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,16 @@
 """Train the small LeViT that ships inside the package, and write everything that ships with it.
 
-The model is transformers' own `LevitForImageClassificationWithTeacher`, trained in PyTorch on CIFAR-10, so that what the
-package converts in `levit-flax demo` is a genuine PyTorch checkpoint. There is no teacher: both heads learn the labels,
-and the answer is their average, as in LeViT at inference.
+The model is transformers' own `LevitForImageClassificationWithTeacher`, trained in PyTorch on CIFAR-10, so that what
+the package converts in `levit-flax demo` is a genuine PyTorch checkpoint. There is no teacher: both heads learn the
+labels, and the answer is their average, as in LeViT at inference.
 
     python tools/train_embedded_model.py --data cifar10
     python tools/train_embedded_model.py --data cifar10 --from-phase 1    # from the shipped file on
     python tools/train_embedded_model.py --data cifar10 --from-phase 2    # only measure the shipped file again
 
-`--data` holds `train/<class>/*.jpg` and `test/<class>/*.jpg`. Training has two phases, a long one with strong augmentation and a
-short one with crops and flips alone; each writes the shipped files when it ends. About 90 minutes on two idle cores. Needs
-`pip install -e '.[test]'` (torch, transformers, Pillow).
+`--data` holds `train/<class>/*.jpg` and `test/<class>/*.jpg`. Training has two phases, a long one with strong
+augmentation and a short one with crops and flips alone; each writes the shipped files when it ends. About 90 minutes on
+two idle cores. Needs `pip install -e '.[test]'` (torch, transformers, Pillow).
 """
 
 import argparse
@@ -204,7 +204,8 @@ def train(model: LevitForImageClassificationWithTeacher, data: Path, phase: Phas
             schedule.step()
             losses.append(loss.item() / 2)
         seconds = time.perf_counter() - start
-        line = f"epoch {epoch + 1}/{epochs}  loss {np.mean(losses):.4f}  {steps_per_epoch * BATCH / seconds:.0f} pictures/s"
+        speed = steps_per_epoch * BATCH / seconds
+        line = f"epoch {epoch + 1}/{epochs}  loss {np.mean(losses):.4f}  {speed:.0f} pictures/s"
         if (epoch + 1) % 5 == 0:
             line += f"  test top-1 {evaluate(model, data)[0]:.2%}"
         print(line, flush=True)
