@@ -37,12 +37,30 @@ class DType(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+def parse_image_size(text: str) -> int | tuple[int, int]:
+    """Read "224" or "224x320"; anything else is a wrong call."""
+    sides = text.lower().split("x")
+    if not all(side.isdecimal() for side in sides) or len(sides) > 2:
+        raise typer.BadParameter(f"expected SIDE or HEIGHTxWIDTH in pixels, such as 224 or 224x320; found {text!r}")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="Directory or Hub id; cifar10 is the small model inside the package.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Use what is on this machine, without the network.")]
+
+
+ImageSizeOption = Annotated[
+    Any,
+    typer.Option(
+        parser=parse_image_size,
+        metavar="SIDE|HEIGHTxWIDTH",
+        help="Input size in pixels, where no config.json says it.",
+    ),
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,9 +94,7 @@ def convert(
         bool, typer.Option("--verify/--no-verify", help="Compare with transformers on seeded inputs, if installed.")
     ] = True,
     dtype: Annotated[DType | None, typer.Option(help="Type of the weights; the file's own if left out.")] = None,
-    image_size: Annotated[
-        str | None, typer.Option(help="SIDE or HEIGHTxWIDTH in pixels, where no config.json says it.")
-    ] = None,
+    image_size: ImageSizeOption = None,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the model in OUT.")] = False,
@@ -90,7 +106,7 @@ def convert(
 
     checkpoint.check_free(out, overwrite=force)
     opened = sources.open_source(source, revision=revision, local_files_only=offline)
-    result = conversion.convert(opened, dtype and dtype.value, image_size=parse_image_size(image_size))
+    result = conversion.convert(opened, dtype and dtype.value, image_size=image_size)
     comparison = None
     if verify and dtype in (None, DType.FLOAT32) and verification.transformers_is_installed():
         comparison = verification.compare_with_transformers(opened, result)
@@ -131,16 +147,6 @@ def conversion_report(result: "Conversion", comparison: "Comparison | None") -> 
         if comparison is None
         else {"largest difference": comparison.absolute, "of the largest logit": comparison.relative},
     }
-
-
-def parse_image_size(text: str | None) -> int | tuple[int, int] | None:
-    """Read "224" or "224x320"; anything else is a wrong call."""
-    if text is None:
-        return None
-    sides = text.lower().split("x")
-    if not all(side.isdecimal() for side in sides) or len(sides) > 2:
-        raise typer.BadParameter(f"expected SIDE or HEIGHTxWIDTH in pixels, such as 224 or 224x320; found {text!r}")
-    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
 @app.command()

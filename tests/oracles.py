@@ -1,8 +1,7 @@
 """PyTorch models with random weights, statistics and biases, to compare with.
 
 A freshly initialised LeViT proves nothing: its residual branches are zero and its statistics are 0 and 1. Here every
-tensor is random, and the statistics are near those of the activations, so that these keep the size that they have in
-life.
+tensor is random.
 """
 
 import numpy as np
@@ -26,26 +25,24 @@ def torch_model(config: LevitConfig, class_name: str, seed: int = 0) -> torch.nn
         return torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * (high - low) + low
 
     model = getattr(transformers, class_name)(torch_config(config)).double()
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("attention_biases"):
                 parameter.copy_(uniform(parameter, -2, 2))
             elif parameter.ndim > 1:
-                bound = parameter[0].numel() ** -0.5
+                bound = (3 / parameter[0].numel()) ** 0.5  # keeps the variance from layer to layer
                 parameter.copy_(uniform(parameter, -bound, bound))
             elif name.endswith("weight"):
-                parameter.copy_(uniform(parameter, 0.3, 1.2))
+                parameter.copy_(uniform(parameter, 0.3, 1.0))
             else:
                 parameter.copy_(uniform(parameter, -0.3, 0.3))
-        for norm in norms:
-            norm.momentum = 1.0
-        model.train()(torch.from_numpy(pixels(config, 8, seed + 1)).permute(0, 3, 1, 2))
-        for norm in norms:
-            norm.momentum = 0.1
-            norm.running_mean.add_(uniform(norm.running_mean, -0.2, 0.2))
-            norm.running_var.mul_(uniform(norm.running_var, 0.6, 1.4))
-            norm.num_batches_tracked.fill_(int(torch.randint(1, 10**6, (), generator=generator)))
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(uniform(buffer, -0.3, 0.3))
+            elif name.endswith("running_var"):
+                buffer.copy_(uniform(buffer, 0.6, 1.4))
+            elif name.endswith("num_batches_tracked"):
+                buffer.fill_(int(torch.randint(1, 10**6, (), generator=generator)))
     return model.eval()
 
 

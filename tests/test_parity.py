@@ -117,7 +117,7 @@ def test_gradients_in_float64(name, train):
     for row in compared:
         wanted = row.permutation.to_flax(parameters[row.torch].grad.numpy())
         limit = FLOAT64_LIMIT * np.abs(wanted).max() + GRADIENT_FLOOR
-        assert np.abs(found[row.flax.removeprefix("params/")] - wanted).max() <= limit, row.flax
+        assert np.abs(np.asarray(found[row.flax.removeprefix("params/")]) - wanted).max() <= limit, row.flax
 
 
 def test_running_statistics_after_three_passes():
@@ -151,7 +151,9 @@ def test_float32_gradients_of_a_published_variant():
     for row in LAYOUTS["hf"].rows(Structure.of(config, model.head_names)):
         if row.flax.startswith("params/"):
             wanted = row.permutation.to_flax(parameters[row.torch].grad.numpy())
-            assert np.abs(found[row.flax.removeprefix("params/")] - wanted).max() < FLOAT32_LIMIT * largest, row.flax
+            assert (
+                np.abs(np.asarray(found[row.flax.removeprefix("params/")]) - wanted).max() < FLOAT32_LIMIT * largest
+            ), row.flax
 
 
 SWAPPED = {"mean": "var", "var": "mean"}
