@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .checkpoint import from_pretrained, load_processor, resolve
@@ -47,7 +48,7 @@ class ImageClassifier:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         self.model = model
-        self.variables = variables
+        self.variables = widen(variables, model.shared["dtype"])
         self.processor = processor or load_processor(None, model.config)
         self.batch_size = batch_size
 
@@ -109,6 +110,21 @@ class ImageClassifier:
         size = min(self.batch_size, 1 << (len(pixels) - 1).bit_length())
         padded = np.concatenate([pixels, np.zeros((size - len(pixels), *pixels.shape[1:]), pixels.dtype)])
         return np.asarray(self._scores(self.variables, padded))[: len(pixels)]
+
+
+def widen(variables: Variables, dtype: Any) -> Variables:
+    """Return the variables, those of a narrower floating-point type in `dtype`: then no call has to convert them."""
+    width = jnp.dtype(dtype).itemsize
+
+    def is_narrow(leaf: jax.Array) -> bool:
+        return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < width
+
+    if not any(is_narrow(leaf) for leaf in jax.tree.leaves(variables)):
+        return variables
+    # Through NumPy, which converts without compiling.
+    return jax.device_put(
+        jax.tree.map(lambda leaf: np.asarray(leaf, dtype if is_narrow(leaf) else leaf.dtype), variables)
+    )
 
 
 def scores(logits: jax.Array, config: LevitConfig) -> jax.Array:

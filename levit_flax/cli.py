@@ -1,10 +1,12 @@
 """The `levit-flax` command: reads arguments, calls the library, prints.
 
 Results go to stdout, progress and warnings to stderr. Exit status 0, 1 (the work failed) or 2 (the call was wrong).
-Everything heavy is imported inside the commands, so that `--help` is quick.
+Everything heavy is imported inside the commands, so that `--help` is quick. Compiled models are kept in the user's
+cache directory; JAX_ENABLE_COMPILATION_CACHE=false switches that off, JAX_COMPILATION_CACHE_DIR moves it.
 """
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -72,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
+    # A model that was compiled once starts in half the time. JAX reads this when it is imported.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(user_cache_directory() / "compiled"))
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         app(args=arguments, prog_name="levit-flax")
@@ -84,6 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def user_cache_directory() -> Path:
+    """Return where this program may keep what it can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "levit-flax"
 
 
 @app.command()

@@ -57,6 +57,13 @@ def quickest(*arguments, runs=3):
     return min(seconds)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    """Keep the cache of these tests to themselves."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+
+
 def test_help_is_quick():
     assert quickest("--help", runs=5) < HELP_SECONDS
 
