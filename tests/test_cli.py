@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 import levit_flax as lf
 from configs import SMALL, random_variables
+from hub_server import HubServer
 from levit_flax import convert
 from levit_flax.checkpoint import EMBEDDED_DIRECTORY
 from levit_flax.cli import main
@@ -88,7 +89,7 @@ def test_convert_reports_and_what_it_wrote_classifies(capsys, torch_directory, p
     assert status == 0 and answer["file"] == str(picture) and len(answer["predictions"]) == 2
 
     status, out, _ = run(capsys, "info", out_directory)
-    assert status == 0 and "parameters" in out and "55834" in out
+    assert status == 0 and f"{PARAMETERS}" in out
 
 
 def test_convert_verifies_against_transformers(capsys, torch_directory, tmp_path, monkeypatch):
@@ -187,6 +188,24 @@ def test_bad_outputs_are_a_sentence(capsys, torch_directory, tmp_path):
     assert sorted(os.listdir(torch_directory)) == ["config.json", "model.safetensors"]
     assert run(capsys, "convert", torch_directory, torch_directory, "--no-verify", "--force")[0] == 0
     assert "flax_model.safetensors" in os.listdir(torch_directory)
+
+
+def test_a_hub_repository_is_converted_and_pinned(torch_directory, tmp_path):
+    with HubServer() as hub:
+        files = {path.name: path.read_bytes() for path in torch_directory.iterdir()}
+        revision = hub.add("facebook/levit-tiny", files)
+        done = subprocess.run(
+            [sys.executable, "-m", "levit_flax.cli", "convert", "facebook/levit-tiny", "out", "--no-verify"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub"), "NO_PROXY": "127.0.0.1"},
+        )
+    assert done.returncode == 0, done
+    provenance = json.loads((tmp_path / "out" / "config.json").read_text())["levit_flax"]["provenance"]
+    assert (provenance["source"], provenance["revision"]) == ("facebook/levit-tiny", revision)
+    assert lf.from_pretrained(tmp_path / "out")[0].config == lf.LevitConfig(**SMALL)
 
 
 def test_no_network_is_a_sentence(tmp_path):
