@@ -2,6 +2,6 @@
 
 from .conversion import from_torch, save_torch, to_torch
 from .errors import ConversionError
-from .layouts import LAYOUTS
+from .layouts import WRITTEN_LAYOUTS
 
-__all__ = ["LAYOUTS", "ConversionError", "from_torch", "save_torch", "to_torch"]
+__all__ = ["WRITTEN_LAYOUTS", "ConversionError", "from_torch", "save_torch", "to_torch"]

@@ -1,7 +1,7 @@
 """Between PyTorch state dicts and Flax variables, strictly: every tensor is mapped, ignored by name, or an error."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,19 @@ from safetensors.numpy import save_file
 
 from levit_flax.attention import offset_index
 from levit_flax.checkpoint import check_variables, to_device, write_atomically
-from levit_flax.configuration import LevitConfig
+from levit_flax.configuration import LevitConfig, imagenet_labels
 from levit_flax.modeling import MODEL_CLASSES, LevitBase, Variables, abstract_variables
 
 from .errors import ConversionError
 from .inference import INFERRED_FIELDS, infer_config
-from .layouts import IGNORED, LAYOUTS, CheckpointLayout, Row, Structure, detect_layout
+from .layouts import IGNORED, LAYOUTS, WRITTEN_LAYOUTS, CheckpointLayout, Row, Structure, detect_layout
 from .sources import Source, Tensors, open_source
+from .timm_files import is_timm_config, read_timm_config
 
 LISTED = 8  # how many names of one kind an error message spells out
+
+# Files with these endings are pickles, which PyTorch itself must write.
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,20 +35,27 @@ class Conversion:
     Attributes:
         model: the module.
         variables: its variables as NumPy arrays.
-        layout: name of the checkpoint's layout.
-        mapped: number of tensors mapped.
+        layout: the checkpoint's layout.
+        rows: the tensors mapped.
         ignored: names of the tensors that were read past, by reason.
+        reordered: for each table of attention biases (by its path) that the checkpoint stores in another order, the
+            row in the checkpoint of each of our rows.
+        dtype: what the floating-point tensors were turned into; None where they were kept.
         inferred: whether the architecture was read from the shapes, for lack of a config.json.
+        notes: sentences that whoever reads a report should see.
         provenance: where the tensors came from, JSON-ready.
         directory: where the checkpoint lies; None for a mapping.
     """
 
     model: LevitBase
     variables: Variables
-    layout: str
-    mapped: int
+    layout: CheckpointLayout
+    rows: tuple[Row, ...]
     ignored: dict[str, tuple[str, ...]]
+    reordered: dict[str, np.ndarray]
+    dtype: Any
     inferred: bool
+    notes: tuple[str, ...]
     provenance: dict[str, Any]
     directory: Path | None
 
@@ -60,6 +71,7 @@ def from_torch(
     *,
     config: LevitConfig | None = None,
     image_size: int | tuple[int, int] | None = None,
+    ema: bool = False,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: Path | None = None,
@@ -69,24 +81,30 @@ def from_torch(
 
     Args:
         source: a weight file (safetensors, or a zip pickle as `torch.save` writes it), a directory, a Hub id, or a
-            mapping from names to arrays or tensors.
+            mapping from names to arrays or tensors; in the layout of transformers, of timm (linear or convolutional)
+            or of the original repository, with batch norms or fused.
         dtype: type of the floating-point arrays; None keeps the file's.
         config: the architecture; None for the config.json beside the weights or, where there is none, what the shapes
             say.
-        image_size: input size in pixels, where no config says it and the shapes leave it open.
+        image_size: input size in pixels; it wins over a config's. None for the config's or, where there is none, the
+            square multiple of 16 that fits the tables of attention biases.
+        ema: of a training checkpoint, take the averaged weights (`model_ema`) instead of the last ones (`model`).
         revision: branch, tag or commit of a Hub repository.
         token: access token for the Hub.
         cache_dir: where downloads are kept.
         local_files_only: do not touch the network.
 
     Returns:
-        The module (with one head, two or none, as in the checkpoint) and {"params": ..., "batch_stats": ...}.
+        The module (with one head, two or none, folded or not, as in the checkpoint) and {"params": ...,
+        "batch_stats": ...}, without "batch_stats" where the batch norms are fused.
 
     Raises:
         ConversionError: tensors are missing, unexpected, of the wrong shape or not finite; everything found is listed.
         OSError: there is no such source, or it cannot be read or fetched.
     """
-    opened = open_source(source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    opened = open_source(
+        source, ema=ema, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
     conversion = convert(opened, dtype, config=config, image_size=image_size)
     return conversion.model, to_device(conversion.variables, opened.where)
 
@@ -99,64 +117,143 @@ def convert(
     image_size: int | tuple[int, int] | None = None,
 ) -> Conversion:
     """Do the work of `from_torch` on an opened source, and keep the account of it."""
-    tensors, where = source.tensors, source.where
-    layout = detect_layout(tensors, where)
-    structure = layout.structure(tensors)
-    given = config or (None if source.config is None else LevitConfig.from_dict(source.config))
-    try:
-        names = {row.flax: row.torch for row in layout.rows(structure)}
-        inferred = infer_config(inferable_shapes(tensors, layout, structure), names, structure, image_size)
-    except ConversionError:
-        if given is None:
-            raise
-        inferred = None  # the difference below says what is wrong
-    if given is not None and inferred is not None:
-        check_agreement(given, inferred, structure, where)
+    layout = detect_layout(source.shapes, source.where)
+    structure = layout.structure(source.shapes)
     model_class = {model.head_names: model for model in MODEL_CLASSES}.get(structure.heads)
     if model_class is None:
-        raise ConversionError(f"{where} has a distillation head and no first head: expected both, or the first alone.")
-    architecture = given or inferred
-    assert architecture is not None  # without a config, a failed inference was raised above
-    model = model_class(architecture)
-    rows = tuple(layout.rows(Structure.of(model.config, structure.heads)))
-    ignored = find_ignored(tensors, {row.torch for row in rows})
-    problems = find_problems(tensors, rows, model, ignored)
+        raise ConversionError(
+            f"{source.where} has a distillation head and no first head: expected both, or the first alone."
+        )
+    architecture, notes = find_config(source, layout, structure, config, image_size)
+    model = model_class(architecture, folded=structure.folded)
+    rows = tuple(layout.rows(Structure.of(architecture, structure.heads, structure.folded)))
+    ignored = find_ignored(source.shapes, {row.torch for row in rows})
+    # Everything that the names and shapes tell is checked before a single tensor is read.
+    problems = find_misfits(source.shapes, rows, model, ignored)
+    if not problems:
+        flat, wrong_values = read_tensors(source.tensors, rows, dtype)
+        reordered, wrong_tables = compare_tables(source.tensors, layout, structure, architecture)
+        problems = wrong_values + wrong_tables
     if problems:
         raise ConversionError(
-            f"{where} cannot be converted as {type(model).__name__} in the {layout.name} layout:\n"
+            f"{source.where} cannot be converted as {model_class.__name__} in the {layout.name} layout:\n"
             + "\n".join(problems)
         )
-    flat = {row.flax: to_flax(tensors[row.torch], row, dtype) for row in rows}
+    for path, order in reordered.items():
+        flat[path] = flat[path][order]
+    if reordered:
+        notes += (f"{len(reordered)} tables of attention biases are stored in another order, and were put into ours.",)
     param_dtype = flat["params/stem/conv_0/conv/kernel"].dtype
     return Conversion(
         model=model.clone(param_dtype=jnp.dtype(param_dtype)),
         variables=unflatten_dict(flat, sep="/"),
-        layout=layout.name,
-        mapped=len(rows),
+        layout=layout,
+        rows=rows,
         ignored=ignored,
-        inferred=given is None,
+        reordered=reordered,
+        dtype=dtype,
+        inferred=config is None and source.config is None,
+        notes=source.notes + notes,
         provenance={**source.provenance, "layout": layout.name},
         directory=source.directory,
     )
 
 
-def to_flax(tensor: np.ndarray, row: Row, dtype: Any) -> np.ndarray:
-    """Return one tensor as it stands in the Flax tree."""
-    if row.flax.endswith("/count"):
-        return np.asarray(tensor, np.int32)
-    array = row.permutation.to_flax(tensor)
-    return np.asarray(array, dtype, order="C")
+def find_config(
+    source: Source,
+    layout: CheckpointLayout,
+    structure: Structure,
+    config: LevitConfig | None,
+    image_size: int | tuple[int, int] | None,
+) -> tuple[LevitConfig, tuple[str, ...]]:
+    """Return the config that was given or lies beside the weights, checked against the shapes, or what these tell.
+
+    Returns:
+        The config, and sentences on what it assumes.
+    """
+    given = config
+    if given is None and source.config is not None:
+        read = read_timm_config if is_timm_config(source.config) else LevitConfig.from_dict
+        given = read(source.config)
+    if given is not None and image_size is not None:
+        given = dataclasses.replace(given, image_size=image_size)
+    notes: tuple[str, ...] = ()
+    try:
+        inferred = infer_config(
+            inferable_shapes(source.shapes, layout, structure),
+            {row.flax: row.torch for row in layout.rows(structure)},
+            structure,
+            image_size if given is None else 16,  # no shape depends on it, and one token is always legal
+        )
+    except ConversionError:
+        if given is None:
+            raise
+        architecture = given  # what is wrong with the tensors will be said
+    else:
+        if given is None:
+            architecture = inferred
+            if image_size is None:
+                notes += (
+                    f"The image size is not stored: {architecture.image_size} is the square multiple of 16 that fits"
+                    " the tables of attention biases; --image-size (image_size=) sets another.",
+                )
+        else:
+            check_agreement(given, inferred, structure, source.where)
+            architecture = given
+    names = imagenet_labels()
+    if config is None and structure.heads and architecture.num_labels == len(names) and not has_labels(architecture):
+        architecture = dataclasses.replace(architecture, id2label=names)
+        notes += ("The checkpoint names no classes: its 1000 got ImageNet's names.",)
+    return architecture, notes
 
 
-def inferable_shapes(tensors: Tensors, layout: CheckpointLayout, structure: Structure) -> dict[str, tuple[int, ...]]:
+def has_labels(config: LevitConfig) -> bool:
+    """Return whether the classes have names, and not only numbers."""
+    return config.id2label != tuple(f"LABEL_{i}" for i in range(config.num_labels))
+
+
+def read_tensors(tensors: Tensors, rows: tuple[Row, ...], dtype: Any) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Read every tensor once, as it stands in the Flax tree, and say which hold what they must not."""
+    flat, not_numbers, not_finite, negative, overflowing = {}, [], [], [], []
+    for row in rows:
+        tensor = tensors[row.torch]
+        if row.flax.endswith("/count"):
+            if tensor.dtype.kind not in "iu" or not 0 <= int(tensor) < 2**31:
+                found = f"{tensor} of {tensor.dtype}"
+                not_numbers.append(f"{row.torch} (expected a whole number below 2^31, found {found})")
+            else:
+                flat[row.flax] = np.asarray(tensor, np.int32)
+        elif not jnp.issubdtype(tensor.dtype, jnp.floating):
+            not_numbers.append(f"{row.torch} (expected floating point, found {tensor.dtype})")
+        elif not np.isfinite(tensor).all():
+            not_finite.append(row.torch)
+        elif row.flax.endswith("/var") and (tensor < 0).any():
+            negative.append(row.torch)
+        else:
+            with np.errstate(over="ignore"):
+                flat[row.flax] = np.asarray(row.permutation.to_flax(tensor), dtype, order="C")
+            if dtype is not None and not np.isfinite(flat[row.flax]).all():
+                overflowing.append(row.torch)
+    return flat, report_problems(
+        {
+            "of the wrong type": not_numbers,
+            "not finite": not_finite,
+            "negative variances": negative,
+            f"out of the range of {dtype}": overflowing,
+        }
+    )
+
+
+def inferable_shapes(
+    shapes: Mapping[str, tuple[int, ...]], layout: CheckpointLayout, structure: Structure
+) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the parameters that a checkpoint has, by their path and with the axes of the Flax tree."""
-    shapes = {}
+    found = {}
     for row in layout.rows(structure):
-        if row.torch in tensors and row.flax.startswith("params/"):
-            shape, axes = tensors[row.torch].shape, row.permutation.value
-            fits = axes is not None and len(shape) == len(axes)
-            shapes[row.flax] = tuple(shape[axis] for axis in axes) if fits else shape
-    return shapes
+        if row.torch in shapes and row.flax.startswith("params/"):
+            shape = shapes[row.torch]
+            found[row.flax] = row.permutation.flax_shape(shape) or shape
+    return found
 
 
 def check_agreement(given: LevitConfig, inferred: LevitConfig, structure: Structure, where: str) -> None:
@@ -171,77 +268,84 @@ def check_agreement(given: LevitConfig, inferred: LevitConfig, structure: Struct
         raise ConversionError(f"The config of {where} is not that of its tensors: {'; '.join(differing)}.")
 
 
-def find_ignored(tensors: Tensors, mapped: set[str]) -> dict[str, tuple[str, ...]]:
+def find_ignored(names: Iterable[str], mapped: set[str]) -> dict[str, tuple[str, ...]]:
     """Return the unmapped tensors that are ignored on purpose, by reason."""
     ignored: dict[str, list[str]] = {}
-    for name in tensors:
+    for name in names:
         reason = IGNORED.get(name.rpartition(".")[2])
         if reason and name not in mapped:
             ignored.setdefault(reason, []).append(name)
     return {reason: tuple(names) for reason, names in ignored.items()}
 
 
-def find_problems(
-    tensors: Tensors, rows: tuple[Row, ...], model: LevitBase, ignored: dict[str, tuple[str, ...]]
+def find_misfits(
+    shapes: Mapping[str, tuple[int, ...]],
+    rows: tuple[Row, ...],
+    model: LevitBase,
+    ignored: dict[str, tuple[str, ...]],
 ) -> list[str]:
-    """Return a line for each kind of difference between a checkpoint and a model; none means that they fit."""
-    expected = abstract_variables(model)
-    by_torch = {row.torch: row for row in rows}
-    known = set(by_torch).union(*ignored.values())
-    missing = [row.torch for row in rows if row.torch not in tensors]
-    unexpected = [name for name in tensors if name not in known]
-    misshapen, not_finite, not_numbers = [], [], []
-    for name, row in by_torch.items():
-        if name in missing:
+    """Return a line for each kind of difference in names and shapes between a checkpoint and a model."""
+    expected = {row.torch: row.permutation.torch_shape(abstract_variables(model)[row.flax].shape) for row in rows}
+    known = expected.keys() | set().union(*ignored.values())
+    return report_problems(
+        {
+            "missing": [name for name in expected if name not in shapes],
+            "unexpected": [name for name in shapes if name not in known],
+            "of the wrong shape": [
+                f"{name} (expected {shape}, found {shapes[name]})"
+                for name, shape in expected.items()
+                if name in shapes and shapes[name] != shape
+            ],
+        }
+    )
+
+
+def compare_tables(
+    tensors: Tensors, layout: CheckpointLayout, structure: Structure, config: LevitConfig
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Compare the stored tables of indices with those that the image size leads to.
+
+    A table that gives every offset one row of its own, but not our row, tells how the biases are ordered.
+
+    Returns:
+        For each table of biases in another order (by its path) the row in the checkpoint of each of our rows; and what
+        is wrong with the tables of indices, each with its first difference.
+    """
+    reordered, wrong = {}, []
+    homes = layout.tables(structure)
+    for name in tensors:
+        if name.rpartition(".")[2] not in IGNORED:
             continue
-        tensor, wanted = tensors[name], expected[row.flax].shape
-        if row.permutation.value is not None:
-            wanted = row.permutation.to_torch(np.empty(wanted, np.bool_)).shape
-        if tensor.shape != wanted:
-            misshapen.append(f"{name} (expected {wanted}, found {tensor.shape})")
-        elif row.flax.endswith("/count"):
-            if tensor.dtype.kind not in "iu" or not 0 <= int(tensor) < 2**31:
-                not_numbers.append(f"{name} (expected a whole number below 2^31, found {tensor} of {tensor.dtype})")
-        elif not jnp.issubdtype(tensor.dtype, jnp.floating):
-            not_numbers.append(f"{name} (expected floating point, found {tensor.dtype})")
-        elif not np.isfinite(tensor).all():
-            not_finite.append(name)
-    wrong_tables = [] if misshapen or missing else find_wrong_tables(tensors, by_torch, model, ignored)
-    return [
-        f"{len(names)} {kind}: {listed(names)}"
-        for kind, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of the wrong shape", misshapen),
-            ("of the wrong type", not_numbers),
-            ("not finite", not_finite),
-            ("index tables that disagree with the image size", wrong_tables),
-        )
-        if names
-    ]
-
-
-def find_wrong_tables(
-    tensors: Tensors, by_torch: dict[str, Row], model: LevitBase, ignored: dict[str, tuple[str, ...]]
-) -> list[str]:
-    """Return the index tables that are not what their place in the model asks for, each with its first difference."""
-    wrong = []
-    for name in (name for names in ignored.values() for name in names):
-        biases = by_torch.get(name.removesuffix("attention_bias_idxs") + "attention_biases")
-        if biases is None:
+        if name not in homes:
             wrong.append(f"{name} (there is no attention of that name)")
             continue
-        place, _, index = biases.flax.split("/")[1].rpartition("_")
-        stride = model.config.down_ops[int(index)].stride if place == "downsample" else 1
-        table, found = offset_index(model.config.grids[int(index)], stride), tensors[name]
-        if found.shape != table.shape:
-            wrong.append(f"{name} (expected {table.shape}, found {found.shape})")
+        table, found = index_table(config, homes[name]), tensors[name]
+        if found.shape != table.shape or found.dtype.kind not in "iu":
+            wrong.append(f"{name} (expected integers {table.shape}, found {found.dtype} {found.shape})")
         elif (found != table).any():
-            query, key = np.argwhere(found != table)[0]
-            wrong.append(
-                f"{name} (first at query {query}, key {key}: expected {table[query, key]}, found {found[query, key]})"
-            )
-    return wrong
+            order = np.empty(table.max() + 1, np.int64)
+            order[table] = found  # any pair of an offset tells its row; that all agree is checked next
+            if (order[table] == found).all() and np.array_equal(np.sort(order), np.arange(len(order))):
+                reordered[homes[name]] = order
+            else:
+                query, key = np.argwhere(found != table)[0]
+                wrong.append(
+                    f"{name} (first at query {query}, key {key}: expected {table[query, key]}, found"
+                    f" {found[query, key]})"
+                )
+    return reordered, report_problems({"index tables that disagree with the image size": wrong})
+
+
+def index_table(config: LevitConfig, path: str) -> np.ndarray:
+    """Return the table of indices [Q K] that goes with the attention biases of this path."""
+    place, _, index = path.split("/")[1].rpartition("_")
+    stride = config.down_ops[int(index)].stride if place == "downsample" else 1
+    return offset_index(config.grids[int(index)], stride)
+
+
+def report_problems(problems: Mapping[str, list[str]]) -> list[str]:
+    """Return a line for each kind of problem that there is, with the first names."""
+    return [f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names]
 
 
 def listed(names: Iterable[str]) -> str:
@@ -255,9 +359,11 @@ def to_torch(model: LevitBase, variables: Mapping[str, Any], layout: str = "hf")
     """Turn a model and its variables into a PyTorch state dict.
 
     Args:
-        model: one of the three models, not folded.
+        model: one of the three models, folded or not.
         variables: its variables.
-        layout: how to name the tensors: "hf" as transformers does.
+        layout: how to name the tensors: "hf" as transformers does, "timm", "timm_conv" (timm with linear layers as 1x1
+            convolutions) or "facebook", as the original repository does. A folded model comes out fused, which
+            transformers has no layout for.
 
     Returns:
         NumPy arrays by PyTorch's names; `torch.from_numpy` makes tensors of them. What `from_torch` read comes out
@@ -266,32 +372,47 @@ def to_torch(model: LevitBase, variables: Mapping[str, Any], layout: str = "hf")
     Raises:
         ValueError: the layout is unknown or cannot hold the model, or the variables do not fit it.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"There is no layout {layout!r}: the layouts are {', '.join(LAYOUTS)}.")
-    if model.folded:
-        raise ValueError(
-            f"The {layout} layout has no place for folded batch norms: export the model as it was before folding."
-        )
+    check_layout(model, layout)
     check_variables(model, variables, "The given tree")
+    structure = Structure.of(model.config, model.head_names, model.folded)
+    tensors = dict(torch_tensors(LAYOUTS[layout].rows(structure), variables))
+    if LAYOUTS[layout].index_tables:
+        for name, path in LAYOUTS[layout].tables(structure).items():
+            tensors[name] = index_table(model.config, path).astype(np.int64)
+    return tensors
+
+
+def check_layout(model: LevitBase, layout: str) -> None:
+    """Raise ValueError unless the layout is one that is written and has a place for the model."""
+    if layout not in WRITTEN_LAYOUTS:
+        raise ValueError(f"There is no layout {layout!r} to write: the layouts are {', '.join(WRITTEN_LAYOUTS)}.")
+    if model.folded and LAYOUTS[layout].folded_marker is None:
+        raise ValueError(
+            "transformers has no layout for a model whose batch norms are folded: export the model as it was before"
+            " folding, or to timm, timm_conv or facebook."
+        )
+
+
+def torch_tensors(rows: Iterable[Row], variables: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield name and array of each row's tensor as it stands in a PyTorch state dict."""
     flat = flatten_dict(variables, sep="/")
-    rows = LAYOUTS[layout].rows(Structure.of(model.config, model.head_names))
-    return {row.torch: from_flax(np.asarray(flat[row.flax]), row) for row in rows}
-
-
-def from_flax(array: np.ndarray, row: Row) -> np.ndarray:
-    """Return one array of the Flax tree as it stands in a PyTorch state dict."""
-    if row.flax.endswith("/count"):
-        return np.asarray(array, np.int64)
-    return np.asarray(row.permutation.to_torch(array), order="C")
+    for row in rows:
+        array = np.asarray(flat[row.flax])
+        if row.flax.endswith("/count"):
+            yield row.torch, np.asarray(array, np.int64)
+        else:
+            yield row.torch, np.asarray(row.permutation.to_torch(array), order="C")
 
 
 def save_torch(
     path: str | Path, model: LevitBase, variables: Mapping[str, Any], layout: str = "hf", overwrite: bool = False
 ) -> None:
-    """Write a model as a safetensors file with PyTorch's names.
+    """Write a model as a file with PyTorch's names.
 
     Args:
-        path: the file to write, `model.safetensors` for transformers.
+        path: the file to write: `model.safetensors` for transformers and timm; a name that ends in .pth, .pt or .bin
+            is written by PyTorch. A pickle in the original repository's layout holds its tensors under "model", where
+            that code looks for them.
         model: as in `to_torch`.
         variables: as in `to_torch`.
         layout: as in `to_torch`.
@@ -299,10 +420,33 @@ def save_torch(
 
     Raises:
         FileExistsError: the file is there and `overwrite` is False.
+        ImportError: a pickle is asked for, and PyTorch is not installed.
         ValueError: as in `to_torch`.
     """
     path = Path(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists: pass overwrite=True to replace it, or choose another name.")
     tensors = to_torch(model, variables, layout)
-    write_atomically(path, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    if path.suffix in PICKLE_SUFFIXES:
+        write_atomically(path, lambda file: save_pickle(file, tensors, layout))
+    else:
+        write_atomically(path, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+
+
+def save_pickle(path: Path, tensors: dict[str, np.ndarray], layout: str) -> None:
+    """Write tensors with `torch.save`."""
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(
+            f"Only PyTorch writes {', '.join(PICKLE_SUFFIXES)} files: pip install 'levit-flax[torch]', or write a"
+            " .safetensors file."
+        ) from None
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        if array.dtype == jnp.bfloat16:  # which torch does not take from NumPy
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    state_dict = {name: tensor(np.array(array)) for name, array in tensors.items()}
+    torch.save({"model": state_dict} if LAYOUTS[layout].name == "facebook" else state_dict, path)

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -13,9 +15,19 @@ from safetensors import SafetensorError, safe_open
 from levit_flax.checkpoint import CONFIG_FILE, TORCH_WEIGHT_FILES, resolve
 
 from .errors import ConversionError
+from .layouts import Shape
 from .pickles import read_pickle
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".json")
+
+# Under these keys training scripts save the weights, and an average of them over the training (EMA).
+WRAPPERS = ("model", "state_dict")
+EMA_WRAPPERS = ("model_ema", "state_dict_ema")
+# What DistributedDataParallel and torch.compile put before every name.
+NAME_PREFIXES = ("module.", "_orig_mod.")
+
+# torch.hub's convention for published files: the first eight digits of the SHA-256.
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8})\.[a-z]+")
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -26,6 +38,9 @@ class Source(NamedTuple):
     Attributes:
         where: what to call it in messages.
         tensors: arrays by name, read when asked for.
+        shapes: their shapes by name, for which nothing is read.
+        wrappers: the keys and name prefixes that the tensors were taken out of.
+        notes: sentences that whoever reads a report should see.
         config: the parsed config.json beside the weights, or None.
         directory: where the weights and what belongs to them lie; None for a mapping.
         provenance: what a reader of the result needs to find the source again, JSON-ready.
@@ -33,6 +48,9 @@ class Source(NamedTuple):
 
     where: str
     tensors: Tensors
+    shapes: Mapping[str, Shape]
+    wrappers: tuple[str, ...]
+    notes: tuple[str, ...]
     config: dict[str, Any] | None
     directory: Path | None
     provenance: dict[str, Any]
@@ -41,6 +59,8 @@ class Source(NamedTuple):
 class SafetensorsFile(Mapping[str, np.ndarray]):
     """The tensors of one safetensors file, each read when asked for.
 
+    The file is mapped anew for each tensor, because what was read of a mapping stays in memory until it is closed.
+
     Raises:
         ConversionError: the file is not whole, or not a safetensors file.
     """
@@ -48,36 +68,38 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.file = safe_open(path, framework="np")
+            with safe_open(path, framework="np") as file:
+                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ConversionError(
                 f"{path} is not a whole safetensors file ({error}): copy or download it again."
             ) from None
-        self.names = tuple(self.file.keys())
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self.names:
+        if name not in self.shapes:
             raise KeyError(name)
         try:
-            return self.file.get_tensor(name)
-        except (SafetensorError, TypeError) as error:
+            with safe_open(self.path, framework="np") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError, TypeError) as error:
             raise ConversionError(f"The tensor {name} of {self.path} cannot be read: {error}.") from None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self.shapes)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.shapes)
 
 
-class Shards(Mapping[str, np.ndarray]):
-    """The tensors of several files as one mapping."""
+class Gathered(Mapping[str, np.ndarray]):
+    """Tensors from wherever they are, under other names: of several files, or with prefixes taken off."""
 
-    def __init__(self, homes: dict[str, Tensors]) -> None:
+    def __init__(self, homes: dict[str, tuple[Tensors, str]]) -> None:
         self.homes = homes
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self.homes[name][name]
+        tensors, their_name = self.homes[name]
+        return tensors[their_name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.homes)
@@ -89,6 +111,7 @@ class Shards(Mapping[str, np.ndarray]):
 def open_source(
     source: str | Path | Mapping[str, Any],
     *,
+    ema: bool = False,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: Path | None = None,
@@ -98,6 +121,7 @@ def open_source(
 
     Args:
         source: a path, a Hub id, or a mapping from tensor names to arrays or tensors.
+        ema: of a training checkpoint, take the averaged weights (`model_ema`) instead of the last ones (`model`).
         revision: branch, tag or commit of a Hub repository.
         token: access token for the Hub.
         cache_dir: where downloads are kept.
@@ -108,8 +132,8 @@ def open_source(
         OSError: nothing is there, or it cannot be read or fetched.
     """
     if isinstance(source, Mapping):
-        tensors = check_tensors(source, "the mapping")
-        return Source("the mapping", tensors, None, None, {"source": "a mapping of tensors"})
+        weights = check_tensors(source, "the mapping", ema)
+        return gather("the mapping", [(weights, None)], None, {"source": "a mapping of tensors"})
     provenance: dict[str, Any] = {"source": str(source)}
     path = Path(source).expanduser()
     if not path.exists() and path.suffix in WEIGHT_SUFFIXES:
@@ -128,14 +152,59 @@ def open_source(
         path = cast(Path, resolved.weights)
     files = list_shards(path) if path.suffix == ".json" else {path: None}
     provenance["files"] = {file.name: sha256(file) for file in files}
-    homes: dict[str, Tensors] = {}
+    notes = tuple(note for name, digest in provenance["files"].items() if (note := check_hash(name, digest)))
+    parts = []
     for file, names in files.items():
-        tensors = read_weights(file)
-        for name in tensors if names is None else names:
-            if name not in tensors:
+        weights = read_weights(file, ema)
+        for name in () if names is None else names:
+            if name not in weights.tensors:
                 raise ConversionError(f"{path} says that {file.name} holds {name}, which it does not.")
-            homes[name] = tensors
-    return Source(str(source), Shards(homes), read_config(path.parent), path.parent, provenance)
+        parts.append((weights, names))
+    if ema:
+        provenance["weights"] = "averaged over the training (EMA)"
+    return gather(str(source), parts, path.parent, provenance, notes)
+
+
+def gather(
+    where: str,
+    parts: list[tuple["Weights", list[str] | None]],
+    directory: Path | None,
+    provenance: dict[str, Any],
+    notes: tuple[str, ...] = (),
+) -> Source:
+    """Put what was read of the files together, without the prefixes that all names have."""
+    homes, shapes = {}, {}
+    for weights, names in parts:
+        for name in weights.tensors if names is None else names:
+            homes[name], shapes[name] = (weights.tensors, name), weights.shapes[name]
+    wrappers = [wrapper for weights, _ in parts for wrapper in weights.wrappers]
+    while homes and (prefix := next((p for p in NAME_PREFIXES if all(n.startswith(p) for n in homes)), None)):
+        wrappers.append(prefix)
+        homes = {name.removeprefix(prefix): home for name, home in homes.items()}
+        shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
+    return Source(
+        where=where,
+        tensors=Gathered(homes),
+        shapes=shapes,
+        wrappers=tuple(wrappers),
+        notes=tuple(note for weights, _ in parts for note in weights.notes) + notes,
+        config=None if directory is None else read_config(directory),
+        directory=directory,
+        provenance=provenance,
+    )
+
+
+def check_hash(name: str, digest: str) -> str | None:
+    """Warn where a file's name carries eight digits of another hash than its own, and return the warning."""
+    match = HASH_IN_NAME.search(name)
+    if match is None or digest.startswith(match[1]):
+        return None
+    note = (
+        f"{name} carries the hash {match[1]} in its name, but its SHA-256 begins with {digest[:8]}: it may be damaged,"
+        " or another file than the one published under this name."
+    )
+    warnings.warn(note, stacklevel=4)
+    return note
 
 
 def list_shards(index: Path) -> dict[Path, list[str]]:
@@ -153,19 +222,55 @@ def list_shards(index: Path) -> dict[Path, list[str]]:
     return files
 
 
-def read_weights(path: Path) -> Tensors:
+class Weights(NamedTuple):
+    """What one file or mapping holds; the attributes are as in `Source`."""
+
+    tensors: Tensors
+    shapes: Mapping[str, Shape]
+    wrappers: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read_weights(path: Path, ema: bool) -> Weights:
     """Open one weight file, by its content."""
     with path.open("rb") as file:
         start = file.read(9)
     if not start:
         raise ConversionError(f"{path} is empty: copy or download it again.")
     if path.suffix == ".safetensors" or start[8:] == b"{":
-        return SafetensorsFile(path)
-    return check_tensors(read_pickle(path), str(path))
+        if ema:
+            raise no_average(str(path))
+        tensors = SafetensorsFile(path)
+        return Weights(tensors, tensors.shapes)
+    return check_tensors(read_pickle(path), str(path), ema)
 
 
-def check_tensors(value: object, where: str) -> Tensors:
-    """Return a mapping whose keys are strings and whose values are arrays, or say what it is instead."""
+def no_average(where: str) -> ConversionError:
+    """Return the error to raise where averaged weights are asked for and there are none."""
+    return ConversionError(
+        f"{where} holds no averaged weights ({' or '.join(EMA_WRAPPERS)}): leave out --ema (ema=True)."
+    )
+
+
+def check_tensors(value: object, where: str, ema: bool = False) -> Weights:
+    """Take the state dict out of what a training script saved around it, or say what is there instead."""
+    wrappers: list[str] = []
+    notes: list[str] = []
+    while isinstance(value, Mapping):
+        held = [key for key in (*WRAPPERS, *EMA_WRAPPERS) if isinstance(value.get(key), Mapping)]
+        averaged = [key for key in held if key in EMA_WRAPPERS]
+        plain = [key for key in held if key in WRAPPERS]
+        if not held:
+            break
+        if averaged and not plain and not ema:
+            raise ConversionError(f"{where} holds averaged weights alone ({averaged[0]}): ask for them with --ema.")
+        if averaged and not ema:
+            notes.append(f"The checkpoint holds averaged weights too ({averaged[0]}): --ema converts those instead.")
+        chosen = (averaged or plain if ema else plain)[0]
+        wrappers.append(chosen)
+        value = value[chosen]
+    if ema and not any(wrapper in EMA_WRAPPERS for wrapper in wrappers):
+        raise no_average(where)
     if not isinstance(value, Mapping):
         raise ConversionError(f"{where} holds a {type(value).__name__}: expected a mapping from names to tensors.")
     tensors = {}
@@ -176,7 +281,7 @@ def check_tensors(value: object, where: str) -> Tensors:
                 f" {name!r}."
             )
         tensors[name] = as_numpy(tensor)
-    return tensors
+    return Weights(tensors, {name: array.shape for name, array in tensors.items()}, tuple(wrappers), tuple(notes))
 
 
 def as_numpy(tensor: Any) -> np.ndarray:

@@ -1,83 +1,286 @@
-"""Proof of a conversion: the same inputs through PyTorch and through the converted model."""
+"""Proof of a conversion: the way back to the source's bytes, and the same inputs through PyTorch."""
 
 import importlib.util
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from .conversion import Conversion
+from levit_flax.modeling import Block, Downsample, LevitBase, Stem, Variables
+
+from .conversion import Conversion, torch_tensors
+from .errors import ConversionError
+from .layouts import Part, Structure
 from .sources import Source
+from .timm_files import model_arguments
+
+if TYPE_CHECKING:
+    import torch
 
 PROBES = 2
 PROBE_SEED = 0
 
 # Float32 rounding through some sixty layers stays a few times below this; a wrong tensor is far above it.
 PARITY_LIMIT = 1e-5
+# Weights that were rounded to a narrow type move the logits by some multiples of its precision.
+ROUNDED_LIMIT = 32
 
 
 class Comparison(NamedTuple):
     """How far two results are apart.
 
     Attributes:
-        absolute: the largest difference of two logits.
-        relative: the same as a share of the largest logit.
+        absolute: the largest difference of two values.
+        relative: the same as a share of the largest value.
+        limit: what `relative` may be.
     """
 
     absolute: float
     relative: float
+    limit: float = PARITY_LIMIT
 
     @property
     def passed(self) -> bool:
         """Whether the results agree within the limit."""
-        return self.relative <= PARITY_LIMIT
+        return self.relative <= self.limit
 
 
-def compare(result: np.ndarray, reference: np.ndarray) -> Comparison:
-    """Return the largest difference between two arrays of logits."""
+class PyTorchComparison(NamedTuple):
+    """How far the converted model is from PyTorch's.
+
+    Attributes:
+        reference: what ran in PyTorch, with its version.
+        blocks: the difference behind every block, by its path in the variables.
+        logits: the difference of the logits; of the last hidden state, for a model without heads.
+    """
+
+    reference: str
+    blocks: dict[str, Comparison]
+    logits: Comparison
+
+
+def compare(result: np.ndarray, reference: np.ndarray, limit: float = PARITY_LIMIT) -> Comparison:
+    """Return the largest difference between two arrays."""
     absolute = float(np.abs(result - reference).max())
-    return Comparison(absolute, absolute / float(np.abs(reference).max()))
+    largest = float(np.abs(reference).max())
+    relative = absolute / largest if largest else float("inf" if absolute else 0)
+    return Comparison(absolute, relative, limit)
 
 
-def forward(conversion: Conversion, pixel_values: np.ndarray) -> np.ndarray:
-    """Return the first output of the converted model for float32 pixels [B H W C], at full precision."""
-    model = conversion.model.clone(precision="highest")
+def rounding_limit(dtype: Any) -> float:
+    """Return the limit for weights of a type: that of float32, or more for narrower ones."""
+    return max(PARITY_LIMIT, ROUNDED_LIMIT * float(jnp.finfo(dtype).eps))
+
+
+def probes(model: LevitBase) -> np.ndarray:
+    """Return seeded float32 pictures [B H W C] for a model."""
+    shape = (PROBES, *model.config.image_height_width, model.config.num_channels)
+    return np.random.default_rng(PROBE_SEED).standard_normal(shape, np.float32)
+
+
+def forward(model: LevitBase, variables: Variables, pixel_values: np.ndarray) -> np.ndarray:
+    """Return the first output of a model for float32 pixels [B H W C], at full precision."""
+    model = model.clone(precision="highest", dtype=jnp.float32)
     apply = jax.jit(lambda variables, pixels: model.apply(variables, pixels, return_dict=False)[0])
-    return np.asarray(apply(conversion.variables, pixel_values))
+    return np.asarray(apply(in_float32(variables), pixel_values))
 
 
-def transformers_is_installed() -> bool:
-    """Return whether there is a PyTorch model to compare with."""
-    return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+def in_float32(variables: Variables) -> Variables:
+    """Return the variables with float64, which JAX might cut with a warning, in float32."""
+    return jax.tree.map(lambda leaf: leaf.astype(np.float32) if leaf.dtype == np.float64 else leaf, variables)
 
 
-def compare_with_transformers(source: Source, conversion: Conversion) -> Comparison:
-    """Run seeded inputs through transformers' model with the source's own tensors, and through the converted one.
+def forward_by_block(
+    model: LevitBase, variables: Variables, pixel_values: np.ndarray
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return what leaves every block [B N C], by its path ("stage_0/block_0"), and the first output."""
+    model = model.clone(precision="highest", dtype=jnp.float32)
+
+    @jax.jit
+    def apply(variables: Variables, pixels: jax.Array) -> tuple[Any, Any]:
+        return model.apply(
+            variables,
+            pixels,
+            return_dict=False,
+            capture_intermediates=lambda module, _: isinstance(module, Stem | Block | Downsample),
+            mutable=["intermediates"],
+        )
+
+    outputs, state = apply(in_float32(variables), pixel_values)
+    blocks: dict[str, np.ndarray] = {}
+    for path, leaf in jax.tree.leaves_with_path(state["intermediates"]):
+        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        blocks.setdefault("/".join(keys[:-1]), np.asarray(leaf))  # of a block's tokens and attention, the tokens
+    return blocks, np.asarray(outputs[0])
+
+
+def find_differing_bytes(source: Source, conversion: Conversion) -> list[str]:
+    """Turn a conversion back into the source's layout, and return the tensors that are not what the source holds.
 
     Args:
-        source: the opened checkpoint, in transformers' layout.
+        source: the opened checkpoint.
+        conversion: what became of it. Where it was turned into another type, the source's tensors are too.
+    """
+    differing = []
+    inverse = {path: np.argsort(order) for path, order in conversion.reordered.items()}
+    for row, (name, array) in zip(conversion.rows, torch_tensors(conversion.rows, conversion.variables), strict=True):
+        original = np.asarray(source.tensors[name])
+        if row.flax.endswith("/count"):
+            original = original.astype(np.int64)
+        elif conversion.dtype is not None:
+            original = original.astype(conversion.dtype)
+        if row.flax in inverse:
+            array = array[:, inverse[row.flax]]
+        if array.dtype != original.dtype or array.tobytes() != original.tobytes():
+            differing.append(name)
+    return differing
+
+
+class Peer(NamedTuple):
+    """A PyTorch implementation that runs a layout's checkpoints.
+
+    Attributes:
+        package: what it is called.
+        needs: the packages that must be there.
+        build: makes the model, for a conversion, with any weights.
+        block: turns the prefix of a block's last layer into the name of the module that the block's result leaves.
+    """
+
+    package: str
+    needs: tuple[str, ...]
+    build: Callable[[Conversion], "torch.nn.Module"]
+    block: Callable[[str], str]
+
+    @property
+    def missing(self) -> list[str]:
+        """The packages that are not installed."""
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
+
+
+def build_transformers(conversion: Conversion) -> "torch.nn.Module":
+    """Return transformers' model of the converted architecture."""
+    import transformers
+
+    config = transformers.LevitConfig.from_dict(conversion.model.config.to_dict())
+    model: torch.nn.Module = getattr(transformers, type(conversion.model).__name__)(config)
+    return model
+
+
+def build_timm(conversion: Conversion) -> "torch.nn.Module":
+    """Return timm's model of the converted architecture, fused where the checkpoint is.
+
+    Raises:
+        ConversionError: timm cannot build it.
+    """
+    from timm.models.levit import Levit, LevitDistilled
+    from timm.utils import reparameterize_model
+
+    heads = conversion.model.head_names
+    arguments = model_arguments(conversion.model.config, heads)
+    model_class = LevitDistilled if len(heads) == 2 else Levit
+    model: torch.nn.Module = model_class(
+        **arguments, use_conv=conversion.layout.name == "timm_conv", global_pool="avg" if heads else ""
+    )
+    return reparameterize_model(model) if conversion.model.folded else model
+
+
+def build_original(conversion: Conversion) -> "torch.nn.Module":
+    """Return a model with the original repository's names."""
+    from .original import OriginalLevit
+
+    model = conversion.model
+    return OriginalLevit(model.config, model.head_names if model.config.num_labels else (), model.folded)
+
+
+TRANSFORMERS = Peer("transformers", ("torch", "transformers"), build_transformers, lambda p: p.removesuffix(".module"))
+TIMM = Peer("timm", ("torch", "timm"), build_timm, lambda prefix: prefix.rpartition(".")[0])
+ORIGINAL = Peer("torch", ("torch",), build_original, lambda prefix: prefix.removesuffix(".m"))
+PEERS = {
+    "hf": TRANSFORMERS,
+    "timm": TIMM,
+    "timm_conv": TIMM,
+    "facebook": ORIGINAL,
+    "facebook_conv": ORIGINAL,
+}
+
+
+def block_modules(conversion: Conversion, peer: Peer) -> Iterator[tuple[str, str]]:
+    """Yield each block's path in the variables and the name of the PyTorch module that its result leaves."""
+    model, last = conversion.model, {}
+    structure = Structure.of(model.config, model.head_names, model.folded)
+    for torch_prefix, flax, part in conversion.layout.prefixes(structure):
+        if part is not Part.HEAD:
+            last[flax.rpartition("/")[0]] = peer.block(torch_prefix)  # the last layer of a block wins
+    yield from last.items()
+
+
+def compare_with_pytorch(source: Source, conversion: Conversion) -> PyTorchComparison | str:
+    """Run seeded inputs through PyTorch with the source's own tensors, and through the converted model.
+
+    transformers and timm run their own layouts; the original repository's is run by a plain PyTorch model with its
+    names.
+
+    Args:
+        source: the opened checkpoint.
         conversion: what became of it.
 
     Returns:
-        The difference of the logits (of the last hidden state, for a model without heads) in float32.
+        The differences in float32, or why there was nothing to compare with.
     """
+    peer = PEERS[conversion.layout.name]
+    if peer.missing:
+        return f"{' and '.join(peer.missing)} is not installed"
     import torch
-    import transformers
 
-    config = conversion.model.config
-    reference = getattr(transformers, type(conversion.model).__name__)(
-        transformers.LevitConfig.from_dict(config.to_dict())
-    )
-    ignored = set().union(*conversion.ignored.values())
-    reference.load_state_dict(
-        {
-            name: torch.from_numpy(np.array(tensor, np.float32 if tensor.dtype.kind == "V" else tensor.dtype))
-            for name, tensor in source.tensors.items()
-            if name not in ignored
-        }
-    )
-    shape = (PROBES, *config.image_height_width, config.num_channels)
-    pixel_values = np.random.default_rng(PROBE_SEED).standard_normal(shape, np.float32)
+    try:
+        reference = peer.build(conversion)
+    except (ConversionError, TypeError) as error:  # TypeError: transformers cannot build every config that it reads
+        return f"{peer.package} cannot build this architecture ({error})"
+    reference = reference.float().eval()
+    reference.load_state_dict(reference_state(reference, source, conversion))
+    paths = {module: path for path, module in block_modules(conversion, peer)}
+    outputs: dict[str, np.ndarray] = {}
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(_module: object, _inputs: object, output: "torch.Tensor") -> None:
+            tokens = output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
+            outputs[path] = tokens.numpy()
+
+        return hook
+
+    for name, module in reference.named_modules():
+        if name in paths:
+            module.register_forward_hook(keep(paths[name]))
+    pixel_values = probes(conversion.model)
     with torch.inference_mode():
-        wanted = reference.float().eval()(torch.from_numpy(pixel_values).permute(0, 3, 1, 2)).to_tuple()[0].numpy()
-    return compare(forward(conversion, pixel_values), wanted)
+        wanted = reference(torch.from_numpy(pixel_values).permute(0, 3, 1, 2))
+        if not isinstance(wanted, torch.Tensor):
+            wanted = wanted.to_tuple()[0]
+        if wanted.ndim == 4:
+            wanted = wanted.flatten(2).transpose(1, 2)
+    limit = PARITY_LIMIT if conversion.dtype is None else rounding_limit(conversion.dtype)
+    blocks, result = forward_by_block(conversion.model, conversion.variables, pixel_values)
+    return PyTorchComparison(
+        reference=f"{peer.package} {version(peer.package)}",
+        blocks={path: compare(blocks[path], outputs[path], limit) for path in paths.values()},
+        logits=compare(result, wanted.numpy(), limit),
+    )
+
+
+def reference_state(reference: "torch.nn.Module", source: Source, conversion: Conversion) -> dict[str, "torch.Tensor"]:
+    """Return the source's own tensors for a PyTorch model, with index tables of its own where the source has none."""
+    import torch
+
+    state: dict[str, torch.Tensor] = reference.state_dict()
+    tables = {name for name in state if name.endswith("attention_bias_idxs")}
+    loaded = {name: state[name] for name in tables - source.shapes.keys()}
+    for name in {row.torch for row in conversion.rows} | (tables & source.shapes.keys()):
+        array = source.tensors[name]
+        tensor = torch.from_numpy(np.array(array, np.float32 if array.dtype.kind in "fV" else array.dtype))
+        if tensor.ndim == 4 and name in state and state[name].ndim == 2:
+            tensor = tensor.flatten(1)  # the original's convolutional flavour, computed with linear layers
+        loaded[name] = tensor
+    return loaded

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .modeling import LevitForImageClassification as LevitForImageClassification
     from .modeling import LevitForImageClassificationWithTeacher as LevitForImageClassificationWithTeacher
     from .modeling import LevitModel as LevitModel
+    from .surgery import fold_batch_norm as fold_batch_norm
+    from .surgery import merge_heads as merge_heads
 
 _HOMES = {
     # The architecture
@@ -28,6 +30,9 @@ _HOMES = {
     # Weights in and out; PyTorch's are the matter of `levit_flax.convert`
     "from_pretrained": "checkpoint",
     "save_pretrained": "checkpoint",
+    # One model from another
+    "fold_batch_norm": "surgery",
+    "merge_heads": "surgery",
     # Pictures in, labels out
     "LevitImageProcessor": "image_processing",
     "ImageClassifier": "classifier",

@@ -28,7 +28,11 @@ WEIGHTS_FILE = "flax_model.safetensors"  # never model.safetensors, which transf
 EMBEDDED_NAME = "cifar10"
 EMBEDDED_DIRECTORY = Path(__file__).parent / "embedded"
 
-OWN_FILES = (CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE)
+# What a conversion says of itself, for programs and for people.
+REPORT_FILE = "conversion_report.json"
+READABLE_REPORT_FILE = "conversion_report.md"
+
+OWN_FILES = (CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE, REPORT_FILE, READABLE_REPORT_FILE)
 
 # The weights that PyTorch writes, in the order in which they are looked for.
 TORCH_WEIGHT_FILES = (
@@ -73,8 +77,7 @@ def from_pretrained(
         return convert.from_torch(resolved.weights, dtype)
     model, variables = read_directory(resolved.directory)
     if dtype is not None:
-        variables = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype != np.int32 else leaf, variables)
-        model = model.clone(param_dtype=jnp.dtype(dtype))
+        model, variables = cast(model, variables, dtype)
     return model, to_device(variables, str(resolved.weights))
 
 
@@ -97,9 +100,15 @@ def resolve(
 
 
 def load_processor(directory: Path | None, config: LevitConfig) -> LevitImageProcessor:
-    """Return the processor that lies in a model's directory, or the usual one for the model's image size."""
+    """Return the processor that a model's directory describes, or the usual one for the model's image size."""
     if directory is not None and (directory / PROCESSOR_FILE).is_file():
         return LevitImageProcessor.from_pretrained(directory)
+    if directory is not None and (directory / CONFIG_FILE).is_file():
+        values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        if "pretrained_cfg" in values:  # timm's, which has no file of its own for this
+            from levit_flax.convert.timm_files import read_timm_processor
+
+            return read_timm_processor(values)
     height, width = config.image_height_width
     return LevitImageProcessor(size=max(height, width), crop_size=(height, width))
 
@@ -128,6 +137,19 @@ def read_directory(directory: Path) -> tuple[LevitBase, Variables]:
     return model, variables
 
 
+def read_provenance(directory: Path) -> dict[str, Any]:
+    """Return what a model directory of ours says of where it came from."""
+    values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    provenance: dict[str, Any] = values.get(OWN_BLOCK, {}).get("provenance", {})
+    return provenance
+
+
+def cast(model: LevitBase, variables: Variables, dtype: Any) -> tuple[LevitBase, Variables]:
+    """Return the model and its variables with all floating-point arrays in another type."""
+    variables = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype != np.int32 else leaf, variables)
+    return model.clone(param_dtype=jnp.dtype(dtype)), variables
+
+
 def save_pretrained(
     directory: str | Path,
     model: LevitBase,
@@ -151,6 +173,18 @@ def save_pretrained(
         ValueError: the variables do not fit the model.
         OSError: the directory cannot be written.
     """
+    with staged_directory(Path(directory), overwrite) as staging:
+        write_model(staging, model, variables, processor, provenance)
+
+
+def write_model(
+    directory: Path,
+    model: LevitBase,
+    variables: Mapping[str, Any],
+    processor: LevitImageProcessor | None,
+    provenance: Mapping[str, Any] | None,
+) -> None:
+    """Write the files of a model into a directory that is there; the arguments are those of `save_pretrained`."""
     check_variables(model, variables, "The given tree")
     config = model.config.to_dict()
     config["architectures"] = [type(model).__name__]
@@ -160,12 +194,12 @@ def save_pretrained(
         "folded": model.folded,
         "provenance": dict(provenance or {}),
     }
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     flat = {path: np.asarray(leaf, order="C") for path, leaf in flatten_dict(variables, sep="/").items()}
-    with staged_directory(Path(directory), overwrite) as staging:
-        (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(flat, staging / WEIGHTS_FILE, metadata={"format": "flax"})
-        if processor is not None:
-            processor.save_pretrained(staging)
+    save_file(flat, directory / WEIGHTS_FILE, metadata={"format": "flax"})
+    (directory / WEIGHTS_FILE).chmod(0o644)  # safetensors keeps others out
+    if processor is not None:
+        processor.save_pretrained(directory)
 
 
 def check_variables(model: LevitBase, variables: Mapping[str, Any], where: str) -> None:

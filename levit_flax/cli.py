@@ -12,13 +12,9 @@ import warnings
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from levit_flax.convert.conversion import Conversion
-    from levit_flax.convert.verification import Comparison
 
 app = typer.Typer(
     help="LeViT for JAX: convert PyTorch checkpoints, classify pictures.",
@@ -37,6 +33,15 @@ class DType(StrEnum):
     FLOAT32 = "float32"
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
+
+
+class Layout(StrEnum):
+    """The PyTorch layouts that are written."""
+
+    HF = "hf"
+    TIMM = "timm"
+    TIMM_CONV = "timm_conv"
+    FACEBOOK = "facebook"
 
 
 def parse_image_size(text: str) -> int | tuple[int, int]:
@@ -97,10 +102,20 @@ def user_cache_directory() -> Path:
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="Weight file, directory or Hub id of a PyTorch LeViT.")],
+    source: Annotated[
+        str, typer.Argument(help="Weight file, directory or Hub id of a PyTorch LeViT, or a converted model.")
+    ],
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    to: Annotated[Layout | None, typer.Option(help="Write PyTorch weights in this layout instead.")] = None,
+    fold: Annotated[bool, typer.Option("--fold", help="Fold the batch norms: faster, for inference only.")] = False,
+    merge_heads: Annotated[
+        bool, typer.Option("--merge-heads", help="Make one head of two, with their average as its logits.")
+    ] = False,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="Of a training checkpoint, take the averaged weights (model_ema).")
+    ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare with transformers on seeded inputs, if installed.")
+        bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch on seeded inputs, if installed.")
     ] = True,
     dtype: Annotated[DType | None, typer.Option(help="Type of the weights; the file's own if left out.")] = None,
     image_size: ImageSizeOption = None,
@@ -109,53 +124,28 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace the model in OUT.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert a PyTorch checkpoint into a model directory, and report on it."""
-    from levit_flax import checkpoint
-    from levit_flax.convert import conversion, sources, verification
+    """Convert a PyTorch checkpoint into a model directory or back, with a report that proves it right."""
+    from levit_flax.convert import workflow
 
-    checkpoint.check_free(out, overwrite=force)
-    opened = sources.open_source(source, revision=revision, local_files_only=offline)
-    result = conversion.convert(opened, dtype and dtype.value, image_size=image_size)
-    comparison = None
-    if verify and dtype in (None, DType.FLOAT32) and verification.transformers_is_installed():
-        comparison = verification.compare_with_transformers(opened, result)
-        if not comparison.passed:
-            raise ValueError(
-                f"The converted model does not compute what transformers computes: its logits differ by"
-                f" {comparison.relative:.1e} of the largest (at most {verification.PARITY_LIMIT:.0e} is rounding)."
-                f" Nothing was written."
-            )
-    checkpoint.save_pretrained(
+    report = workflow.convert_to_directory(
+        source,
         out,
-        result.model,
-        result.variables,
-        checkpoint.load_processor(result.directory, result.model.config),
+        layout=to and to.value,
+        dtype=dtype and dtype.value,
+        image_size=image_size,
+        ema=ema,
+        fold=fold,
+        merge=merge_heads,
+        verify=verify,
+        revision=revision,
+        local_files_only=offline,
         overwrite=force,
-        provenance=result.provenance,
     )
-    report = conversion_report(result, comparison)
     if as_json:
         print(json.dumps({**report, "out": str(out)}, indent=2))
     else:
-        print_fields(report)
+        print_fields(workflow.summary(report))
         print(f"written to {out}")
-
-
-def conversion_report(result: "Conversion", comparison: "Comparison | None") -> dict[str, Any]:
-    """Return what a conversion did, JSON-ready."""
-    return {
-        "source": result.provenance["source"],
-        "model": type(result.model).__name__,
-        "layout": result.layout,
-        "architecture": "read from the shapes" if result.inferred else "read from config.json",
-        "parameters": result.num_parameters,
-        "dtype": str(result.model.param_dtype),
-        "mapped": result.mapped,
-        "ignored": {reason: len(names) for reason, names in result.ignored.items()},
-        "compared with PyTorch": None
-        if comparison is None
-        else {"largest difference": comparison.absolute, "of the largest logit": comparison.relative},
-    }
 
 
 @app.command()

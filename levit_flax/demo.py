@@ -38,13 +38,15 @@ def run_demo() -> None:
     start = time.perf_counter()
     converted = conversion.convert(sources.open_source(EMBEDDED_DIRECTORY))
     print(
-        f"   {type(converted.model).__name__}: {converted.mapped} tensors mapped,"
+        f"   {type(converted.model).__name__}: {len(converted.rows)} tensors mapped,"
         f" {converted.num_parameters:,} parameters, {time.perf_counter() - start:.2f} s"
     )
 
     print("2. Verify it against the logits that PyTorch computed")
     with np.load(EMBEDDED_DIRECTORY / "probe.npz") as probe:
-        comparison = verification.compare(verification.forward(converted, probe["pixel_values"]), probe["logits"])
+        comparison = verification.compare(
+            verification.forward(converted.model, converted.variables, probe["pixel_values"]), probe["logits"]
+        )
     if not comparison.passed:
         raise ValueError(
             f"The logits differ by {comparison.relative:.1e} of the largest: the conversion is wrong here."

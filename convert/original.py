@@ -1,0 +1,163 @@
+"""LeViT in PyTorch with the names of the original repository, which is no package that could be installed.
+
+Proofs run it on checkpoints in that layout. It is written from the names that those checkpoints hold and from the
+paper, and shares nothing with the Flax model. Needs PyTorch.
+
+Source: Graham et al. 2021, section 4; names of facebookresearch/LeViT levit.py.
+"""
+
+import itertools
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from levit_flax.configuration import LevitConfig
+
+
+class TokenNorm(nn.BatchNorm1d):
+    """Batch norm over batch and tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [B N C]."""
+        return super().forward(x.flatten(0, 1)).view_as(x)
+
+
+def normed(layer: nn.Module, norm: nn.Module) -> nn.Module:
+    """Return a layer and its norm under the names `c` and `bn`."""
+    return nn.Sequential(OrderedDict(c=layer, bn=norm))
+
+
+def linear(inputs: int, outputs: int, fused: bool) -> nn.Module:
+    """Return `Linear_BN`, or what its `fuse` makes of it."""
+    if fused:
+        return nn.Linear(inputs, outputs)
+    return normed(nn.Linear(inputs, outputs, bias=False), TokenNorm(outputs))
+
+
+def conv(inputs: int, outputs: int, config: LevitConfig, fused: bool) -> nn.Module:
+    """Return `Conv2d_BN`, or what its `fuse` makes of it."""
+    layer = nn.Conv2d(inputs, outputs, config.kernel_size, config.stride, config.padding, bias=fused)
+    return layer if fused else normed(layer, nn.BatchNorm2d(outputs))
+
+
+def head(inputs: int, outputs: int, fused: bool) -> nn.Module:
+    """Return `BN_Linear`, or what its `fuse` makes of it."""
+    if fused:
+        return nn.Linear(inputs, outputs)
+    return nn.Sequential(OrderedDict(bn=nn.BatchNorm1d(inputs), l=nn.Linear(inputs, outputs)))
+
+
+class Residual(nn.Module):
+    """Add what the inner module makes."""
+
+    def __init__(self, m: nn.Module) -> None:
+        super().__init__()
+        self.m = m
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B N C] to [B N C]."""
+        return x + self.m(x)
+
+
+class Attention(nn.Module):
+    """Attention from the tokens of `grid` to every `stride`-th of them; without stride the input is the query too."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        key_dim: int,
+        heads: int,
+        ratio: int,
+        grid: tuple[int, int],
+        stride: int | None,
+        fused: bool,
+    ) -> None:
+        super().__init__()
+        self.heads, self.key_dim, self.grid, self.stride = heads, key_dim, grid, stride
+        keys, values = heads * key_dim, heads * key_dim * ratio
+        if stride is None:
+            self.qkv = linear(inputs, 2 * keys + values, fused)
+        else:
+            self.kv = linear(inputs, keys + values, fused)
+            self.q = nn.Sequential(nn.Identity(), linear(inputs, keys, fused))
+        self.proj = nn.Sequential(nn.Hardswish(), linear(values, outputs, fused))
+        self.attention_biases = nn.Parameter(torch.zeros(heads, grid[0] * grid[1]))
+        self.register_buffer("attention_bias_idxs", self.offsets())
+
+    def offsets(self) -> Tensor:
+        """Return the index of the bias of every pair [Q K], numbering the distances in the order they are met."""
+        height, width = self.grid
+        points = [(y, x) for y in range(height) for x in range(width)]
+        step = self.stride or 1
+        seen: dict[tuple[int, int], int] = {}
+        rows = [
+            [seen.setdefault((abs(qy - ky), abs(qx - kx)), len(seen)) for ky, kx in points]
+            for qy, qx in points
+            if qy % step == 0 and qx % step == 0
+        ]
+        return torch.tensor(rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B K inputs] to [B Q outputs]."""
+        batch = len(x)
+        if self.stride is None:
+            query, key, value = self.split(self.qkv(x), 2)
+        else:
+            coarse = x.view(batch, *self.grid, -1)[:, :: self.stride, :: self.stride].flatten(1, 2)
+            [query] = self.split(self.q(coarse), 0)
+            key, value = self.split(self.kv(x), 1)
+        bias = self.attention_biases[:, self.attention_bias_idxs]
+        attention = (query @ key.transpose(-2, -1) * self.key_dim**-0.5 + bias).softmax(-1)
+        return self.proj((attention @ value).transpose(1, 2).flatten(2))
+
+    def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """Split every head's channels into `parts` keys or queries and what is left; [B N C] to [B H N D] each."""
+        x = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        sizes = [self.key_dim] * parts + [x.shape[-1] - parts * self.key_dim]
+        return x.split(sizes, -1)
+
+
+class OriginalLevit(nn.Module):
+    """The whole model; its logits in evaluation are the average of its heads, as in the original.
+
+    Args:
+        config: the architecture.
+        heads: names of the classifier heads.
+        fused: whether the batch norms are fused into their neighbours.
+    """
+
+    def __init__(self, config: LevitConfig, heads: tuple[str, ...], fused: bool) -> None:
+        super().__init__()
+        widths, grids = config.hidden_sizes, config.grids
+        stem: list[nn.Module] = []
+        channels = [config.num_channels, widths[0] // 8, widths[0] // 4, widths[0] // 2, widths[0]]
+        for inputs, outputs in itertools.pairwise(channels):
+            stem += [conv(inputs, outputs, config, fused), nn.Hardswish()]
+        self.patch_embed = nn.Sequential(*stem[:-1])
+
+        def mlp(width: int, ratio: int) -> list[nn.Module]:
+            layers = linear(width, ratio * width, fused), nn.Hardswish(), linear(ratio * width, width, fused)
+            return [Residual(nn.Sequential(*layers))] if ratio else []
+
+        blocks: list[nn.Module] = []
+        for i, width in enumerate(widths):
+            for _ in range(config.depths[i]):
+                shape = config.key_dim[i], config.num_attention_heads[i], config.attention_ratio[i], grids[i]
+                blocks += [Residual(Attention(width, width, *shape, None, fused)), *mlp(width, config.mlp_ratio[i])]
+            if i < len(widths) - 1:
+                op = config.down_ops[i]
+                shape = op.key_dim, op.num_attention_heads, op.attention_ratio, grids[i]
+                blocks += [Attention(width, widths[i + 1], *shape, op.stride, fused), *mlp(widths[i + 1], op.mlp_ratio)]
+        self.blocks = nn.Sequential(*blocks)
+        self.head_names = heads
+        for name in heads:
+            self.add_module(name, head(widths[-1], config.num_labels, fused))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Map [B C H W] to logits [B num_labels]; without heads to the tokens [B N C] of the last stage."""
+        x = self.blocks(self.patch_embed(pixel_values).flatten(2).transpose(1, 2))
+        if not self.head_names:
+            return x
+        return torch.stack([getattr(self, name)(x.mean(1)) for name in self.head_names]).mean(0)

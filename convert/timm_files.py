@@ -1,0 +1,251 @@
+"""timm's `config.json`: the architecture, the preprocessing and the class names that it tells of, read and written.
+
+Source: timm models/_hub.py (`save_config_for_hf`), models/levit.py (`Levit`), data/transforms_factory.py.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from levit_flax.configuration import VARIANTS, LevitConfig
+from levit_flax.image_processing import IMAGENET_MEAN, IMAGENET_STD, LevitImageProcessor
+
+from .errors import ConversionError
+
+# Our names for the arguments of timm's model that say what the network is.
+ARGUMENTS = {
+    "img_size": "image_size",
+    "in_chans": "num_channels",
+    "num_classes": "num_labels",
+    "embed_dim": "hidden_sizes",
+    "key_dim": "key_dim",
+    "depth": "depths",
+    "num_heads": "num_attention_heads",
+    "attn_ratio": "attention_ratio",
+    "mlp_ratio": "mlp_ratio",
+    "drop_path_rate": "drop_path_rate",
+}
+PER_STAGE = ("key_dim", "num_attention_heads", "attention_ratio", "mlp_ratio")
+# Arguments that would make another network, with the only values that make this one.
+FIXED_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "act_layer": ("hard_swish",),
+    "attn_act_layer": (None, "hard_swish"),
+    "stem_type": ("s16",),
+    "stem_backbone": (None,),
+    "down_op": ("subsample",),
+    "global_pool": ("avg",),
+}
+# Arguments that change nothing that a checkpoint holds.
+FREE_ARGUMENTS = ("use_conv", "distilled", "drop_rate", "stem_stride", "out_indices", "features_only")
+
+VARIANT_NAMES = {name.lower().replace("-", "_"): name for name in VARIANTS}  # levit_128s -> levit-128S
+
+RESAMPLE = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "nearest": Image.Resampling.NEAREST,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+CROP_PCT = 0.9  # timm's own for LeViT
+
+
+def is_timm_config(values: Mapping[str, Any]) -> bool:
+    """Return whether the content of a config.json is timm's."""
+    return isinstance(values.get("architecture"), str) and "model_type" not in values
+
+
+def pretrained_cfg(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of timm's config that tells of the weights; old files have it at the top."""
+    cfg = values.get("pretrained_cfg", values)
+    if not isinstance(cfg, Mapping):
+        raise ConversionError(f"timm's config has the pretrained_cfg {cfg!r}: expected an object.")
+    return cfg
+
+
+def read_timm_config(values: Mapping[str, Any]) -> LevitConfig:
+    """Build a config from the content of timm's config.json.
+
+    Args:
+        values: the parsed JSON.
+
+    Returns:
+        The config, with the labels that the file has, or LABEL_0, LABEL_1, ...
+
+    Raises:
+        ConversionError: the architecture is not a published LeViT, or an argument would make another network.
+    """
+    name = values["architecture"]
+    variant = VARIANT_NAMES.get(name.replace("levit_conv_", "levit_"))
+    if variant is None:
+        raise ConversionError(
+            f"timm's config names the architecture {name!r}: expected one of {', '.join(VARIANT_NAMES)}, or its"
+            " levit_conv_ twin. The others have other activations or stems, and no published weights."
+        )
+    cfg = pretrained_cfg(values)
+    arguments: dict[str, Any] = {"drop_path_rate": 0.0, **values.get("model_args", {})}
+    arguments["num_classes"] = values.get("num_classes", cfg.get("num_classes", 1000))
+    channels, *size = cfg.get("input_size", (3, 224, 224))
+    arguments.setdefault("in_chans", channels)
+    arguments.setdefault("img_size", size)
+    fields: dict[str, Any] = {}
+    for key, value in arguments.items():
+        if key in ARGUMENTS:
+            fields[ARGUMENTS[key]] = value
+        elif value not in FIXED_ARGUMENTS.get(key, (value,) if key in FREE_ARGUMENTS else ()):
+            raise ConversionError(
+                f"timm's config asks for {key}={value!r}, which levit-flax does not build: expected"
+                f" {FIXED_ARGUMENTS[key][0]!r}."
+                if key in FIXED_ARGUMENTS
+                else f"timm's config has the argument {key}={value!r}, which levit-flax does not know."
+            )
+    stages = len(fields.get("hidden_sizes", VARIANTS[variant].hidden_sizes))
+    for field in PER_STAGE:
+        if isinstance(fields.get(field), int | float):
+            fields[field] = (fields[field],) * stages
+    fields["id2label"] = read_labels(values, cfg, fields["num_labels"])
+    derived: dict[str, Any] = {"down_ops": None}  # from the widths
+    return dataclasses.replace(VARIANTS[variant], **derived, **fields)
+
+
+def read_labels(values: Mapping[str, Any], cfg: Mapping[str, Any], count: int) -> tuple[str, ...] | None:
+    """Return the class names that timm's config holds; None where it holds none that fit."""
+    names = values.get("label_names", cfg.get("label_names"))
+    descriptions = values.get("label_descriptions", cfg.get("label_descriptions")) or {}
+    if isinstance(names, Mapping):
+        names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
+    if not names or len(names) != count:
+        return None
+    return tuple(str(descriptions.get(name, name)) for name in names)
+
+
+def read_timm_processor(values: Mapping[str, Any]) -> LevitImageProcessor:
+    """Build the processor that prepares pictures as timm's evaluation does.
+
+    timm resizes the shorter edge to size / crop_pct and crops the centre. `LevitImageProcessor` multiplies its `size`
+    by 256 / 224 first, so 224 pixels with crop 0.9 (248 before the crop) are its size 217. Where no size leads to just
+    that edge, it becomes one pixel shorter.
+
+    Args:
+        values: the parsed config.json.
+
+    Raises:
+        ConversionError: the preprocessing is of a kind that LeViT's processor does not know.
+    """
+    cfg = pretrained_cfg(values)
+    _, height, width = cfg.get("input_size", (3, 224, 224))
+    interpolation, mode = cfg.get("interpolation", "bicubic"), cfg.get("crop_mode", "center")
+    if interpolation not in RESAMPLE or mode != "center":
+        raise ConversionError(
+            f"timm's config asks for {interpolation} interpolation and a {mode} crop: expected one of"
+            f" {', '.join(RESAMPLE)} and a center crop."
+        )
+    edge = math.floor(max(height, width) / cfg.get("crop_pct", CROP_PCT))
+    return LevitImageProcessor(
+        size=(7 * edge + 6) // 8,  # the largest n with int(256 / 224 * n) <= edge
+        crop_size=(height, width),
+        resample=RESAMPLE[interpolation],
+        image_mean=cfg.get("mean", IMAGENET_MEAN),
+        image_std=cfg.get("std", IMAGENET_STD),
+    )
+
+
+def model_arguments(config: LevitConfig, heads: tuple[str, ...]) -> dict[str, Any]:
+    """Return the arguments with which timm builds a model, JSON-ready.
+
+    Args:
+        config: the architecture.
+        heads: names of the classifier heads.
+
+    Raises:
+        ConversionError: timm cannot build it; the message says what it lacks.
+    """
+    published: dict[str, Any] = {"down_ops": None, "kernel_size": 3, "stride": 2, "padding": 1, "patch_size": 16}
+    standard = dataclasses.replace(config, **published)
+    lacking = [
+        what
+        for what, is_lacking in {
+            "another key_dim per stage": len(set(config.key_dim)) > 1,
+            "other downsamplings than the published ones": config.down_ops != standard.down_ops,
+            "another stem than four 3x3 convolutions of stride 2": config.grids[0] != standard.grids[0]
+            or config.kernel_size != 3,
+            "blocks without MLP": 0 in config.mlp_ratio,
+            "an image size that is no multiple of 16": any(side % 16 for side in config.image_height_width),
+        }.items()
+        if is_lacking
+    ]
+    if lacking:
+        raise ConversionError(f"timm's LeViT has no place for {'; '.join(lacking)}.")
+    return {
+        "img_size": list(config.image_height_width),
+        "in_chans": config.num_channels,
+        "num_classes": config.num_labels if heads else 0,
+        "embed_dim": list(config.hidden_sizes),
+        "key_dim": config.key_dim[0],
+        "depth": list(config.depths),
+        "num_heads": list(config.num_attention_heads),
+        "attn_ratio": list(config.attention_ratio),
+        "mlp_ratio": list(config.mlp_ratio),
+        "drop_path_rate": config.drop_path_rate,
+    }
+
+
+def write_timm_config(
+    config: LevitConfig, heads: tuple[str, ...], processor: LevitImageProcessor, convolutional: bool
+) -> str:
+    """Return the config.json with which `timm.create_model("local-dir:...")` opens a directory.
+
+    Args:
+        config: the architecture; the variant that it is nearest to gives the file its name, and the arguments the rest.
+        heads: names of the classifier heads.
+        processor: its resize becomes timm's crop_pct.
+        convolutional: whether the linear layers are 1x1 convolutions.
+
+    Raises:
+        ConversionError: timm cannot build the model.
+    """
+    arguments = model_arguments(config, heads)
+    name = next((name for name, variant in VARIANT_NAMES.items() if is_variant(config, variant)), "levit_128")
+    height, width = config.image_height_width
+    edge = processor.size.get("shortest_edge")
+    resized = int(256 / 224 * edge) if edge else max(processor.size.values())
+    cfg = {
+        "tag": "levit_flax",
+        "custom_load": False,
+        "input_size": [config.num_channels, height, width],
+        "fixed_input_size": True,
+        "interpolation": Image.Resampling(processor.resample).name.lower(),
+        "crop_pct": max(height, width) / resized,
+        "crop_mode": "center",
+        "mean": per_channel(processor.image_mean, config.num_channels),
+        "std": per_channel(processor.image_std, config.num_channels),
+        "num_classes": arguments["num_classes"],
+        "pool_size": None,
+        "first_conv": "stem.conv1.linear",
+        "classifier": [f"{head}.linear" for head in heads],
+    }
+    values = {
+        "architecture": name.replace("levit_", "levit_conv_") if convolutional else name,
+        "num_classes": arguments["num_classes"],
+        "num_features": config.hidden_sizes[-1],
+        "global_pool": "avg",
+        "label_names": list(config.id2label) if heads else None,
+        # timm builds two heads unless told otherwise; without classes it builds neither.
+        "model_args": arguments | ({} if len(heads) == 2 else {"distilled": False}),
+        "pretrained_cfg": cfg,
+    }
+    return json.dumps({key: value for key, value in values.items() if value is not None}, indent=2) + "\n"
+
+
+def per_channel(value: float | Sequence[float], channels: int) -> list[float]:
+    """Return a number for each channel."""
+    return [value] * channels if isinstance(value, int | float) else list(value)
+
+
+def is_variant(config: LevitConfig, name: str) -> bool:
+    """Return whether a config has a published variant's widths, depths and heads."""
+    fields = ("hidden_sizes", "depths", "num_attention_heads", "key_dim")
+    return all(getattr(config, field) == getattr(VARIANTS[name], field) for field in fields)
