@@ -18,7 +18,7 @@ from levit_flax.modeling import MODEL_CLASSES, LevitBase, Variables, abstract_va
 
 from .errors import ConversionError
 from .inference import INFERRED_FIELDS, infer_config
-from .layouts import IGNORED, LAYOUTS, WRITTEN_LAYOUTS, CheckpointLayout, Row, Structure, detect_layout
+from .layouts import IGNORED, LAYOUTS, WRITTEN_LAYOUTS, CheckpointLayout, Row, Shape, Structure, detect_layout
 from .sources import Source, Tensors, open_source
 from .timm_files import is_timm_config, read_timm_config
 
@@ -128,12 +128,12 @@ def convert(
     model = model_class(architecture, folded=structure.folded)
     rows = tuple(layout.rows(Structure.of(architecture, structure.heads, structure.folded)))
     ignored = find_ignored(source.shapes, {row.torch for row in rows})
-    # Everything that the names and shapes tell is checked before a single tensor is read.
-    problems = find_misfits(source.shapes, rows, model, ignored)
-    if not problems:
-        flat, wrong_values = read_tensors(source.tensors, rows, dtype)
-        reordered, wrong_tables = compare_tables(source.tensors, layout, structure, architecture)
-        problems = wrong_values + wrong_tables
+    expected = {row.torch: row.permutation.torch_shape(abstract_variables(model)[row.flax].shape) for row in rows}
+    flat, wrong_values = read_tensors(
+        source.tensors, [row for row in rows if source.shapes.get(row.torch) == expected[row.torch]], dtype
+    )
+    reordered, wrong_tables = compare_tables(source.tensors, layout, structure, architecture)
+    problems = report_problems(find_misfits(source.shapes, expected, ignored) | wrong_values | wrong_tables)
     if problems:
         raise ConversionError(
             f"{source.where} cannot be converted as {model_class.__name__} in the {layout.name} layout:\n"
@@ -212,8 +212,10 @@ def has_labels(config: LevitConfig) -> bool:
     return config.id2label != tuple(f"LABEL_{i}" for i in range(config.num_labels))
 
 
-def read_tensors(tensors: Tensors, rows: tuple[Row, ...], dtype: Any) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Read every tensor once, as it stands in the Flax tree, and say which hold what they must not."""
+def read_tensors(
+    tensors: Tensors, rows: Iterable[Row], dtype: Any
+) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    """Read every tensor once, as it stands in the Flax tree, and say which hold what they must not, by kind."""
     flat, not_numbers, not_finite, negative, overflowing = {}, [], [], [], []
     for row in rows:
         tensor = tensors[row.torch]
@@ -234,19 +236,15 @@ def read_tensors(tensors: Tensors, rows: tuple[Row, ...], dtype: Any) -> tuple[d
                 flat[row.flax] = np.asarray(row.permutation.to_flax(tensor), dtype, order="C")
             if dtype is not None and not np.isfinite(flat[row.flax]).all():
                 overflowing.append(row.torch)
-    return flat, report_problems(
-        {
-            "of the wrong type": not_numbers,
-            "not finite": not_finite,
-            "negative variances": negative,
-            f"out of the range of {dtype}": overflowing,
-        }
-    )
+    return flat, {
+        "of the wrong type": not_numbers,
+        "not finite": not_finite,
+        "negative variances": negative,
+        f"out of the range of {dtype}": overflowing,
+    }
 
 
-def inferable_shapes(
-    shapes: Mapping[str, tuple[int, ...]], layout: CheckpointLayout, structure: Structure
-) -> dict[str, tuple[int, ...]]:
+def inferable_shapes(shapes: Mapping[str, Shape], layout: CheckpointLayout, structure: Structure) -> dict[str, Shape]:
     """Return the shapes of the parameters that a checkpoint has, by their path and with the axes of the Flax tree."""
     found = {}
     for row in layout.rows(structure):
@@ -279,37 +277,31 @@ def find_ignored(names: Iterable[str], mapped: set[str]) -> dict[str, tuple[str,
 
 
 def find_misfits(
-    shapes: Mapping[str, tuple[int, ...]],
-    rows: tuple[Row, ...],
-    model: LevitBase,
-    ignored: dict[str, tuple[str, ...]],
-) -> list[str]:
-    """Return a line for each kind of difference in names and shapes between a checkpoint and a model."""
-    expected = {row.torch: row.permutation.torch_shape(abstract_variables(model)[row.flax].shape) for row in rows}
+    shapes: Mapping[str, Shape], expected: Mapping[str, Shape], ignored: dict[str, tuple[str, ...]]
+) -> dict[str, list[str]]:
+    """Return the differences between the names and shapes of a checkpoint and those expected, by kind."""
     known = expected.keys() | set().union(*ignored.values())
-    return report_problems(
-        {
-            "missing": [name for name in expected if name not in shapes],
-            "unexpected": [name for name in shapes if name not in known],
-            "of the wrong shape": [
-                f"{name} (expected {shape}, found {shapes[name]})"
-                for name, shape in expected.items()
-                if name in shapes and shapes[name] != shape
-            ],
-        }
-    )
+    return {
+        "missing": [name for name in expected if name not in shapes],
+        "unexpected": [name for name in shapes if name not in known],
+        "of the wrong shape": [
+            f"{name} (expected {shape}, found {shapes[name]})"
+            for name, shape in expected.items()
+            if name in shapes and shapes[name] != shape
+        ],
+    }
 
 
 def compare_tables(
     tensors: Tensors, layout: CheckpointLayout, structure: Structure, config: LevitConfig
-) -> tuple[dict[str, np.ndarray], list[str]]:
+) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
     """Compare the stored tables of indices with those that the image size leads to.
 
     A table that gives every offset one row of its own, but not our row, tells how the biases are ordered.
 
     Returns:
         For each table of biases in another order (by its path) the row in the checkpoint of each of our rows; and what
-        is wrong with the tables of indices, each with its first difference.
+        is wrong with the tables of indices, each with its first difference, under its kind.
     """
     reordered, wrong = {}, []
     homes = layout.tables(structure)
@@ -333,7 +325,7 @@ def compare_tables(
                     f"{name} (first at query {query}, key {key}: expected {table[query, key]}, found"
                     f" {found[query, key]})"
                 )
-    return reordered, report_problems({"index tables that disagree with the image size": wrong})
+    return reordered, {"index tables that disagree with the image size": wrong}
 
 
 def index_table(config: LevitConfig, path: str) -> np.ndarray:
