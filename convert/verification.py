@@ -1,5 +1,6 @@
 """Proof of a conversion: the way back to the source's bytes, and the same inputs through PyTorch."""
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -63,7 +64,16 @@ class PyTorchComparison(NamedTuple):
 
 
 def compare(result: np.ndarray, reference: np.ndarray, limit: float = PARITY_LIMIT) -> Comparison:
-    """Return the largest difference between two arrays."""
+    """Return the largest difference between two arrays.
+
+    Raises:
+        ConversionError: the reference is not finite, so that nothing can be told.
+    """
+    if not np.isfinite(reference).all():
+        raise ConversionError(
+            "The checkpoint's own results are not finite on pictures of noise: its weights are damaged, or training had"
+            " diverged when it was saved."
+        )
     absolute = float(np.abs(result - reference).max())
     largest = float(np.abs(reference).max())
     relative = absolute / largest if largest else float("inf" if absolute else 0)
@@ -83,9 +93,24 @@ def probes(model: LevitBase) -> np.ndarray:
 
 def forward(model: LevitBase, variables: Variables, pixel_values: np.ndarray) -> np.ndarray:
     """Return the first output of a model for float32 pixels [B H W C], at full precision."""
+    return np.asarray(apply_by_block(model, variables, pixel_values)[0][0])
+
+
+def apply_by_block(model: LevitBase, variables: Variables, pixel_values: np.ndarray) -> tuple[Any, Any]:
+    """Return the outputs of a model and the intermediate results behind its blocks, in float32 at full precision."""
     model = model.clone(precision="highest", dtype=jnp.float32)
-    apply = jax.jit(lambda variables, pixels: model.apply(variables, pixels, return_dict=False)[0])
-    return np.asarray(apply(in_float32(variables), pixel_values))
+    return _apply_by_block(model, in_float32(variables), pixel_values)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply_by_block(model: LevitBase, variables: Variables, pixel_values: jax.Array) -> tuple[Any, Any]:
+    return model.apply(
+        variables,
+        pixel_values,
+        return_dict=False,
+        capture_intermediates=lambda module, _: isinstance(module, Stem | Block | Downsample),
+        mutable=["intermediates"],
+    )
 
 
 def in_float32(variables: Variables) -> Variables:
@@ -97,19 +122,7 @@ def forward_by_block(
     model: LevitBase, variables: Variables, pixel_values: np.ndarray
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Return what leaves every block [B N C], by its path ("stage_0/block_0"), and the first output."""
-    model = model.clone(precision="highest", dtype=jnp.float32)
-
-    @jax.jit
-    def apply(variables: Variables, pixels: jax.Array) -> tuple[Any, Any]:
-        return model.apply(
-            variables,
-            pixels,
-            return_dict=False,
-            capture_intermediates=lambda module, _: isinstance(module, Stem | Block | Downsample),
-            mutable=["intermediates"],
-        )
-
-    outputs, state = apply(in_float32(variables), pixel_values)
+    outputs, state = apply_by_block(model, variables, pixel_values)
     blocks: dict[str, np.ndarray] = {}
     for path, leaf in jax.tree.leaves_with_path(state["intermediates"]):
         keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]

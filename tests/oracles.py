@@ -53,3 +53,92 @@ def pixels(config: LevitConfig, batch: int = BATCH, seed: int = 0) -> np.ndarray
 
 def state_dict(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: tensor.detach().clone().numpy() for name, tensor in model.state_dict().items()}
+
+
+LEAVES = {
+    "timm": {
+        "convolution": "linear",
+        "batch_norm": "bn",
+        "queries_keys_values": "qkv",
+        "keys_values": "kv",
+        "queries": "q.ln",
+        "projection": "proj.ln",
+        "linear_up": "ln1",
+        "linear_down": "ln2",
+        "classifier": "head",
+        "classifier_distill": "head_dist",
+    },
+    "facebook": {
+        "convolution": "c",
+        "linear": "c",
+        "batch_norm": "bn",
+        "queries_keys_values": "qkv",
+        "keys_values": "kv",
+        "queries": "q.1",
+        "projection": "proj.1",
+        "linear_up": "0",
+        "linear_down": "2",
+        "classifier": "head",
+        "classifier_distill": "head_dist",
+    },
+}
+
+
+def renamed(name: str, layout: str, depths: tuple[int, ...]) -> str:
+    """Return what timm or the original repository calls a tensor of transformers' models that have an MLP everywhere.
+
+    By arithmetic on the name alone, so that it shares nothing with the converter's tables.
+    """
+    leaves = LEAVES[layout]
+    parts = name.removeprefix("levit.").split(".")
+    if parts[0] == "patch_embeddings":
+        conv = int(parts[1].removeprefix("embedding_layer_"))
+        place = [f"stem.conv{conv}"] if layout == "timm" else [f"patch_embed.{2 * conv - 2}"]
+        rest = parts[2:]
+    elif parts[0] == "encoder":
+        stage, layer, rest = int(parts[2]), int(parts[4]), [part for part in parts[5:] if part != "module"]
+        block, is_mlp = divmod(layer, 2)
+        if layout == "facebook":
+            place = [f"blocks.{sum(2 * depth + 2 for depth in depths[:stage]) + layer}"]
+            place += [] if block == depths[stage] and not is_mlp else ["m"]
+        elif block < depths[stage]:
+            place = [f"stages.{stage}.blocks.{block}", "mlp" if is_mlp else "attn"]
+        else:
+            place = [f"stages.{stage + 1}.downsample", "mlp" if is_mlp else "attn_downsample"]
+    else:
+        place, rest = [leaves[parts[0]]], parts[1:]
+        if layout == "facebook" and rest[0] == "linear":
+            return ".".join([*place, "l", *rest[1:]])
+    return ".".join([*place, *(leaves.get(part, part) for part in rest)])
+
+
+def in_layout(tensors: dict[str, np.ndarray], layout: str, depths: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Return transformers' tensors as another library would have saved them, without tables of indices."""
+    if layout == "hf":
+        return tensors
+    family = layout.removesuffix("_conv")
+    result = {renamed(name, family, depths): array for name, array in tensors.items()}
+    if layout.endswith("_conv"):
+        for name, array in result.items():
+            if array.ndim == 2 and not name.endswith("attention_biases") and not name.startswith("head"):
+                result[name] = array[:, :, None, None]
+    return result
+
+
+def timm_model(config: LevitConfig, heads: int, conv: bool = False) -> torch.nn.Module:
+    """Return timm's model of this architecture in float64 and evaluation mode."""
+    from timm.models import levit
+
+    model = (levit.LevitDistilled if heads == 2 else levit.Levit)(
+        img_size=config.image_height_width,
+        in_chans=config.num_channels,
+        num_classes=config.num_labels,
+        embed_dim=config.hidden_sizes,
+        key_dim=config.key_dim[0],
+        depth=config.depths,
+        num_heads=config.num_attention_heads,
+        attn_ratio=config.attention_ratio,
+        mlp_ratio=config.mlp_ratio,
+        use_conv=conv,
+    )
+    return model.double().eval()

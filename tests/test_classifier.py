@@ -29,7 +29,8 @@ def pictures(count, size=40):
 def test_the_embedded_model_computes_what_pytorch_computed():
     converted = conversion.convert(sources.open_source(EMBEDDED_DIRECTORY))
     with np.load(EMBEDDED_DIRECTORY / "probe.npz") as probe:
-        comparison = verification.compare(verification.forward(converted, probe["pixel_values"]), probe["logits"])
+        result = verification.forward(converted.model, converted.variables, probe["pixel_values"])
+        comparison = verification.compare(result, probe["logits"])
     assert comparison.passed, comparison
 
 

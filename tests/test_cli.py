@@ -19,6 +19,7 @@ from hub_server import HubServer
 from levit_flax import convert
 from levit_flax.checkpoint import EMBEDDED_DIRECTORY
 from levit_flax.cli import main
+from levit_flax.convert import verification
 
 HELP_SECONDS = 0.5
 COLD_CLASSIFY_SECONDS = 5.0
@@ -79,9 +80,11 @@ def test_convert_reports_and_what_it_wrote_classifies(capsys, torch_directory, p
     status, out, _ = run(capsys, "convert", torch_directory, out_directory, "--no-verify", "--json")
     report = json.loads(out)
     assert status == 0
-    assert report["layout"] == "hf" and report["model"] == "LevitForImageClassificationWithTeacher"
-    assert report["mapped"] == len(convert.to_torch(*lf.from_pretrained(out_directory)))
-    assert report["parameters"] == PARAMETERS and report["compared with PyTorch"] is None
+    assert report["checkpoint"]["layout"] == "hf"
+    assert report["checkpoint"]["mapped"].keys() == convert.to_torch(*lf.from_pretrained(out_directory)).keys()
+    assert report["model"]["class"] == "LevitForImageClassificationWithTeacher"
+    assert report["model"]["parameters"] == PARAMETERS
+    assert report["proof"]["round trip"]["passed"] and report["proof"]["PyTorch"]["passed"] is None
     provenance = json.loads((out_directory / "config.json").read_text())["levit_flax"]["provenance"]
     assert provenance["source"] == str(torch_directory) and len(provenance["files"]["model.safetensors"]) == 64
 
@@ -97,12 +100,19 @@ def test_convert_verifies_against_transformers(capsys, torch_directory, tmp_path
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     status, out, _ = run(capsys, "convert", torch_directory, tmp_path / "out", "--json")
-    compared = json.loads(out)["compared with PyTorch"]
-    assert status == 0 and 0 < compared["of the largest logit"] < 1e-5
-    monkeypatch.setattr("levit_flax.convert.verification.forward", lambda *_: np.ones((2, 5), np.float32))
+    compared = json.loads(out)["proof"]["PyTorch"]
+    assert status == 0 and compared["passed"] and 0 < compared["relative"] < 1e-5
+
+    by_block = verification.forward_by_block
+
+    def forward_wrongly(*arguments):
+        blocks, logits = by_block(*arguments)
+        return blocks, logits * 1.001
+
+    monkeypatch.setattr(verification, "forward_by_block", forward_wrongly)
     status, out, err = run(capsys, "convert", torch_directory, tmp_path / "wrong")
     assert status == 1 and out == "" and not (tmp_path / "wrong").exists()
-    assert err.startswith("error: The converted model does not compute what transformers computes")
+    assert "not proved right, so nothing was written. PyTorch: logits differ from transformers" in err
 
 
 def test_info_lists_the_variants(capsys):

@@ -64,8 +64,12 @@ def test_names_are_transformers_own(name):
 
 @pytest.mark.parametrize("permutation", Permutation)
 def test_permutations_invert_themselves(permutation):
-    array = np.arange(24).reshape((1, 2, 3, 4) if permutation is Permutation.OIHW_TO_HWIO else (4, 6))
-    np.testing.assert_array_equal(permutation.to_torch(permutation.to_flax(array)), array)
+    shapes = {Permutation.OIHW_TO_HWIO: (1, 2, 3, 4), Permutation.OI11_TO_IO: (4, 6, 1, 1)}
+    array = np.arange(24).reshape(shapes.get(permutation, (4, 6)))
+    turned = permutation.to_flax(array)
+    assert permutation.flax_shape(array.shape) == turned.shape
+    assert permutation.torch_shape(turned.shape) == array.shape
+    np.testing.assert_array_equal(permutation.to_torch(turned), array)
 
 
 @pytest.mark.parametrize("model_class", MODEL_CLASSES)
@@ -171,7 +175,7 @@ def test_a_config_that_is_not_the_tensors_is_refused(checkpoint):
 
 def test_other_networks_are_refused():
     with pytest.raises(
-        ConversionError, match=r"does not hold a LeViT in a known layout \(hf\).*found 1 tensors \(layer1"
+        ConversionError, match=r"does not hold a LeViT in a known layout \(hf, timm, .*found 1 tensors \(layer1"
     ):
         convert.from_torch({"layer1.0.conv1.weight": np.zeros((64, 64, 1, 1), np.float32)})
     with pytest.raises(ConversionError, match="expected a tensor under every name, found a dict under 'optimizer'"):
@@ -257,9 +261,9 @@ def test_transformers_opens_what_is_saved(model_class, tmp_path):
 
 def test_export_refuses_what_it_cannot_hold(checkpoint):
     model, variables, _ = checkpoint
-    with pytest.raises(ValueError, match="There is no layout 'keras': the layouts are hf"):
+    with pytest.raises(ValueError, match=r"no layout .keras. to write: the layouts are hf, timm, timm_conv, facebook"):
         convert.to_torch(model, variables, layout="keras")
-    with pytest.raises(ValueError, match="no place for folded batch norms"):
+    with pytest.raises(ValueError, match="transformers has no layout for a model whose batch norms are folded"):
         convert.to_torch(model.clone(folded=True), variables)
     del variables["params"]["head"]["linear"]["bias"]
     with pytest.raises(

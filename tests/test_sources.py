@@ -1,0 +1,207 @@
+"""Checkpoints as training scripts leave them: wrapped, prefixed, averaged, and named by their hash."""
+
+import argparse
+import hashlib
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import levit_flax as lf
+from configs import SMALL, random_variables
+from levit_flax import convert
+from levit_flax.convert import ConversionError
+from levit_flax.convert.sources import open_source
+
+
+@pytest.fixture
+def tensors():
+    model = lf.LevitForImageClassificationWithTeacher(lf.LevitConfig(**SMALL))
+    return convert.to_torch(model, random_variables(model), "facebook")
+
+
+@pytest.fixture
+def averaged():
+    model = lf.LevitForImageClassificationWithTeacher(lf.LevitConfig(**SMALL))
+    return convert.to_torch(model, random_variables(model, seed=1), "facebook")
+
+
+def assert_holds(source, tensors, **options):
+    variables = convert.from_torch(source, **options)[1]
+    jax.tree.map(np.testing.assert_array_equal, variables, convert.from_torch(tensors)[1])
+
+
+@pytest.mark.parametrize("wrapper", ["model", "state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_wrappers_and_prefixes_come_off(tensors, wrapper, prefix):
+    wrapped = {wrapper: {prefix + name: array for name, array in tensors.items()}, "epoch": 3}
+    assert_holds(wrapped, tensors)
+    taken_off = "".join(open_source(wrapped).wrappers[1:])
+    assert open_source(wrapped).wrappers[0] == wrapper and taken_off == prefix
+
+
+def test_prefixes_come_off_files_too(tensors, tmp_path):
+    save_file({f"module.{name}": array for name, array in tensors.items()}, tmp_path / "levit.safetensors")
+    assert_holds(tmp_path / "levit.safetensors", tensors)
+
+
+def test_a_prefix_that_only_some_names_have_stays(tensors):
+    _, first, *_ = tensors
+    with pytest.raises(ConversionError, match=f"1 unexpected: module.{first}"):
+        convert.from_torch({f"module.{name}" if name == first else name: array for name, array in tensors.items()})
+
+
+@pytest.mark.parametrize(("plain", "average"), [("model", "model_ema"), ("state_dict", "state_dict_ema")])
+def test_the_average_is_asked_for(tensors, averaged, plain, average):
+    both = {plain: tensors, average: averaged}
+    assert_holds(both, tensors)
+    assert_holds(both, averaged, ema=True)
+    assert any("--ema" in note for note in open_source(both).notes)
+    assert open_source(both, ema=True).wrappers == (average,)
+    with pytest.raises(ConversionError, match=rf"holds averaged weights alone \({average}\): ask for them with --ema"):
+        convert.from_torch({average: averaged})
+
+
+def test_there_may_be_no_average(tensors, tmp_path):
+    with pytest.raises(ConversionError, match=r"holds no averaged weights .*: leave out --ema"):
+        convert.from_torch({"model": tensors}, ema=True)
+    save_file(tensors, tmp_path / "levit.safetensors")
+    with pytest.raises(ConversionError, match="holds no averaged weights"):
+        convert.from_torch(tmp_path / "levit.safetensors", ema=True)
+
+
+def test_a_checkpoint_of_the_original_s_training(tensors, averaged, tmp_path):
+    """With an optimizer, a scaler and the command line in it, as main.py of the original repository saves it."""
+    torch = pytest.importorskip("torch")
+    as_tensors = [{n: torch.from_numpy(np.array(a)) for n, a in state.items()} for state in (tensors, averaged)]
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    checkpoint = {
+        "model": as_tensors[0],
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": {"base_values": [0.0005], "metric": None, "noise_range_t": None},
+        "epoch": 999,
+        "model_ema": as_tensors[1],
+        "scaler": {"scale": 65536.0, "growth_tracker": 0},
+        "args": argparse.Namespace(model="LeViT_128S", lr=5e-4, data_path="/data", distributed=True, gpu=0),
+    }
+    path = tmp_path / "checkpoint.pth"
+    torch.save(checkpoint, path)
+    assert_holds(path, tensors)
+    assert_holds(path, averaged, ema=True)
+
+
+def test_a_whole_model_is_not_a_state_dict():
+    with pytest.raises(ConversionError, match="found a float under 'loss'"):
+        convert.from_torch({"epoch": np.zeros(1), "loss": 0.5})
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_hash_in_a_file_s_name(tensors, tmp_path, right):
+    save_file(tensors, tmp_path / "levit.safetensors")
+    digest = hashlib.sha256((tmp_path / "levit.safetensors").read_bytes()).hexdigest()
+    named = digest[:8] if right else "96703c44"
+    path = (tmp_path / "levit.safetensors").rename(tmp_path / f"LeViT-128S-{named}.safetensors")
+    if right:
+        assert open_source(path).notes == ()
+    else:
+        with pytest.warns(UserWarning, match=f"carries the hash 96703c44 in its name, but .* begins with {digest[:8]}"):
+            opened = open_source(path)
+        assert "96703c44" in opened.notes[0]
+    assert open_source_provenance(path, right) == digest
+
+
+def open_source_provenance(path, right):
+    if right:
+        return open_source(path).provenance["files"][path.name]
+    with pytest.warns(UserWarning):
+        return open_source(path).provenance["files"][path.name]
+
+
+def test_index_tables_in_another_order_reorder_the_biases(tensors):
+    """A table that numbers the distances otherwise tells where each bias stands; the biases come into our order."""
+    expected = convert.from_torch(tensors)[1]
+    reordered = dict(tensors)
+    generator = np.random.default_rng(0)
+    for name in tensors:
+        if name.endswith("attention_bias_idxs"):
+            biases = name.replace("attention_bias_idxs", "attention_biases")
+            order = generator.permutation(tensors[biases].shape[1])
+            reordered[name] = order[tensors[name]]
+            reordered[biases] = tensors[biases][:, np.argsort(order)]
+    jax.tree.map(np.testing.assert_array_equal, convert.from_torch(reordered)[1], expected)
+    from levit_flax.convert import conversion, verification
+
+    source = open_source(reordered)
+    converted = conversion.convert(source)
+    assert len(converted.reordered) == 5 and any("another order" in note for note in converted.notes)
+    assert verification.find_differing_bytes(source, converted) == []
+
+
+@pytest.mark.parametrize("damage", ["one entry", "queries shuffled", "too large", "float", "shape"])
+def test_wrong_index_tables_are_refused(tensors, damage):
+    name = "blocks.0.m.attention_bias_idxs"
+    table = tensors[name].copy()
+    if damage == "one entry":
+        table[3, 5] = table[3, 6]
+    elif damage == "queries shuffled":
+        table = table[[1, 0, *range(2, len(table))]]
+    elif damage == "too large":
+        table += 1
+    elif damage == "float":
+        table = table.astype(np.float32)
+    else:
+        table = table[:-1]
+    message = {"one entry": r"first at query 3, key 5: expected \d+, found \d+", "float": "expected integers"}
+    with pytest.raises(ConversionError, match=rf"{name} \({message.get(damage, '')}"):
+        convert.from_torch({**tensors, name: table})
+
+
+def test_the_image_size_is_reported_and_overridden(tensors):
+    from levit_flax.convert import conversion
+
+    source = open_source(tensors)
+    assert any("64 is the square multiple of 16" in note for note in conversion.convert(source).notes)
+    assert conversion.convert(source, image_size=(50, 61)).model.config.image_size == (50, 61)
+    assert conversion.convert(source, image_size=50).notes == ()
+    with pytest.raises(ConversionError, match=r"of the wrong shape: blocks.0.m.attention_biases"):
+        convert.from_torch(tensors, image_size=96)
+
+
+def test_image_size_wins_over_a_config(tensors, tmp_path):
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(lf.LevitConfig(**SMALL).to_dict()))
+    assert convert.from_torch(tmp_path)[0].config.image_size == 64
+    assert convert.from_torch(tmp_path, image_size=60)[0].config.image_size == 60
+
+
+def test_a_non_square_table_asks_for_the_image_size():
+    model = lf.LevitForImageClassification(lf.LevitConfig(**{**SMALL, "image_size": (64, 96)}))
+    tensors = convert.to_torch(model, random_variables(model), "timm")
+    with pytest.raises(ConversionError, match=r"24 offsets, which is no square: give the image size \(--image-size"):
+        convert.from_torch(tensors)
+    assert convert.from_torch(tensors, image_size=(64, 96))[0].config == model.config
+
+
+def test_a_thousand_classes_get_imagenet_s_names():
+    config = lf.LevitConfig(**{**SMALL, "num_labels": 1000})
+    model = lf.LevitForImageClassification(config)
+    tensors = convert.to_torch(model, random_variables(model), "timm")
+    from levit_flax.convert import conversion
+
+    converted = conversion.convert(open_source(tensors))
+    assert converted.model.config.id2label[281] == "tabby, tabby cat"
+    assert any("ImageNet's names" in note for note in converted.notes)
+    named = lf.LevitConfig(**{**SMALL, "num_labels": 1000, "id2label": tuple(f"class {i}" for i in range(1000))})
+    assert convert.from_torch(tensors, config=named)[0].config.id2label[281] == "class 281"
+
+
+def test_mixed_layouts_and_lonely_heads(tensors):
+    with pytest.raises(ConversionError, match="mixes layouts: it has the first convolution of"):
+        convert.from_torch({**tensors, "stem.conv1.linear.weight": np.zeros((2, 3, 3, 3), np.float32)})
+    with pytest.raises(ConversionError, match="has a distillation head and no first head"):
+        convert.from_torch({name: array for name, array in tensors.items() if not name.startswith("head.")})

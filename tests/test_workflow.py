@@ -1,0 +1,274 @@
+"""What `levit-flax convert` does from end to end: directories that others open, reports that prove, nothing in half."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+import levit_flax as lf
+from configs import SMALL, random_variables
+from hub_server import HubServer
+from levit_flax import checkpoint, convert
+from levit_flax.convert import ConversionError, verification, workflow
+from levit_flax.convert.timm_files import write_timm_config
+
+KILLS = 50
+
+
+@pytest.fixture
+def model():
+    return lf.LevitForImageClassificationWithTeacher(lf.LevitConfig(**SMALL, id2label=("a", "b", "c", "d", "e")))
+
+
+@pytest.fixture
+def own(model, tmp_path):
+    """A model directory of ours."""
+    lf.save_pretrained(tmp_path / "own", model, random_variables(model), lf.LevitImageProcessor(size=70, crop_size=64))
+    return tmp_path / "own"
+
+
+def run(source, out, **options):
+    return workflow.convert_to_directory(str(source), out, **options)
+
+
+@pytest.mark.parametrize("layout", convert.WRITTEN_LAYOUTS)
+def test_out_and_in_again(own, model, layout, tmp_path):
+    """Everything comes back; the report says what was compared, and lies beside the model in two forms."""
+    report = run(own, tmp_path / "torch", layout=layout, verify=False)
+    assert report["proof"]["read back"]["passed"] and report["written"]["layout"] == layout
+    back = run(tmp_path / "torch", tmp_path / "back", verify=False)
+    assert back["checkpoint"]["layout"] == layout and back["proof"]["round trip"]["passed"]
+    assert back["proof"]["PyTorch"] == {
+        "passed": None,
+        "outcome": "not compared with PyTorch",
+        "because": "--no-verify",
+    }
+    loaded, variables = lf.from_pretrained(tmp_path / "back")
+    jax.tree.map(np.testing.assert_array_equal, variables, random_variables(model))
+    stored = json.loads((tmp_path / "back" / checkpoint.REPORT_FILE).read_text())
+    assert stored == json.loads(json.dumps(back))
+    readable = (tmp_path / "back" / checkpoint.READABLE_REPORT_FILE).read_text()
+    assert "not compared with PyTorch (--no-verify)" in readable and f"| layout | {layout}, batch norm" in readable
+    assert stored["source"]["files"]["model.safetensors"] in readable
+    assert stored["written"]["files"].keys() == {"config.json", "preprocessor_config.json", "flax_model.safetensors"}
+    if layout != "facebook":  # which has no place for them
+        assert loaded.config == model.config
+        processor = checkpoint.load_processor(tmp_path / "back", loaded.config)
+        assert processor.size == {"shortest_edge": 70}
+
+
+@pytest.mark.parametrize("layout", convert.WRITTEN_LAYOUTS)
+def test_proof_by_pytorch(own, layout, tmp_path):
+    for package in ("torch", "transformers", "timm"):
+        pytest.importorskip(package)
+    proof = run(own, tmp_path / "torch", layout=layout)["proof"]["PyTorch"]
+    assert proof["passed"] and proof["relative"] <= proof["limit"] == 1e-5
+    peer = {"hf": "transformers", "facebook": "torch"}.get(layout, "timm")
+    assert proof["reference"].startswith(peer) and proof["probes"] == 2 and proof["seed"] == 0
+    assert list(proof["blocks"])[:2] == ["stem", "stage_0/block_0"] and len(proof["blocks"]) == 8
+    assert all(0 < block["relative"] < 1e-5 for block in proof["blocks"].values())
+    back = run(tmp_path / "torch", tmp_path / "back", fold=True, merge=True)
+    assert back["proof"]["PyTorch"]["passed"] and back["proof"]["surgery"]["passed"]
+    assert back["proof"]["surgery"]["relative"] < 1e-5
+    readable = (tmp_path / "back" / checkpoint.READABLE_REPORT_FILE).read_text()
+    assert "| downsample_1 | " in readable and f"logits differ from {peer}" in readable
+
+
+@pytest.mark.parametrize("layout", ["timm", "timm_conv", "facebook"])
+def test_folded_models_go_out_fused(own, layout, tmp_path):
+    run(own, tmp_path / "folded", fold=True, merge=True, verify=False)
+    config = json.loads((tmp_path / "folded" / "config.json").read_text())["levit_flax"]
+    assert config["folded"] and config["provenance"]["merged_heads"]
+    loaded, variables = lf.from_pretrained(tmp_path / "folded")
+    assert loaded.folded and type(loaded) is lf.LevitForImageClassification
+    report = run(
+        tmp_path / "folded", tmp_path / "fused", layout=layout, verify=bool(verification.TIMM.missing) is False
+    )
+    assert report["proof"]["read back"]["passed"] and report["proof"]["PyTorch"]["passed"] is not False
+    back, back_variables = convert.from_torch(tmp_path / "fused")
+    assert back.folded
+    jax.tree.map(np.testing.assert_array_equal, back_variables, variables)
+    with pytest.raises(ValueError, match="transformers has no layout for a model whose batch norms are folded"):
+        run(tmp_path / "folded", tmp_path / "hf", layout="hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_transformers_opens_what_is_written(own, tmp_path):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    run(own, tmp_path / "hf", layout="hf", verify=False)
+    opened, loading = transformers.AutoModelForImageClassification.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert type(opened).__name__ == "LevitForImageClassificationWithTeacher" and not any(loading.values())
+    assert opened.config.id2label[4] == "e"
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    assert processor.crop_size["height"] == 64
+
+
+def test_a_failed_proof_writes_nothing(own, tmp_path, monkeypatch):
+    run(own, tmp_path / "hf", layout="hf", verify=False)
+    monkeypatch.setattr(workflow, "find_differing_bytes", lambda *_: ["classifier.linear.bias"])
+    with pytest.raises(
+        ConversionError, match=r"not proved right, so nothing was written\. round trip: 1 of 225 tensors"
+    ):
+        run(tmp_path / "hf", tmp_path / "out", verify=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "own"]
+
+
+def test_a_wrong_table_fails_the_proof(own, tmp_path, monkeypatch):
+    """PyTorch sees what the way back cannot: a row that is wrong both ways."""
+    pytest.importorskip("torch")
+    from levit_flax.convert.layouts import LAYOUTS
+
+    swapped = dict(LAYOUTS["timm"].linears, up="ln2", down="ln1")
+    config = lf.LevitConfig(
+        **{**SMALL, "mlp_ratio": (1, 1, 1)}
+    )  # square MLPs, whose layers can be taken for each other
+    config = lf.LevitConfig(
+        **{**SMALL, "mlp_ratio": (1, 1, 1), "down_ops": [(*op[:4], 1, 2) for op in config.down_ops]}
+    )
+    model = lf.LevitForImageClassification(config)
+    lf.save_pretrained(tmp_path / "square", model, random_variables(model))
+    convert.save_torch(tmp_path / "levit.safetensors", model, random_variables(model), "facebook")
+    right = LAYOUTS["facebook"]
+    monkeypatch.setitem(LAYOUTS, "facebook", right._replace(linears=dict(right.linears, up="2", down="0")))
+    with pytest.raises(ConversionError, match=r"not proved right, so nothing was written\. PyTorch: logits differ"):
+        run(tmp_path / "levit.safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_narrow_types(own, tmp_path):
+    run(own, tmp_path / "hf", layout="hf", verify=False)
+    report = run(
+        tmp_path / "hf", tmp_path / "half", dtype="float16", fold=True, verify=not verification.TRANSFORMERS.missing
+    )
+    assert report["model"]["dtype"] == "float16"
+    assert report["proof"]["round trip"]["with"] == "the source's values as float16"
+    assert 1e-5 < report["proof"]["surgery"]["relative"] < report["proof"]["surgery"]["limit"] < 0.1
+    again = run(tmp_path / "own", tmp_path / "bf16", dtype="bfloat16", verify=False)
+    assert again["model"]["dtype"] == "bfloat16"
+    assert lf.from_pretrained(tmp_path / "bf16")[0].param_dtype == jax.numpy.bfloat16
+
+
+def test_options_that_a_converted_model_has_no_use_for(own, tmp_path):
+    for options in ({"image_size": 96}, {"ema": True}):
+        with pytest.raises(ValueError, match="is a converted model: --image-size and --ema are for PyTorch"):
+            run(own, tmp_path / "out", **options)
+
+
+def test_replacing_takes_the_old_report_away(own, tmp_path):
+    out = tmp_path / "out"
+    run(own, out, fold=True)
+    (out / "notes.txt").write_text("mine")
+    lf.save_pretrained(out, *lf.from_pretrained(own), overwrite=True)
+    assert sorted(os.listdir(out)) == ["config.json", "flax_model.safetensors", "notes.txt"]
+
+
+def hub_files(model, layout):
+    """Return what a repository of each family holds."""
+    from safetensors.numpy import save
+
+    config = model.config
+    weights = save(convert.to_torch(model, random_variables(model), layout), metadata={"format": "pt"})
+    if layout == "hf":
+        values = json.dumps({**config.to_dict(), "architectures": [type(model).__name__]})
+        return {"config.json": values.encode(), "pytorch_model.bin": b"not this one", "model.safetensors": weights}
+    values = write_timm_config(config, model.head_names, lf.LevitImageProcessor(size=63), layout == "timm_conv")
+    return {"config.json": values.encode(), "pytorch_model.bin": b"not this one", "model.safetensors": weights}
+
+
+@pytest.mark.parametrize(
+    ("repository", "layout"),
+    [
+        ("facebook/levit-128S", "hf"),
+        ("timm/levit_128s.fb_dist_in1k", "timm"),
+        ("timm/levit_conv_128s.fb_dist_in1k", "timm_conv"),
+    ],
+)
+def test_the_hub_s_three_families(repository, layout, model, tmp_path):
+    with HubServer() as hub:
+        revision = hub.add(repository, hub_files(model, layout))
+        done = subprocess.run(
+            [sys.executable, "-m", "levit_flax.cli", "convert", repository, "out", "--no-verify", "--json"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub"), "NO_PROXY": "127.0.0.1"},
+        )
+    assert done.returncode == 0, done
+    report = json.loads(done.stdout)
+    assert (report["source"]["source"], report["source"]["revision"]) == (repository, revision)
+    assert report["checkpoint"]["layout"] == layout and list(report["source"]["files"]) == ["model.safetensors"]
+    loaded, variables = lf.from_pretrained(tmp_path / "out")
+    assert loaded.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, variables, random_variables(model))
+    processor = checkpoint.load_processor(tmp_path / "out", loaded.config)
+    assert processor.size == {"shortest_edge": 64 if layout == "hf" else 63}
+
+
+KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+from levit_flax import checkpoint
+from levit_flax.convert import workflow
+
+source, folder, kills, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+
+def convert(out):
+    child = os.fork()
+    if child:
+        return child
+    workflow.convert_to_directory(source, out, verify=False)
+    os._exit(0)
+
+start = time.perf_counter()
+assert os.waitpid(convert(folder / "whole"), 0)[1] == 0
+seconds = time.perf_counter() - start
+generator = random.Random(seed)
+for i in range(kills):
+    child = convert(folder / f"out{i}")
+    time.sleep(generator.uniform(0.4, 1.4) * seconds)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+def test_killed_at_any_moment_the_output_is_absent_or_whole(tmp_path):
+    model = lf.LevitForImageClassificationWithTeacher(lf.VARIANTS["levit-128S"])
+    convert.save_torch(tmp_path / "levit.safetensors", model, random_variables(model), "facebook")
+    (tmp_path / "outputs").mkdir()
+    arguments = [tmp_path / "levit.safetensors", tmp_path / "outputs", KILLS, 0]
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", KILLER, *map(str, arguments)], check=False)
+    assert done.returncode == 0
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "outputs" / "whole").iterdir()}
+    assert len(whole) == 5
+    outcomes = {"absent": 0, "whole": 0}
+    for i in range(KILLS):
+        out = tmp_path / "outputs" / f"out{i}"
+        if not out.exists():
+            outcomes["absent"] += 1
+            continue
+        outcomes["whole"] += 1
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+    print(f"killed {KILLS} times (signal {signal.SIGKILL}): {outcomes}")
+    assert outcomes["absent"] > 5 < outcomes["whole"]
+
+
+def test_warnings_of_a_conversion_are_for_the_user(tmp_path, model, capsys):
+    from levit_flax.cli import main
+
+    path = tmp_path / "LeViT-128S-96703c44.safetensors"
+    convert.save_torch(path, model, random_variables(model), "facebook")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["convert", str(path), str(tmp_path / "out"), "--no-verify"]) == 0
+    out, err = capsys.readouterr()
+    assert "96703c44" in out and "warning: LeViT-128S-96703c44.safetensors carries the hash" in err
