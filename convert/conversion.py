@@ -128,7 +128,8 @@ def convert(
     model = model_class(architecture, folded=structure.folded)
     rows = tuple(layout.rows(Structure.of(architecture, structure.heads, structure.folded)))
     ignored = find_ignored(source.shapes, {row.torch for row in rows})
-    expected = {row.torch: row.permutation.torch_shape(abstract_variables(model)[row.flax].shape) for row in rows}
+    places = abstract_variables(model)
+    expected = {row.torch: row.permutation.torch_shape(places[row.flax].shape) for row in rows}
     flat, wrong_values = read_tensors(
         source.tensors, [row for row in rows if source.shapes.get(row.torch) == expected[row.torch]], dtype
     )

@@ -43,6 +43,7 @@ class Source(NamedTuple):
         notes: sentences that whoever reads a report should see.
         config: the parsed config.json beside the weights, or None.
         directory: where the weights and what belongs to them lie; None for a mapping.
+        files: the files that hold the tensors; none for a mapping.
         provenance: what a reader of the result needs to find the source again, JSON-ready.
     """
 
@@ -53,13 +54,14 @@ class Source(NamedTuple):
     notes: tuple[str, ...]
     config: dict[str, Any] | None
     directory: Path | None
+    files: tuple[Path, ...]
     provenance: dict[str, Any]
 
 
 class SafetensorsFile(Mapping[str, np.ndarray]):
     """The tensors of one safetensors file, each read when asked for.
 
-    The file is mapped anew for each tensor, because what was read of a mapping stays in memory until it is closed.
+    They are read, not mapped: what was read of a mapping stays in memory until all of it is closed.
 
     Raises:
         ConversionError: the file is not whole, or not a safetensors file.
@@ -68,8 +70,8 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with safe_open(path, framework="np") as file:
-                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            self.file = safe_open(path, framework="np", backend="pread")
+            self.shapes = {name: tuple(self.file.get_slice(name).get_shape()) for name in self.file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ConversionError(
                 f"{path} is not a whole safetensors file ({error}): copy or download it again."
@@ -79,8 +81,7 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         if name not in self.shapes:
             raise KeyError(name)
         try:
-            with safe_open(self.path, framework="np") as file:
-                return file.get_tensor(name)
+            return self.file.get_tensor(name)
         except (SafetensorError, OSError, TypeError) as error:
             raise ConversionError(f"The tensor {name} of {self.path} cannot be read: {error}.") from None
 
@@ -133,7 +134,7 @@ def open_source(
     """
     if isinstance(source, Mapping):
         weights = check_tensors(source, "the mapping", ema)
-        return gather("the mapping", [(weights, None)], None, {"source": "a mapping of tensors"})
+        return gather("the mapping", [(weights, None)], (), {"source": "a mapping of tensors"})
     provenance: dict[str, Any] = {"source": str(source)}
     path = Path(source).expanduser()
     if not path.exists() and path.suffix in WEIGHT_SUFFIXES:
@@ -151,8 +152,7 @@ def open_source(
             provenance["revision"] = resolved.revision
         path = cast(Path, resolved.weights)
     files = list_shards(path) if path.suffix == ".json" else {path: None}
-    provenance["files"] = {file.name: sha256(file) for file in files}
-    notes = tuple(note for name, digest in provenance["files"].items() if (note := check_hash(name, digest)))
+    notes = tuple(filter(None, map(check_hash, files)))
     parts = []
     for file, names in files.items():
         weights = read_weights(file, ema)
@@ -162,17 +162,18 @@ def open_source(
         parts.append((weights, names))
     if ema:
         provenance["weights"] = "averaged over the training (EMA)"
-    return gather(str(source), parts, path.parent, provenance, notes)
+    return gather(str(source), parts, tuple(files), provenance, notes)
 
 
 def gather(
     where: str,
     parts: list[tuple["Weights", list[str] | None]],
-    directory: Path | None,
+    files: tuple[Path, ...],
     provenance: dict[str, Any],
     notes: tuple[str, ...] = (),
 ) -> Source:
     """Put what was read of the files together, without the prefixes that all names have."""
+    directory = files[0].parent if files else None
     homes, shapes = {}, {}
     for weights, names in parts:
         for name in weights.tensors if names is None else names:
@@ -190,18 +191,19 @@ def gather(
         notes=tuple(note for weights, _ in parts for note in weights.notes) + notes,
         config=None if directory is None else read_config(directory),
         directory=directory,
+        files=files,
         provenance=provenance,
     )
 
 
-def check_hash(name: str, digest: str) -> str | None:
+def check_hash(path: Path) -> str | None:
     """Warn where a file's name carries eight digits of another hash than its own, and return the warning."""
-    match = HASH_IN_NAME.search(name)
-    if match is None or digest.startswith(match[1]):
+    match = HASH_IN_NAME.search(path.name)
+    if match is None or (digest := sha256(path)).startswith(match[1]):
         return None
     note = (
-        f"{name} carries the hash {match[1]} in its name, but its SHA-256 begins with {digest[:8]}: it may be damaged,"
-        " or another file than the one published under this name."
+        f"{path.name} carries the hash {match[1]} in its name, but its SHA-256 begins with {digest[:8]}: it may be"
+        " damaged, or another file than the one published under this name."
     )
     warnings.warn(note, stacklevel=4)
     return note

@@ -147,9 +147,17 @@ def find_differing_bytes(source: Source, conversion: Conversion) -> list[str]:
             original = original.astype(conversion.dtype)
         if row.flax in inverse:
             array = array[:, inverse[row.flax]]
-        if array.dtype != original.dtype or array.tobytes() != original.tobytes():
+        if not same_bytes(array, original):
             differing.append(name)
     return differing
+
+
+def same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether two arrays have the same type, shape and bytes, whatever numbers these make."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    one, other = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (one, other))
+    return np.array_equal(one, other)
 
 
 class Peer(NamedTuple):

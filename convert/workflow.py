@@ -2,6 +2,8 @@
 
 import json
 import platform
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +31,7 @@ from .verification import (
     forward,
     probes,
     rounding_limit,
+    same_bytes,
 )
 
 TORCH_FILE = checkpoint.TORCH_WEIGHT_FILES[0]
@@ -102,7 +105,10 @@ def convert_to_directory(
         loaded = load_own(Path(source).expanduser(), dtype)
     else:
         opened = open_source(source, ema=ema, revision=revision, local_files_only=local_files_only)
-        loaded = load_torch(opened, convert(opened, dtype, image_size=image_size))
+        with ThreadPoolExecutor(1) as pool:  # hashing takes as long as converting, and another core
+            digests = pool.submit(hash_files, opened.files)
+            loaded = load_torch(opened, convert(opened, dtype, image_size=image_size))
+            loaded.provenance["files"] = digests.result()
     model, variables = loaded.model, loaded.variables
     report: dict[str, Any] = {"source": loaded.provenance, "proof": {}}
     if loaded.source is not None and loaded.conversion is not None:
@@ -129,7 +135,7 @@ def convert_to_directory(
             report["proof"] |= prove_written(staging, model, variables, verify)
         report["written"] = {
             "layout": layout or "levit_flax",
-            "files": {file.name: sha256(file) for file in sorted(staging.iterdir())},
+            "bytes": {file.name: file.stat().st_size for file in sorted(staging.iterdir())},
         }
         report["versions"] = {name: version(name) for name in ("levit-flax", "jax", "flax", "numpy")}
         report["versions"]["python"] = platform.python_version()
@@ -146,6 +152,11 @@ def is_own(source: str, prefer_own: bool) -> bool:
     return (directory / checkpoint.WEIGHTS_FILE).is_file() and (prefer_own or not has_torch)
 
 
+def hash_files(files: Iterable[Path]) -> dict[str, str]:
+    """Return the SHA-256 of each file by its name."""
+    return {file.name: sha256(file) for file in files}
+
+
 def load_own(directory: Path, dtype: str | None) -> Loaded:
     """Load a model directory of ours."""
     model, variables = checkpoint.read_directory(directory)
@@ -157,7 +168,7 @@ def load_own(directory: Path, dtype: str | None) -> Loaded:
         processor=checkpoint.load_processor(directory, model.config),
         provenance={
             "source": str(directory),
-            "files": {checkpoint.WEIGHTS_FILE: sha256(directory / checkpoint.WEIGHTS_FILE)},
+            "files": hash_files([directory / checkpoint.WEIGHTS_FILE]),
             "layout": "levit_flax",
             "converted from": checkpoint.read_provenance(directory),
         },
@@ -261,7 +272,7 @@ def prove_written(directory: Path, model: LevitBase, variables: Variables, verif
     # Layouts without a config do not say these; with one, it is read and checked.
     conversion = convert(opened, config=model.config if opened.config is None else None)
     flat, back = (flatten_dict(tree, sep="/") for tree in (variables, conversion.variables))
-    differing = [path for path, leaf in flat.items() if np.asarray(leaf).tobytes() != back[path].tobytes()]
+    differing = [path for path, leaf in flat.items() if not same_bytes(np.asarray(leaf), back[path])]
     return {
         "read back": {"passed": not differing, "tensors": len(flat), "with": "the same bytes", "differing": differing},
         "PyTorch": prove_with_pytorch(opened, conversion, verify),

@@ -112,14 +112,6 @@ def test_the_hash_in_a_file_s_name(tensors, tmp_path, right):
         with pytest.warns(UserWarning, match=f"carries the hash 96703c44 in its name, but .* begins with {digest[:8]}"):
             opened = open_source(path)
         assert "96703c44" in opened.notes[0]
-    assert open_source_provenance(path, right) == digest
-
-
-def open_source_provenance(path, right):
-    if right:
-        return open_source(path).provenance["files"][path.name]
-    with pytest.warns(UserWarning):
-        return open_source(path).provenance["files"][path.name]
 
 
 def test_index_tables_in_another_order_reorder_the_biases(tensors):
