@@ -174,6 +174,7 @@ def find_config(
     """
     given = config
     if given is None and source.config is not None:
+        check_heads(source.config.get("architectures"), structure, source.where)
         read = read_timm_config if is_timm_config(source.config) else LevitConfig.from_dict
         given = read(source.config)
     if given is not None and image_size is not None:
@@ -206,6 +207,18 @@ def find_config(
         architecture = dataclasses.replace(architecture, id2label=names)
         notes += ("The checkpoint names no classes: its 1000 got ImageNet's names.",)
     return architecture, notes
+
+
+def check_heads(architectures: Any, structure: Structure, where: str) -> None:
+    """Raise ConversionError where transformers' config names a class with other heads than the checkpoint has."""
+    names = architectures if isinstance(architectures, list) else []
+    for model_class in MODEL_CLASSES:
+        if model_class.__name__ in names and structure.heads not in (model_class.head_names, ()):
+            raise ConversionError(
+                f"The config of {where} names {model_class.__name__}, with the heads"
+                f" {', '.join(model_class.head_names) or 'none'}; the tensors have {', '.join(structure.heads)}. Take the"
+                " config and the weights of the same model, or leave the config away."
+            )
 
 
 def has_labels(config: LevitConfig) -> bool:

@@ -23,8 +23,9 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".json")
 # Under these keys training scripts save the weights, and an average of them over the training (EMA).
 WRAPPERS = ("model", "state_dict")
 EMA_WRAPPERS = ("model_ema", "state_dict_ema")
-# What DistributedDataParallel and torch.compile put before every name.
-NAME_PREFIXES = ("module.", "_orig_mod.")
+# What DistributedDataParallel and torch.compile put before every name; and what transformers puts before every name but
+# the heads', so that only a model with a place for heads and none in it (num_labels=0) has it everywhere.
+NAME_PREFIXES = ("module.", "_orig_mod.", "levit.")
 
 # torch.hub's convention for published files: the first eight digits of the SHA-256.
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8})\.[a-z]+")

@@ -47,6 +47,13 @@ def test_prefixes_come_off_files_too(tensors, tmp_path):
     assert_holds(tmp_path / "levit.safetensors", tensors)
 
 
+def test_a_model_with_a_place_for_heads_and_none_in_it():
+    """transformers' classes for classification leave the heads out where there are no classes."""
+    model = lf.LevitModel(lf.LevitConfig(**{**SMALL, "num_labels": 0}))
+    tensors = convert.to_torch(model, random_variables(model))
+    assert_holds({f"levit.{name}": array for name, array in tensors.items()}, tensors)
+
+
 def test_a_prefix_that_only_some_names_have_stays(tensors):
     _, first, *_ = tensors
     with pytest.raises(ConversionError, match=f"1 unexpected: module.{first}"):
@@ -169,6 +176,15 @@ def test_image_size_wins_over_a_config(tensors, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(lf.LevitConfig(**SMALL).to_dict()))
     assert convert.from_torch(tmp_path)[0].config.image_size == 64
     assert convert.from_torch(tmp_path, image_size=60)[0].config.image_size == 60
+
+
+@pytest.mark.parametrize("named", ["LevitForImageClassification", "LevitModel"])
+def test_a_config_of_other_heads_is_refused(tmp_path, named):
+    model = lf.LevitForImageClassificationWithTeacher(lf.LevitConfig(**SMALL))
+    save_file(convert.to_torch(model, random_variables(model)), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({**model.config.to_dict(), "architectures": [named]}))
+    with pytest.raises(ConversionError, match=rf"names {named}, with the heads .*; the tensors have head, head_dist"):
+        convert.from_torch(tmp_path)
 
 
 def test_a_non_square_table_asks_for_the_image_size():
