@@ -174,9 +174,9 @@ def find_config(
     """
     given = config
     if given is None and source.config is not None:
-        check_heads(source.config.get("architectures"), structure, source.where)
         read = read_timm_config if is_timm_config(source.config) else LevitConfig.from_dict
         given = read(source.config)
+        check_heads(source.config.get("architectures"), given, structure, source.where)
     if given is not None and image_size is not None:
         given = dataclasses.replace(given, image_size=image_size)
     notes: tuple[str, ...] = ()
@@ -209,15 +209,15 @@ def find_config(
     return architecture, notes
 
 
-def check_heads(architectures: Any, structure: Structure, where: str) -> None:
+def check_heads(architectures: Any, config: LevitConfig, structure: Structure, where: str) -> None:
     """Raise ConversionError where transformers' config names a class with other heads than the checkpoint has."""
-    names = architectures if isinstance(architectures, list) else []
     for model_class in MODEL_CLASSES:
-        if model_class.__name__ in names and structure.heads not in (model_class.head_names, ()):
+        heads = Structure.of(config, model_class.head_names).heads
+        if architectures == [model_class.__name__] and structure.heads != heads:
             raise ConversionError(
-                f"The config of {where} names {model_class.__name__}, with the heads"
-                f" {', '.join(model_class.head_names) or 'none'}; the tensors have {', '.join(structure.heads)}. Take the"
-                " config and the weights of the same model, or leave the config away."
+                f"The config of {where} names {model_class.__name__} with {config.num_labels} classes, which has the"
+                f" heads {', '.join(heads) or 'none'}; the tensors have {', '.join(structure.heads) or 'none'}. Take"
+                " the config and the weights of the same model, or leave the config away."
             )
 
 

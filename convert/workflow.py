@@ -14,12 +14,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from levit_flax import checkpoint, surgery
+from levit_flax.hub import Resolved
 from levit_flax.image_processing import LevitImageProcessor
 from levit_flax.modeling import LevitBase, Variables
 
 from .conversion import Conversion, check_layout, convert, save_torch
 from .errors import ConversionError
-from .sources import Source, open_source, sha256
+from .sources import WEIGHT_SUFFIXES, Source, open_source, sha256
 from .timm_files import write_timm_config
 from .verification import (
     PROBE_SEED,
@@ -99,10 +100,11 @@ def convert_to_directory(
         OSError: the source cannot be read, or the directory not be written.
     """
     checkpoint.check_free(out, overwrite)
-    if is_own(source, prefer_own=layout is not None):
+    own = find_own(source, layout is not None, revision, local_files_only)
+    if own is not None:
         if image_size is not None or ema:
             raise ValueError(f"{source} is a converted model: --image-size and --ema are for PyTorch checkpoints.")
-        loaded = load_own(Path(source).expanduser(), dtype)
+        loaded = load_own(source, own, dtype)
     else:
         opened = open_source(source, ema=ema, revision=revision, local_files_only=local_files_only)
         with ThreadPoolExecutor(1) as pool:  # hashing takes as long as converting, and another core
@@ -145,11 +147,22 @@ def convert_to_directory(
     return report
 
 
-def is_own(source: str, prefer_own: bool) -> bool:
-    """Return whether a source is a model directory of ours; with PyTorch weights beside ours, `prefer_own` decides."""
-    directory = Path(source).expanduser()
-    has_torch = any((directory / name).is_file() for name in checkpoint.TORCH_WEIGHT_FILES)
-    return (directory / checkpoint.WEIGHTS_FILE).is_file() and (prefer_own or not has_torch)
+def find_own(source: str, prefer_own: bool, revision: str | None, local_files_only: bool) -> Resolved | None:
+    """Return where the files of a converted model are, or None where the source is a PyTorch checkpoint.
+
+    Where both weights lie side by side, `prefer_own` decides.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
+        return None
+    own, torch = (checkpoint.WEIGHTS_FILE,), checkpoint.TORCH_WEIGHT_FILES
+    resolved = checkpoint.resolve(
+        source,
+        weights=own + torch if prefer_own else torch + own,
+        revision=revision,
+        local_files_only=local_files_only,
+    )
+    return resolved if resolved.weights is not None and resolved.weights.name == checkpoint.WEIGHTS_FILE else None
 
 
 def hash_files(files: Iterable[Path]) -> dict[str, str]:
@@ -157,8 +170,9 @@ def hash_files(files: Iterable[Path]) -> dict[str, str]:
     return {file.name: sha256(file) for file in files}
 
 
-def load_own(directory: Path, dtype: str | None) -> Loaded:
-    """Load a model directory of ours."""
+def load_own(source: str, resolved: Resolved, dtype: str | None) -> Loaded:
+    """Load a converted model."""
+    directory = resolved.directory
     model, variables = checkpoint.read_directory(directory)
     if dtype is not None:
         model, variables = checkpoint.cast(model, variables, dtype)
@@ -167,7 +181,8 @@ def load_own(directory: Path, dtype: str | None) -> Loaded:
         variables=variables,
         processor=checkpoint.load_processor(directory, model.config),
         provenance={
-            "source": str(directory),
+            "source": source,
+            **({"revision": resolved.revision} if resolved.revision else {}),
             "files": hash_files([directory / checkpoint.WEIGHTS_FILE]),
             "layout": "levit_flax",
             "converted from": checkpoint.read_provenance(directory),

@@ -183,7 +183,10 @@ def test_a_config_of_other_heads_is_refused(tmp_path, named):
     model = lf.LevitForImageClassificationWithTeacher(lf.LevitConfig(**SMALL))
     save_file(convert.to_torch(model, random_variables(model)), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({**model.config.to_dict(), "architectures": [named]}))
-    with pytest.raises(ConversionError, match=rf"names {named}, with the heads .*; the tensors have head, head_dist"):
+    with pytest.raises(
+        ConversionError,
+        match=rf"names {named} with 5 classes, which has the heads .*; the tensors have head, head_dist",
+    ):
         convert.from_torch(tmp_path)
 
 

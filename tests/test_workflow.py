@@ -203,6 +203,22 @@ def test_the_hub_s_three_families(repository, layout, model, tmp_path):
     assert processor.size == {"shortest_edge": 64 if layout == "hf" else 63}
 
 
+def test_a_converted_model_on_the_hub_goes_back(own, model, tmp_path):
+    with HubServer() as hub:
+        revision = hub.add("someone/levit-flax", {file.name: file.read_bytes() for file in own.iterdir()})
+        done = subprocess.run(
+            [sys.executable, "-m", "levit_flax.cli", "convert", "someone/levit-flax", "out", "--to=hf", "--no-verify"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub"), "NO_PROXY": "127.0.0.1"},
+        )
+    assert done.returncode == 0, done
+    assert json.loads((tmp_path / "out" / checkpoint.REPORT_FILE).read_text())["source"]["revision"] == revision
+    assert convert.from_torch(tmp_path / "out")[0].config == model.config
+
+
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
