@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import from_pretrained as from_pretrained
+    from .checkpoint import push_to_hub as push_to_hub
     from .checkpoint import save_pretrained as save_pretrained
     from .classifier import ImageClassifier as ImageClassifier
     from .configuration import VARIANTS as VARIANTS
     from .configuration import LevitConfig as LevitConfig
+    from .image_processing import LevitFeatureExtractor as LevitFeatureExtractor
     from .image_processing import LevitImageProcessor as LevitImageProcessor
+    from .image_processing import LevitImageProcessorFast as LevitImageProcessorFast
     from .modeling import LevitForImageClassification as LevitForImageClassification
     from .modeling import LevitForImageClassificationWithTeacher as LevitForImageClassificationWithTeacher
     from .modeling import LevitModel as LevitModel
     from .surgery import fold_batch_norm as fold_batch_norm
     from .surgery import merge_heads as merge_heads
+    from .surgery import replace_head as replace_head
+    from .surgery import resize_image as resize_image
 
 _HOMES = {
     # The architecture
@@ -30,11 +35,16 @@ _HOMES = {
     # Weights in and out; PyTorch's are the matter of `levit_flax.convert`
     "from_pretrained": "checkpoint",
     "save_pretrained": "checkpoint",
+    "push_to_hub": "checkpoint",
     # One model from another
     "fold_batch_norm": "surgery",
     "merge_heads": "surgery",
+    "resize_image": "surgery",
+    "replace_head": "surgery",
     # Pictures in, labels out
     "LevitImageProcessor": "image_processing",
+    "LevitImageProcessorFast": "image_processing",
+    "LevitFeatureExtractor": "image_processing",
     "ImageClassifier": "classifier",
 }
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from . import hub, modeling
+from . import hub, modeling, surgery
 from .configuration import OWN_BLOCK, LevitConfig
 from .image_processing import PROCESSOR_FILE, LevitImageProcessor
 from .modeling import LevitBase, Variables
@@ -47,6 +48,9 @@ def from_pretrained(
     source: str | Path,
     *,
     dtype: Any = None,
+    image_size: int | tuple[int, int] | None = None,
+    num_labels: int | None = None,
+    key: jax.Array | None = None,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
@@ -57,6 +61,11 @@ def from_pretrained(
     Args:
         source: a directory, a Hub id such as "facebook/levit-128S", or "cifar10", the small model inside the package.
         dtype: type of the floating-point arrays; None keeps the file's.
+        image_size: size of the pictures in pixels, a side or (height, width), if not the checkpoint's; see
+            `resize_image`.
+        num_labels: number of classes, if not the checkpoint's: then the heads are fresh, which a warning says; see
+            `replace_head`.
+        key: random key for fresh heads; None for `jax.random.key(0)`.
         revision: branch, tag or commit of a Hub repository.
         token: access token for the Hub.
         cache_dir: where downloads are kept; None for huggingface_hub's own cache.
@@ -74,11 +83,22 @@ def from_pretrained(
     if resolved.weights.name != WEIGHTS_FILE:
         from levit_flax import convert  # only whoever brings PyTorch weights pays for it
 
-        return convert.from_torch(resolved.weights, dtype)
-    model, variables = read_directory(resolved.directory)
-    if dtype is not None:
-        model, variables = cast(model, variables, dtype)
-    return model, to_device(variables, str(resolved.weights))
+        model, variables = convert.from_torch(resolved.weights, dtype)
+    else:
+        model, variables = read_directory(resolved.directory)
+        if dtype is not None:
+            model, variables = cast(model, variables, dtype)
+        variables = to_device(variables, str(resolved.weights))
+    if image_size is not None:
+        model, variables = surgery.resize_image(model, variables, image_size)
+    if num_labels is not None and num_labels != model.config.num_labels:
+        warnings.warn(
+            f"The checkpoint has {model.config.num_labels} classes: the heads for {num_labels} are fresh, and the model"
+            " has to be trained before it is of use.",
+            stacklevel=2,
+        )
+        model, variables = surgery.replace_head(model, variables, num_labels, jax.random.key(0) if key is None else key)
+    return model, variables
 
 
 def resolve(
@@ -111,6 +131,18 @@ def load_processor(directory: Path | None, config: LevitConfig) -> LevitImagePro
             return read_timm_processor(values)
     height, width = config.image_height_width
     return LevitImageProcessor(size=max(height, width), crop_size=(height, width))
+
+
+def resize_processor(processor: LevitImageProcessor, config: LevitConfig) -> LevitImageProcessor:
+    """Return a processor that makes pictures for a config, with as much around the crop as the given one leaves."""
+    height, width = config.image_height_width
+    old = processor.crop_size["height"], processor.crop_size["width"]
+    if old == (height, width):
+        return processor
+    size: Any = (height, width)
+    if "shortest_edge" in processor.size:
+        size = round(processor.size["shortest_edge"] * max(height, width) / max(old))
+    return LevitImageProcessor(**{**vars(processor), "size": size, "crop_size": (height, width)})
 
 
 def read_directory(directory: Path) -> tuple[LevitBase, Variables]:
@@ -175,6 +207,34 @@ def save_pretrained(
     """
     with staged_directory(Path(directory), overwrite) as staging:
         write_model(staging, model, variables, processor, provenance)
+
+
+def push_to_hub(
+    repo_id: str,
+    model: LevitBase,
+    variables: Mapping[str, Any],
+    processor: LevitImageProcessor | None = None,
+    **options: Any,
+) -> str:
+    """Upload a model to the Hub, creating the repository where it does not exist.
+
+    Args:
+        repo_id: the repository as "owner/name"; without an owner it is the token's.
+        model: the module.
+        variables: its variables.
+        processor: uploaded with it where given.
+        **options: token, private, revision and commit_message, as in `levit_flax.hub.push`.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ValueError: the variables do not fit the model.
+        HubError: the Hub did not take the files.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder), model, variables, processor, None)
+        return hub.push(folder, repo_id, files=OWN_FILES, **options)
 
 
 def write_model(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .checkpoint import from_pretrained, load_processor, resolve
+from .checkpoint import from_pretrained, load_processor, resize_processor, resolve
 from .configuration import LevitConfig
 from .image_processing import LevitImageProcessor
 from .layers import at_least_float32
@@ -66,15 +66,19 @@ class ImageClassifier:
         Args:
             source: as in `levit_flax.from_pretrained`.
             batch_size: as in the class.
-            **options: as in `levit_flax.from_pretrained`: dtype, revision, token, cache_dir, local_files_only.
+            **options: as in `levit_flax.from_pretrained`. With `image_size` the processor follows the model.
 
         Raises:
             ValueError: the files do not hold what they should.
             OSError: there is no such source, or it cannot be read or fetched.
         """
-        resolved = resolve(source, **{name: value for name, value in options.items() if name != "dtype"})
-        model, variables = from_pretrained(resolved.directory, dtype=options.get("dtype"))
-        return cls(model, variables, load_processor(resolved.directory, model.config), batch_size)
+        of_the_model = {name: options.pop(name) for name in ("dtype", "image_size") if name in options}
+        resolved = resolve(source, **options)
+        model, variables = from_pretrained(resolved.directory, **of_the_model)
+        processor = load_processor(resolved.directory, model.config)
+        if "image_size" in of_the_model:
+            processor = resize_processor(processor, model.config)
+        return cls(model, variables, processor, batch_size)
 
     def __call__(self, images: Any, top_k: int = 5) -> list[list[dict[str, Any]]]:
         """Classify pictures.

@@ -1,7 +1,9 @@
 """The configuration of a LeViT model, with transformers' field names, and the published variants."""
 
 import dataclasses
+import itertools
 import json
+import operator
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -55,6 +57,20 @@ class DownOp(NamedTuple):
     attention_ratio: int
     mlp_ratio: int
     stride: int
+
+
+class FeatureInfo(NamedTuple):
+    """One of the feature maps [B H W C] that `output_features=True` gives.
+
+    Attributes:
+        channels: C.
+        stride: pixels from one feature to the next, along each axis.
+        grid: (H, W).
+    """
+
+    channels: int
+    stride: int
+    grid: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +267,12 @@ class LevitConfig:
             height, width = ((n - 1) // op.stride + 1 for n in (height, width))
             grids.append((height, width))
         return tuple(grids)
+
+    @property
+    def feature_info(self) -> tuple[FeatureInfo, ...]:
+        """What the feature maps of the stages are, from the finest to the coarsest."""
+        strides = itertools.accumulate((op.stride for op in self.down_ops), operator.mul, initial=self.stride**4)
+        return tuple(map(FeatureInfo, self.hidden_sizes, strides, self.grids))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LevitConfig":

@@ -338,6 +338,11 @@ class LevitImageProcessor:
             unfinished.unlink(missing_ok=True)
 
 
+# Names under which transformers has, or had, the same processor.
+LevitImageProcessorFast = LevitImageProcessor
+LevitFeatureExtractor = LevitImageProcessor
+
+
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """Read a picture file as transformers' `load_image` does: the first frame, turned upright by its EXIF tag, as RGB.
 

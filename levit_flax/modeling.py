@@ -9,6 +9,8 @@ facebookresearch/LeViT levit.py; transformers modeling_levit.py.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -285,6 +287,41 @@ class LevitBase(nn.Module):
     precision: PrecisionLike = None
 
     head_names: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> "tuple[LevitBase, Variables]":
+        """Load a checkpoint as a model of this class.
+
+        Args:
+            source: as in `levit_flax.from_pretrained`.
+            **options: as in `levit_flax.from_pretrained`.
+
+        Returns:
+            The module and its variables. Heads that the class has no place for are left out, and heads that the
+            checkpoint lacks are fresh; a warning says so.
+
+        Raises:
+            ValueError: the files do not hold what they should.
+            OSError: there is no such source, or it cannot be read or fetched.
+        """
+        from .checkpoint import from_pretrained
+        from .surgery import change_heads
+
+        return change_heads(*from_pretrained(source, **options), cls, options.get("key"))
+
+    @nn.nowrap
+    def save_pretrained(self, directory: str | Path, variables: Mapping[str, Any], **options: Any) -> None:
+        """Write this model and its variables to a directory; the options are those of `levit_flax.save_pretrained`."""
+        from .checkpoint import save_pretrained
+
+        save_pretrained(directory, self, variables, **options)
+
+    @nn.nowrap
+    def push_to_hub(self, repo_id: str, variables: Mapping[str, Any], **options: Any) -> str:
+        """Upload this model and its variables to the Hub; the options are those of `levit_flax.push_to_hub`."""
+        from .checkpoint import push_to_hub
+
+        return push_to_hub(repo_id, self, variables, **options)
 
     @property
     def shared(self) -> dict[str, Any]:

@@ -1,16 +1,19 @@
-"""Turn a model and its variables into another model and its variables, which compute the same with less.
+"""Turn a model and its variables into another model and its variables.
 
 The functions are pure. They compute in float64 through NumPy and give every array back in the type that it came in.
 """
 
-from collections.abc import Mapping
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from .layers import BATCH_NORM_EPSILON
+from .layers import BATCH_NORM_EPSILON, NormLinear
 from .modeling import LevitBase, LevitForImageClassification, LevitForImageClassificationWithTeacher, Variables
 
 
@@ -95,6 +98,155 @@ def merge_heads(model: LevitBase, variables: Mapping[str, Any]) -> tuple[LevitFo
         merged[path] = like((parts[0] + parts[1]) / 2, flat[path])
     fields = {name: getattr(model, name) for name in ("folded", "dtype", "param_dtype", "precision")}
     return LevitForImageClassification(model.config, **fields), unflatten_dict(merged, sep="/")
+
+
+def resize_image(
+    model: LevitBase, variables: Mapping[str, Any], image_size: int | tuple[int, int]
+) -> tuple[LevitBase, Variables]:
+    """Make a model for pictures of another size, square or not.
+
+    Only the tables of attention biases depend on the size of the picture: they hold a bias for every distance
+    (|dy|, |dx|) between two tokens. The new tables read the old ones where the same share of the picture lies between
+    the tokens: a distance d on a grid of R' tokens stands at d * R / R' on the old grid of R, along each axis. Between
+    the old distances runs a cubic curve through them, even at zero, because the bias belongs to distances either way;
+    beyond the largest old distance the last bias is held.
+
+    Args:
+        model: any model, folded or not.
+        variables: its variables.
+        image_size: the new size in pixels, a side or (height, width). It need not be a multiple of 16: the stem rounds
+            up.
+
+    Returns:
+        The model with the new size in its config, and its variables; at the same size these are the same.
+
+    Raises:
+        ValueError: the size is not legal; the message says how.
+
+    Source: Graham et al. 2021, section 4.3 ("attention bias") for the tables; Keys 1981, "Cubic convolution
+        interpolation for digital image processing", for the curve.
+    """
+    size: Any = image_size
+    config = dataclasses.replace(model.config, image_size=size)
+    resized = {}
+    for path, leaf in flatten_dict(variables, sep="/").items():
+        if path.endswith("/attention_biases"):
+            stage = int(path.split("/")[1].rpartition("_")[2])
+            leaf = resize_table(leaf, model.config.grids[stage], config.grids[stage])
+        resized[path] = leaf
+    return model.clone(config=config), unflatten_dict(resized, sep="/")
+
+
+def resize_table(table: Any, old: Sequence[int], new: Sequence[int]) -> Any:
+    """Interpolate a table of attention biases [N H] from one grid (height, width) of tokens to another."""
+    if tuple(old) == tuple(new):
+        return table
+    distances = np.asarray(table, np.float64).reshape(*old, -1)  # [|dy| |dx| H]
+    rows, columns = (cubic_weights(*sizes) for sizes in zip(old, new, strict=True))
+    resized = np.einsum("ya,xb,abh->yxh", rows, columns, distances)
+    return like(resized.reshape(-1, table.shape[-1]), table)
+
+
+def cubic_weights(old: int, new: int) -> np.ndarray:
+    """Return the weights [new old] with which each new distance reads the old ones, along one axis."""
+    weights = np.zeros((new, old))
+    for distance in range(new):
+        place = min(distance * old / new, old - 1)
+        first = int(place) - 1
+        for neighbour in range(first, first + 4):
+            held = min(abs(neighbour), old - 1)
+            weights[distance, held] += cubic(abs(place - neighbour))
+    return weights
+
+
+def cubic(x: float) -> float:
+    """Return Keys' kernel at a distance of `x` from the sample: 1 at 0, 0 at 1 and from 2 on."""
+    if x < 1:
+        return 1 - 2.5 * x**2 + 1.5 * x**3
+    return 2 - 4 * x + 2.5 * x**2 - 0.5 * x**3 if x < 2 else 0.0
+
+
+def replace_head(
+    model: LevitBase, variables: Mapping[str, Any], num_labels: int, key: jax.Array
+) -> tuple[LevitBase, Variables]:
+    """Give a model fresh heads for another number of classes.
+
+    Args:
+        model: a model with heads, not folded.
+        variables: its variables.
+        num_labels: the number of classes, 1 or more; they are named LABEL_0, LABEL_1, ...
+        key: random key for the new weights.
+
+    Returns:
+        The model with the new classes in its config, and its variables: every head as `init` makes it, all else as it
+        was.
+
+    Raises:
+        ValueError: the model has no heads or is folded, or the number is not positive.
+    """
+    if model.folded or not model.head_names:
+        raise ValueError(
+            "Fresh heads need a model with heads whose batch norms are not folded: expected a"
+            f" LevitForImageClassification, found a {'folded ' * model.folded}{type(model).__name__}."
+        )
+    if num_labels < 1:
+        raise ValueError(f"num_labels must be at least 1, got {num_labels}.")
+    labels: Any = {"num_labels": num_labels, "id2label": None}
+    model = model.clone(config=dataclasses.replace(model.config, **labels))
+    pooled = jnp.zeros((1, model.config.hidden_sizes[-1]), model.shared["dtype"])
+    fresh = dict(flatten_dict(variables, sep="/"))
+    for i, name in enumerate(model.head_names):
+        head = NormLinear(num_labels, **model.shared)
+        made = head.init(jax.random.fold_in(key, i), pooled)
+        fresh = {path: leaf for path, leaf in fresh.items() if path.split("/")[1] != name}
+        fresh |= {
+            f"{collection}/{name}/{path}": leaf
+            for collection, tree in made.items()
+            for path, leaf in flatten_dict(tree, sep="/").items()
+        }
+    return model, unflatten_dict(fresh, sep="/")
+
+
+def change_heads(
+    model: LevitBase, variables: Mapping[str, Any], model_class: type[LevitBase], key: jax.Array | None = None
+) -> tuple[LevitBase, Variables]:
+    """Make a model of another class: leave out the heads that it has no place for, and make those that it lacks.
+
+    Args:
+        model: any model; it comes back as it is if it is of the class.
+        variables: its variables.
+        model_class: one of the three models.
+        key: random key for fresh heads; None for `jax.random.key(0)`.
+
+    Returns:
+        The model and its variables. A warning says what heads were left out or are fresh.
+
+    Raises:
+        ValueError: a head is lacking, and the model is folded.
+    """
+    if type(model) is model_class:
+        return model, dict(variables)
+    lost = set(model.head_names) - set(model_class.head_names)
+    lacking = set(model_class.head_names) - set(model.head_names)
+    if lost == {"head_dist"}:
+        warnings.warn(
+            "The checkpoint has two heads, and the published accuracy is that of their average. The second one"
+            " (head_dist) was left out: load both with LevitForImageClassificationWithTeacher, or merge them with"
+            " levit_flax.merge_heads.",
+            stacklevel=3,
+        )
+    fields = {name: getattr(model, name) for name in ("folded", "dtype", "param_dtype", "precision")}
+    changed = model_class(model.config, **fields)
+    flat = {path: leaf for path, leaf in flatten_dict(variables, sep="/").items() if path.split("/")[1] not in lost}
+    if lacking and model.config.num_labels:
+        warnings.warn(
+            f"The checkpoint has no {' and no '.join(sorted(lacking))}: these weights are fresh, and the model has to"
+            " be trained before they are of use.",
+            stacklevel=3,
+        )
+        _, fresh = replace_head(changed, variables, model.config.num_labels, jax.random.key(0) if key is None else key)
+        flat |= {p: leaf for p, leaf in flatten_dict(fresh, sep="/").items() if p.split("/")[1] in lacking}
+    return changed, unflatten_dict(flat, sep="/")
 
 
 def statistics(flat: Mapping[str, Any], layer: str) -> tuple[np.ndarray, np.ndarray]:

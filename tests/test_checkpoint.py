@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from flax.traverse_util import flatten_dict
 import levit_flax as lf
 from configs import SMALL, random_variables
 from levit_flax import checkpoint
+from levit_flax.checkpoint import check_variables
 from levit_flax.modeling import MODEL_CLASSES
 
 
@@ -119,3 +121,95 @@ def test_damaged_directories(tmp_path):
         lf.from_pretrained(tmp_path / "model")
     with pytest.raises(FileNotFoundError, match="There is no directory"):
         lf.from_pretrained(tmp_path / "nowhere")
+
+
+# Through the classes, as transformers' users expect.
+
+
+@pytest.fixture
+def two_heads(tmp_path):
+    model = lf.LevitForImageClassificationWithTeacher(lf.LevitConfig(**SMALL))
+    model.save_pretrained(
+        tmp_path / "two", random_variables(model), processor=lf.LevitImageProcessor(size=64, crop_size=64)
+    )
+    return tmp_path / "two"
+
+
+def leaves(variables):
+    return flatten_dict(variables, sep="/")
+
+
+def test_a_class_loads_its_own(two_heads):
+    model, variables = lf.LevitForImageClassificationWithTeacher.from_pretrained(two_heads)
+    jax.tree.map(np.testing.assert_array_equal, variables, random_variables(model))
+
+
+def test_one_head_of_two_is_announced(two_heads):
+    with pytest.warns(UserWarning, match=r"published accuracy is that of their average.*levit_flax\.merge_heads"):
+        model, variables = lf.LevitForImageClassification.from_pretrained(two_heads)
+    assert type(model) is lf.LevitForImageClassification and model.config.num_labels == 5
+    whole = leaves(lf.from_pretrained(two_heads)[1])
+    assert leaves(variables).keys() == {path for path in whole if "head_dist" not in path}
+    check_variables(model, variables, "it")
+
+
+def test_features_without_heads(two_heads):
+    model, variables = lf.LevitModel.from_pretrained(two_heads)
+    assert type(model) is lf.LevitModel
+    check_variables(model, variables, "it")
+
+
+def test_a_head_that_is_lacking_is_fresh_and_announced(two_heads, tmp_path):
+    model, variables = lf.merge_heads(*lf.from_pretrained(two_heads))
+    model.save_pretrained(tmp_path / "one", variables)
+    with pytest.warns(UserWarning, match="has no head_dist: these weights are fresh"):
+        back, back_variables = lf.LevitForImageClassificationWithTeacher.from_pretrained(tmp_path / "one")
+    check_variables(back, back_variables, "it")
+    assert (
+        leaves(back_variables)["params/head/linear/kernel"] == variables["params"]["head"]["linear"]["kernel"]
+    ).all()
+    assert back.config.id2label == model.config.id2label
+    lf.save_pretrained(tmp_path / "folded", *lf.fold_batch_norm(model, variables))
+    with (
+        pytest.warns(UserWarning, match="has no head_dist"),
+        pytest.raises(ValueError, match="Fresh heads need a model with heads whose batch norms are not folded"),
+    ):
+        lf.LevitForImageClassificationWithTeacher.from_pretrained(tmp_path / "folded")
+
+
+def test_another_number_of_classes_is_announced(two_heads):
+    with pytest.warns(UserWarning, match="has 5 classes: the heads for 7 are fresh"):
+        model, variables = lf.from_pretrained(two_heads, num_labels=7)
+    assert model.config.num_labels == 7
+    check_variables(model, variables, "it")
+    assert lf.from_pretrained(two_heads, num_labels=5)[0].config.num_labels == 5
+
+
+def test_another_image_size(two_heads):
+    model, variables = lf.from_pretrained(two_heads, image_size=(96, 80))
+    assert model.config.image_size == (96, 80)
+    check_variables(model, variables, "it")
+    classifier = lf.ImageClassifier.from_pretrained(two_heads, image_size=96)
+    assert classifier.processor.size == {"shortest_edge": 96}
+    assert len(classifier(np.zeros((50, 60, 3), np.uint8))[0]) == 5
+
+
+def test_push_to_hub(two_heads, tmp_path, monkeypatch):
+    sent = {}
+
+    def push(directory, repo_id, *, files, **options):
+        sent.update(names=sorted(path.name for path in Path(directory).iterdir()), repo_id=repo_id, options=options)
+        return "address"
+
+    monkeypatch.setattr("levit_flax.hub.push", push)
+    model, variables = lf.from_pretrained(two_heads)
+    assert model.push_to_hub("me/levit", variables, private=True) == "address"
+    assert sent == {
+        "names": ["config.json", "flax_model.safetensors"],
+        "repo_id": "me/levit",
+        "options": {"private": True},
+    }
+
+
+def test_other_names_of_the_processor():
+    assert lf.LevitImageProcessorFast is lf.LevitFeatureExtractor is lf.LevitImageProcessor

@@ -107,3 +107,9 @@ def test_other_networks_are_refused():
     with pytest.raises(ValueError, match="The config asks for hidden_act='silu', which would be another network"):
         lf.LevitConfig.from_dict({"hidden_act": "silu"})
     assert lf.LevitConfig.from_dict({"hidden_act": "hardswish"}) == lf.LevitConfig()
+
+
+def test_feature_maps_are_listed():
+    config = lf.VARIANTS["levit-192"]
+    assert config.feature_info == ((192, 16, (14, 14)), (288, 32, (7, 7)), (384, 64, (4, 4)))
+    assert config.feature_info[1].channels == 288 and config.feature_info[1].stride == 32

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import levit_flax as lf
 from configs import SMALL, random_variables, unusual_config
+from levit_flax.attention import offset_index
 from levit_flax.modeling import MODEL_CLASSES, abstract_variables
 
 FLOAT32_LIMIT = 1e-5  # of the largest logit
@@ -159,3 +160,120 @@ def test_folded_and_merged_models_are_saved_and_loaded(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded_variables, variables)
     classifier = lf.ImageClassifier.from_pretrained(tmp_path / "model")
     assert len(classifier(np.zeros((64, 64, 3), np.uint8))[0]) == 5
+
+
+# Other image sizes.
+
+
+def hermite(values, place):
+    """Read a curve through values at 0, 1, 2, ... that goes on evenly below 0 and is held at the end."""
+    last = len(values) - 1
+    place = min(place, last)
+    left = min(int(place), last - 1) if last else 0
+
+    def at(i):
+        return values[min(abs(i), last)]
+
+    t = place - left
+    slopes = (at(left + 1) - at(left - 1)) / 2, (at(left + 2) - at(left)) / 2
+    return (
+        (2 * t**3 - 3 * t**2 + 1) * at(left)
+        + (t**3 - 2 * t**2 + t) * slopes[0]
+        + (3 * t**2 - 2 * t**3) * at(left + 1)
+        + (t**3 - t**2) * slopes[1]
+    )
+
+
+def bias_between(table, grid, new_grid, query, key):
+    """Return the bias [H] between two tokens of the new grid, each (y, x), by walking the old table by hand."""
+    dy, dx = abs(query[0] - key[0]), abs(query[1] - key[1])
+    old = [[table[y * grid[1] + x] for x in range(grid[1])] for y in range(grid[0])]
+    column = [hermite(row, dx * grid[1] / new_grid[1]) for row in old]
+    return hermite(column, dy * grid[0] / new_grid[0])
+
+
+@pytest.mark.parametrize("image_size", [96, 48, (64, 112), (80, 50), 200, 17])
+def test_resized_biases_are_those_of_the_geometry(image_size):
+    model, variables = make("small", dtype="float32")
+    resized, resized_variables = lf.resize_image(model, variables, image_size)
+    assert resized.config.image_height_width == (image_size if isinstance(image_size, tuple) else (image_size,) * 2)
+    places = {"stage_0/block_1": (0, 1), "stage_1/block_0": (1, 1), "downsample_0": (0, 2), "downsample_1": (1, 2)}
+    generator = np.random.default_rng(3)
+    for path, (stage, stride) in places.items():
+        grid, new_grid = model.config.grids[stage], resized.config.grids[stage]
+        table, new_table = (
+            flatten_dict(tree, sep="/")[f"params/{path}/attention/attention_biases"]
+            for tree in (variables, resized_variables)
+        )
+        assert new_table.shape == (new_grid[0] * new_grid[1], table.shape[1])
+        index = offset_index(new_grid, stride)
+        keys = [(y, x) for y in range(new_grid[0]) for x in range(new_grid[1])]
+        queries = [(y, x) for y, x in keys if y % stride == 0 and x % stride == 0]
+        for _ in range(30):
+            q, k = generator.integers(len(queries)), generator.integers(len(keys))
+            wanted = bias_between(table.astype(np.float64), grid, new_grid, queries[q], keys[k])
+            np.testing.assert_allclose(new_table[index[q, k]], wanted, rtol=1e-6, atol=1e-6)
+    pixel_values = np.zeros((1, *resized.config.image_height_width, 3), np.float32)
+    assert resized.apply(resized_variables, pixel_values).logits.shape == (1, 5)
+
+
+def test_the_same_size_changes_nothing():
+    for folded in (False, True):
+        model, variables = make("odd grids")
+        if folded:
+            model, variables = lf.fold_batch_norm(model, variables)
+        same, same_variables = lf.resize_image(model, variables, 80)
+        assert same == model
+        jax.tree.map(np.testing.assert_array_equal, same_variables, variables)
+    # 72 pixels are five tokens too, since the stem rounds up.
+    jax.tree.map(np.testing.assert_array_equal, lf.resize_image(model, variables, 72)[1], variables)
+
+
+def test_a_smooth_bias_stays_that_bias():
+    """A bias that is a parabola of the distance, even at zero, is met to rounding wherever it is not held."""
+    model, variables = make("small")
+    model, variables = lf.resize_image(model, variables, 320)
+    flat = flatten_dict(variables, sep="/")
+    path = "params/stage_0/block_0/attention/attention_biases"
+    distances = np.divmod(np.arange(400), 20)
+    flat[path] = ((distances[0] / 20) ** 2 - 0.5 * (distances[1] / 20) ** 2)[:, None].astype(np.float32)
+    _, resized = lf.resize_image(model, unflatten_dict(flat, sep="/"), (480, 256))
+    found = resized["params"]["stage_0"]["block_0"]["attention"]["attention_biases"].reshape(30, 16)
+    wanted = (np.arange(30)[:, None] / 30) ** 2 - 0.5 * (np.arange(16)[None] / 16) ** 2
+    np.testing.assert_allclose(found[:27, :14], wanted[:27, :14], atol=1e-6)
+
+
+def test_sizes_that_cannot_be():
+    with pytest.raises(ValueError, match="image_size must be an integer of at least 1, got 0"):
+        lf.resize_image(*make("small"), 0)
+
+
+# Other classes.
+
+
+@pytest.mark.parametrize("model_class", MODEL_CLASSES[1:])
+def test_fresh_heads(model_class):
+    model, variables = make("small", model_class)
+    renewed, renewed_variables = lf.replace_head(model, variables, num_labels=9, key=jax.random.key(0))
+    assert renewed.config.num_labels == 9 and renewed.config.id2label[8] == "LABEL_8"
+    expected = abstract_variables(renewed)
+    flat, before = (flatten_dict(tree, sep="/") for tree in (renewed_variables, variables))
+    assert {path: leaf.shape for path, leaf in flat.items()} == {path: leaf.shape for path, leaf in expected.items()}
+    for path, leaf in flat.items():
+        if path.split("/")[1] not in model.head_names:
+            assert leaf is before[path], path
+    head = renewed_variables["params"]["head"]
+    assert 0.01 < np.std(head["linear"]["kernel"]) < 0.03 and not head["linear"]["bias"].any()
+    assert (head["norm"]["scale"] == 1).all() and renewed_variables["batch_stats"]["head"]["norm"]["count"] == 0
+    if len(model.head_names) == 2:
+        assert (head["linear"]["kernel"] != renewed_variables["params"]["head_dist"]["linear"]["kernel"]).any()
+
+
+def test_where_no_head_can_be_replaced():
+    model, variables = make("small")
+    with pytest.raises(ValueError, match="num_labels must be at least 1, got 0"):
+        lf.replace_head(model, variables, num_labels=0, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="found a folded LevitForImageClassificationWithTeacher"):
+        lf.replace_head(*lf.fold_batch_norm(model, variables), num_labels=3, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="found a LevitModel"):
+        lf.replace_head(*make("small", lf.LevitModel), num_labels=3, key=jax.random.key(0))
