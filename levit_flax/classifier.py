@@ -1,29 +1,42 @@
 """Pictures in, labels out: processor, jitted model and label names in one object."""
 
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .checkpoint import from_pretrained, load_processor, resize_processor, resolve
 from .configuration import LevitConfig
-from .image_processing import LevitImageProcessor
-from .layers import at_least_float32
+from .image_processing import ImageError, LevitImageProcessor, flatten_images
 from .modeling import LevitBase, LevitForImageClassificationWithTeacher, LevitModel, Variables
 from .surgery import fold_batch_norm, merge_heads
 
+T = TypeVar("T")
+
+# Pictures that are read ahead, as a multiple of the batch: enough to keep the device busy, and no more in memory.
+READ_AHEAD = 2
+
 
 class ImageClassifier:
-    """Classify pictures with a LeViT model.
+    """Classify pictures with a LeViT model, on all local devices.
+
+    Pictures are read by threads while the devices compute. They travel as bytes and are normalised on the device, which
+    comes to the same as the processor's arithmetic but for rounding in float32. Batches are filled up to a power of two
+    per device, so that few shapes are ever compiled.
 
     Args:
         model: a model with a classifier. Two heads are merged and batch norms folded, which computes the same faster.
-        variables: its variables.
+        variables: its variables; they are copied to every device.
         processor: prepares the pictures; None for the usual one for the model's image size.
-        batch_size: the most pictures that are computed at once. Smaller batches are filled up to a power of two, so
-            that few shapes are ever compiled.
+        batch_size: the most pictures that are computed at once, rounded up to a multiple of the number of devices.
+        devices: where to compute; None for all local devices.
 
     Raises:
         ValueError: the model has no classifier.
@@ -41,6 +54,7 @@ class ImageClassifier:
         variables: Variables,
         processor: LevitImageProcessor | None = None,
         batch_size: int = 32,
+        devices: Sequence[jax.Device] | None = None,
     ) -> None:
         if isinstance(model, LevitModel) or not model.config.num_labels:
             raise ValueError(
@@ -48,16 +62,21 @@ class ImageClassifier:
             )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        self.model, self.variables = prepare(model, variables)
         self.processor = processor or load_processor(None, model.config)
-        self.batch_size = batch_size
+        mesh = Mesh(np.array(devices or jax.local_devices()), ("batch",))
+        self._sharding = NamedSharding(mesh, PartitionSpec("batch"))
+        self.batch_size = -(-batch_size // mesh.size) * mesh.size
+        self.model, variables = prepare(model, variables)
+        self.variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
 
         @jax.jit
-        def compute(variables: Variables, pixel_values: jax.Array) -> jax.Array:
-            output: Any = self.model.apply(variables, pixel_values)
-            return scores(output.logits, self.model.config)
+        def compute(variables: Variables, pixels: jax.Array) -> jax.Array:
+            if pixels.dtype == jnp.uint8:
+                pixels = normalize(pixels, self.processor)
+            output: Any = self.model.apply(variables, pixels)
+            return output.logits.astype(jnp.promote_types(output.logits.dtype, jnp.float32))
 
-        self._scores = compute
+        self._logits = compute
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, batch_size: int = 32, **options: Any) -> "ImageClassifier":
@@ -95,25 +114,137 @@ class ImageClassifier:
             ImageError: a picture cannot be used; the message says which.
             OSError: a file cannot be read.
         """
+        return list(self.stream(flatten_images(images), top_k))
+
+    def stream(self, images: Iterable[Any], top_k: int = 5) -> Iterator[list[dict[str, Any]]]:
+        """Classify any number of pictures, one after the other as they come, in constant memory.
+
+        Args:
+            images: paths, PIL images or arrays, one picture each; taken from as needed.
+            top_k: as in a call.
+
+        Yields:
+            For each picture, in order, what a call returns.
+
+        Raises:
+            ImageError: a picture cannot be used; the message says which.
+            OSError: a file cannot be read.
+        """
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}.")
-        pixels = self.processor(images, return_tensors="np")["pixel_values"]
+        for i, logits in enumerate(self.stream_logits(images)):
+            if isinstance(logits, ImageError):
+                raise ImageError(f"Picture {i} (counted from 0): {logits}") from logits
+            if isinstance(logits, Exception):
+                raise logits
+            yield self.name(logits, top_k)
+
+    def stream_logits(self, images: Iterable[Any]) -> Iterator[np.ndarray | ImageError | OSError]:
+        """Compute the logits of any number of pictures, in constant memory.
+
+        Args:
+            images: as in `stream`.
+
+        Yields:
+            For each picture, in order, its logits [num_labels], or the error that says why it cannot be used.
+        """
+        waiting: tuple[list[Any], Any] | None = None
+        for batch in self._read_batches(images):
+            # The devices compute this batch while the results of the one before are handed out, and the next is read.
+            computing = self._start([pixels for pixels in batch if not isinstance(pixels, Exception)])
+            if waiting:
+                yield from self._finish(*waiting)
+            waiting = batch, computing
+        if waiting:
+            yield from self._finish(*waiting)
+
+    def name(self, logits: np.ndarray, top_k: int) -> list[dict[str, Any]]:
+        """Turn the logits [num_labels] of one picture into its likeliest classes."""
+        row = scores(logits, self.model.config)
         labels = self.model.config.id2label
-        predictions = []
-        for row in self.predict(pixels):
-            best = np.argsort(-row, kind="stable")[:top_k]
-            predictions.append([{"label": labels[i], "score": float(row[i])} for i in best])
-        return predictions
+        return [{"label": labels[i], "score": float(row[i])} for i in np.argsort(-row, kind="stable")[:top_k]]
 
-    def predict(self, pixels: np.ndarray) -> np.ndarray:
-        """Compute the scores [B num_labels] of prepared pictures [B H W C], a batch at a time."""
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
+        """Compute the logits [B num_labels] of pictures of the model's size, a batch at a time.
+
+        Args:
+            pixels: [B H W C], either uint8 levels or prepared by the processor.
+        """
         parts = [pixels[i : i + self.batch_size] for i in range(0, len(pixels), self.batch_size)]
-        return np.concatenate([self._predict_batch(part) for part in parts])
+        return np.concatenate([np.asarray(self._dispatch(part))[: len(part)] for part in parts])
 
-    def _predict_batch(self, pixels: np.ndarray) -> np.ndarray:
-        size = min(self.batch_size, 1 << (len(pixels) - 1).bit_length())
+    def _read(self, image: Any) -> np.ndarray | ImageError | OSError:
+        try:
+            pixels = self.processor.resize_and_crop(image)
+            expected = (*self.model.config.image_height_width, self.model.config.num_channels)
+            if pixels.shape != expected:
+                raise ImageError(
+                    f"the processor makes [H W C] = {list(pixels.shape)} of it, but the model takes {list(expected)}:"
+                    " give the processor the model's size as its crop_size"
+                )
+        except (ImageError, OSError) as error:
+            return error
+        return pixels
+
+    def _read_batches(self, images: Iterable[Any]) -> Iterator[list[Any]]:
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            batch = []
+            for pixels in map_ahead(pool, self._read, images, READ_AHEAD * self.batch_size):
+                batch.append(pixels)
+                if len(batch) == self.batch_size:
+                    yield batch
+                    batch = []
+            if batch:
+                yield batch
+
+    def _start(self, pictures: list[np.ndarray]) -> Any:
+        if not pictures:
+            return None
+        if any(pixels.dtype != np.uint8 for pixels in pictures):  # arrays of floats: the processor knows their range
+            pictures = [self.processor.rescale_and_normalize(pixels) for pixels in pictures]
+        return self._dispatch(np.stack(pictures))
+
+    def _finish(self, batch: list[Any], computing: Any) -> Iterator[Any]:
+        rows = iter(() if computing is None else np.asarray(computing))
+        for pixels in batch:
+            yield pixels if isinstance(pixels, Exception) else next(rows)
+
+    def _dispatch(self, pixels: np.ndarray) -> jax.Array:
+        """Start computing one batch, filled up with black pictures; the logits of these come last."""
+        devices = self._sharding.num_devices
+        per_device = -(-len(pixels) // devices)
+        size = min(self.batch_size, devices << (per_device - 1).bit_length())
         padded = np.concatenate([pixels, np.zeros((size - len(pixels), *pixels.shape[1:]), pixels.dtype)])
-        return np.asarray(self._scores(self.variables, padded))[: len(pixels)]
+        return self._logits(self.variables, jax.device_put(padded, self._sharding))
+
+
+def map_ahead(pool: ThreadPoolExecutor, function: Any, items: Iterable[Any], ahead: int) -> Iterator[Any]:
+    """Yield what a function makes of each item, in order, computing at most `ahead` items before they are taken."""
+    futures: deque[Any] = deque()
+    try:
+        for item in items:
+            futures.append(pool.submit(function, item))
+            if len(futures) == ahead:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def normalize(pixels: jax.Array, processor: LevitImageProcessor) -> jax.Array:
+    """Do on the device, in float32, what `LevitImageProcessor.rescale_and_normalize` does with levels [... C]."""
+    values = pixels.astype(jnp.float32)
+    if processor.do_rescale:
+        values = values * np.float32(processor.rescale_factor)
+    if processor.do_normalize:
+        shape = (1,) * (pixels.ndim - 1) + (-1,)
+        mean, std = (
+            np.asarray(value, np.float32).reshape(shape) for value in (processor.image_mean, processor.image_std)
+        )
+        values = (values - mean) / std
+    return values
 
 
 def prepare(model: LevitBase, variables: Variables) -> tuple[LevitBase, Variables]:
@@ -139,11 +270,11 @@ def widen(variables: Variables, dtype: Any) -> Variables:
     )
 
 
-def scores(logits: jax.Array, config: LevitConfig) -> jax.Array:
-    """Turn logits [B num_labels] into what a user reads: softmax, sigmoid for multi-label, raw for regression."""
-    logits = logits.astype(at_least_float32(logits.dtype))
+def scores(logits: np.ndarray, config: LevitConfig) -> np.ndarray:
+    """Turn logits [... num_labels] into what a user reads: softmax, sigmoid for multi-label, raw for regression."""
     if config.problem_type == "regression" or config.num_labels == 1:
         return logits
     if config.problem_type == "multi_label_classification":
-        return jax.nn.sigmoid(logits)
-    return jax.nn.softmax(logits)
+        return np.asarray(1 / (1 + np.exp(-logits)))
+    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(-1, keepdims=True))

@@ -9,10 +9,10 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -24,7 +24,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+T = TypeVar("T")
+
 DEFAULT_MODEL = "facebook/levit-128S"
+MANY = 64  # pictures from which on a progress bar is worth its line
 
 
 class DType(StrEnum):
@@ -159,24 +162,60 @@ def classify(
 ) -> None:
     """Name what is in pictures."""
     from levit_flax.classifier import ImageClassifier
-    from levit_flax.image_processing import ImageError
 
     files, broken = list_pictures(paths)
     classifier = ImageClassifier.from_pretrained(model, revision=revision, local_files_only=offline)
-    results: dict[str, list[dict[str, Any]]] = {}
-    for path in files:
-        try:
-            [results[str(path)]] = classifier(path, top_k)
-        except (ImageError, OSError) as error:
-            broken[str(path)] = str(error)
-    if as_json:
-        print(json.dumps([{"file": f, "predictions": p} for f, p in results.items()], indent=2))
-    elif results:
-        print_predictions(results)
+    show = JsonList() if as_json else PredictionTable()
+    for path, logits in zip(files, with_progress(classifier.stream_logits(files), len(files)), strict=True):
+        if isinstance(logits, Exception):
+            broken[str(path)] = str(logits)
+        else:
+            show.add(str(path), classifier.name(logits, top_k))
+    show.end()
     for reason in broken.values():
         print(f"error: {reason}", file=sys.stderr)
     if broken:
         raise typer.Exit(1)
+
+
+def with_progress(results: Iterable[T], total: int) -> Iterator[T]:
+    """Yield the results; on a terminal, and where there are many, show on stderr how far they are."""
+    if total < MANY or not sys.stderr.isatty():
+        yield from results
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(results, total=total, description="pictures", console=Console(stderr=True), transient=True)
+
+
+class JsonList:
+    """Print a JSON list with an object for each picture, as they come."""
+
+    def __init__(self) -> None:
+        self.separator = "["
+
+    def add(self, file: str, predictions: list[dict[str, Any]]) -> None:
+        """Print one picture's object."""
+        print(self.separator + "\n  " + json.dumps({"file": file, "predictions": predictions}), end="")
+        self.separator = ","
+
+    def end(self) -> None:
+        """Close the list."""
+        print("[]" if self.separator == "[" else "\n]")
+
+
+class PredictionTable:
+    """Print a line for each class named, as they come, the picture's name before the first."""
+
+    def add(self, file: str, predictions: list[dict[str, Any]]) -> None:
+        """Print one picture's lines."""
+        print(file)
+        for prediction in predictions:
+            print(f"  {prediction['score']:.4f}  {prediction['label']}")
+
+    def end(self) -> None:
+        """Print nothing more."""
 
 
 def list_pictures(paths: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
@@ -194,21 +233,6 @@ def list_pictures(paths: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
         if not found:
             broken[str(path)] = f"The folder {path} holds no pictures."
     return files, broken
-
-
-def print_predictions(results: dict[str, list[dict[str, Any]]]) -> None:
-    """Print a table with a line for each class named."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("picture", overflow="fold")
-    table.add_column("score", justify="right")
-    table.add_column("label", overflow="fold")
-    for file, predictions in results.items():
-        for rank, prediction in enumerate(predictions):
-            table.add_row("" if rank else file, f"{prediction['score']:.4f}", prediction["label"])
-    Console().print(table, markup=False)
 
 
 @app.command()

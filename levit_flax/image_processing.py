@@ -156,7 +156,7 @@ class LevitImageProcessor:
         _check_choice("data_format", data_format, DATA_FORMATS)
         # Built anew even without overrides, so that an attribute that was assigned to is checked as well.
         processor = type(self)(**{**vars(self), **overrides})
-        pictures = list(_flatten(images))
+        pictures = list(flatten_images(images))
         if not pictures:
             raise ImageError("Expected at least one picture, found an empty list or batch.")
         results = []
@@ -425,11 +425,11 @@ def _sixteen_to_eight_bits(levels: np.ndarray) -> np.ndarray:
     return np.round(levels / 257).astype(np.uint8)  # 65535 = 257 * 255
 
 
-def _flatten(images: Any) -> Iterator[Any]:
-    """Yield the pictures one by one out of nested lists and batches."""
+def flatten_images(images: Any) -> Iterator[Any]:
+    """Yield the pictures one by one out of nested lists and batches; the arguments are those of `preprocess`."""
     if isinstance(images, list | tuple):
         for item in images:
-            yield from _flatten(item)
+            yield from flatten_images(item)
     elif isinstance(images, str | os.PathLike | Image.Image):
         yield images
     else:

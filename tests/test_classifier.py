@@ -1,6 +1,9 @@
 """Pictures in, labels out, with the model that comes with the package."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -9,7 +12,9 @@ import pytest
 import levit_flax as lf
 from configs import SMALL, random_variables
 from levit_flax.checkpoint import EMBEDDED_DIRECTORY, resolve
+from levit_flax.classifier import normalize
 from levit_flax.convert import conversion, sources, verification
+from levit_flax.image_processing import ImageError
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +67,7 @@ def test_batches_do_not_change_answers_and_compile_few_shapes(classifier):
         [alone] = classifier(picture, top_k=10)
         for entry, other in zip(alone, many[i], strict=True):
             assert entry["label"] == other["label"] and entry["score"] == pytest.approx(other["score"], abs=1e-5)
-    assert classifier._scores._cache_size() <= 3  # 1, 2 and 4
+    assert classifier._logits._cache_size() <= 3  # 1, 2 and 4
 
 
 def test_scores_follow_the_problem_type():
@@ -75,6 +80,75 @@ def test_scores_follow_the_problem_type():
     logits = np.array([entry["score"] for entry in raw])
     np.testing.assert_allclose([e["score"] for e in softmax], np.exp(logits) / np.exp(logits).sum(), rtol=1e-4)
     np.testing.assert_allclose([e["score"] for e in sigmoid], 1 / (1 + np.exp(-logits)), rtol=1e-4)
+
+
+def test_pictures_are_normalised_on_the_device_as_by_the_processor(classifier):
+    levels = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
+    for options in ({}, {"do_rescale": False}, {"do_normalize": False}, {"image_mean": 0.5, "image_std": 0.25}):
+        processor = lf.LevitImageProcessor(**options)
+        on_device = jax.jit(lambda pixels, p=processor: normalize(pixels, p))(levels)
+        np.testing.assert_allclose(on_device, processor.rescale_and_normalize(levels), rtol=1e-6, atol=1e-6)
+
+
+def test_arrays_of_floats_and_bytes_agree(classifier):
+    levels = pictures(1)[0]
+    [as_bytes], [as_floats] = classifier(levels), classifier(levels.astype(np.float32))
+    assert [e["label"] for e in as_bytes] == [e["label"] for e in as_floats]
+    np.testing.assert_allclose([e["score"] for e in as_bytes], [e["score"] for e in as_floats], atol=1e-4)
+
+
+def test_streaming_reads_no_further_than_it_must(classifier):
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(0)
+            yield pictures(1)[0]
+
+    stream = classifier.stream(endless(), top_k=1)
+    first = [next(stream) for _ in range(10)]
+    assert len({answer[0]["label"] for answer in first}) == 1 and len(taken) <= 10 + 4 * classifier.batch_size
+    stream.close()
+
+
+def test_broken_pictures_in_a_stream(classifier, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    good = pictures(1)[0]
+    results = list(classifier.stream_logits([good, tmp_path / "broken.jpg", good, tmp_path / "none.jpg", good]))
+    assert [type(result).__name__ for result in results] == [
+        "ndarray",
+        "ImageError",
+        "ndarray",
+        "FileNotFoundError",
+        "ndarray",
+    ]
+    np.testing.assert_allclose(results[0], results[4], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ImageError, match=r"Picture 1 \(counted from 0\): .*broken\.jpg"):
+        classifier([good, tmp_path / "broken.jpg"])
+
+
+def test_a_processor_of_another_size_is_named(classifier):
+    other = lf.ImageClassifier(classifier.model, classifier.variables, lf.LevitImageProcessor(size=64, crop_size=64))
+    with pytest.raises(ValueError, match=r"makes \[H W C\] = \[64, 64, 3\] of it, but the model takes \[80, 80, 3\]"):
+        other(pictures(1))
+
+
+def test_all_devices_compute_the_same(tmp_path):
+    """Eight virtual devices: every batch is a multiple of eight, and the answers are those of one device."""
+    script = (
+        "import jax, numpy as np, levit_flax as lf\n"
+        "pictures = np.random.default_rng(0).integers(0, 256, (19, 40, 40, 3), np.uint8)\n"
+        "assert jax.local_device_count() == 8\n"
+        "many = lf.ImageClassifier.from_pretrained('cifar10', batch_size=12)\n"
+        "assert many.batch_size == 16 and len(jax.tree.leaves(many.variables)[0].devices()) == 8\n"
+        "one = lf.ImageClassifier(many.model, many.variables, many.processor, devices=jax.local_devices()[:1])\n"
+        "results = [np.stack(list(c.stream_logits(pictures))) for c in (many, one)]\n"
+        "np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-5)\n"
+        "assert many._logits._cache_size() == 2, many._logits._cache_size()\n"
+    )
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_wrong_calls(classifier):
