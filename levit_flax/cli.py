@@ -220,9 +220,9 @@ class PredictionTable:
 
 def list_pictures(paths: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
     """Return the files to classify, folders searched in depth and in order, and what is wrong with the rest."""
-    from PIL import Image
+    from levit_flax.image_processing import picture_suffixes
 
-    suffixes = Image.registered_extensions()
+    suffixes = picture_suffixes()
     files, broken = [], {}
     for path in paths:
         if not path.is_dir():
@@ -233,6 +233,83 @@ def list_pictures(paths: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
         if not found:
             broken[str(path)] = f"The folder {path} holds no pictures."
     return files, broken
+
+
+class Crop(StrEnum):
+    """The rules by which accuracies were published."""
+
+    MODEL = "model"
+    HF = "hf"
+    TORCHVISION = "torchvision"
+    TIMM = "timm"
+
+
+@app.command()
+def evaluate(
+    data: Annotated[str, typer.Argument(help="Directory with a folder for each class, or a Hugging Face dataset.")],
+    model: ModelOption = DEFAULT_MODEL,
+    crop: Annotated[Crop, typer.Option(help="How pictures are resized and cropped.")] = Crop.MODEL,
+    split: Annotated[str, typer.Option(help="Part of a Hugging Face dataset.")] = "test",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures computed at once.")] = 64,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory for metrics.json, confusion.csv and confusion.png.")
+    ] = None,
+    image_size: ImageSizeOption = None,
+    revision: RevisionOption = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how often a model is right."""
+    from levit_flax import evaluation
+    from levit_flax.classifier import ImageClassifier
+
+    options: dict[str, Any] = {"image_size": image_size} if image_size else {}
+    loaded = ImageClassifier.from_pretrained(model, revision=revision, local_files_only=offline, **options)
+    processor = evaluation.evaluation_processor(crop.value, loaded.processor)
+    classifier = ImageClassifier(loaded.model, loaded.variables, processor, batch_size)
+    pictures = evaluation.read_data(data, classifier.model.config.id2label, split)
+    pictures = pictures._replace(images=with_progress(pictures.images, len(pictures.labels)))
+    result = evaluation.evaluate(classifier, pictures)
+    numbers = {"model": model, "data": data, "crop": crop.value, **result.to_dict()}
+    if output is not None:
+        from levit_flax.visualize import draw_confusion
+
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        (output / "confusion.csv").write_text(result.confusion_csv(), encoding="utf-8")
+        draw_confusion(result.confusion, result.labels).savefig(output / "confusion.png")
+    if as_json:
+        print(json.dumps(numbers, indent=2))
+    else:
+        print_fields({**numbers, "broken": len(result.broken) or None})
+    for reason in result.broken:
+        print(f"error: {reason}", file=sys.stderr)
+    if result.broken:
+        raise typer.Exit(1)
+
+
+@app.command()
+def explain(
+    picture: Annotated[Path, typer.Argument(help="The picture to explain.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The PNG file to write.")],
+    model: ModelOption = DEFAULT_MODEL,
+    label: Annotated[str | None, typer.Option(help="The class to explain; the likeliest if left out.")] = None,
+    biases: Annotated[bool, typer.Option("--biases", help="Draw the attention biases instead.")] = False,
+    revision: RevisionOption = None,
+    offline: OfflineOption = False,
+) -> None:
+    """Draw what a model sees in a picture: class activation, gradient, and the attention of every block."""
+    from levit_flax import visualize
+    from levit_flax.checkpoint import write_atomically
+    from levit_flax.classifier import ImageClassifier
+
+    classifier = ImageClassifier.from_pretrained(model, revision=revision, local_files_only=offline)
+    if biases:
+        figure = visualize.draw_bias_tables(classifier.model, classifier.variables)
+    else:
+        figure = visualize.explain(classifier, picture, label)
+    write_atomically(output, lambda file: figure.savefig(file, format="png"))
+    print(f"written to {output}")
 
 
 @app.command()

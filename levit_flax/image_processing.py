@@ -195,8 +195,14 @@ class LevitImageProcessor:
             picture = _resize(picture, self.size, self.resample)
         pixels = np.asarray(picture)
         if self.do_center_crop:
-            pixels = _center_crop(pixels, self.crop_size["height"], self.crop_size["width"])
+            height, width = self.crop_size["height"], self.crop_size["width"]
+            top, left = self.crop_offset(pixels.shape[0] - height), self.crop_offset(pixels.shape[1] - width)
+            pixels = _crop(pixels, top, left, height, width)
         return pixels
+
+    def crop_offset(self, margin: int) -> int:
+        """Return where the centre crop begins in an edge that is `margin` pixels longer; below 0 for black borders."""
+        return margin // 2
 
     def rescale_and_normalize(self, pixels: np.ndarray) -> np.ndarray:
         """Do the second half of the work: the arithmetic on pixel values.
@@ -425,6 +431,11 @@ def _sixteen_to_eight_bits(levels: np.ndarray) -> np.ndarray:
     return np.round(levels / 257).astype(np.uint8)  # 65535 = 257 * 255
 
 
+def picture_suffixes() -> frozenset[str]:
+    """Return the endings of file names, in lower case, that pictures have."""
+    return frozenset(Image.registered_extensions())
+
+
 def flatten_images(images: Any) -> Iterator[Any]:
     """Yield the pictures one by one out of nested lists and batches; the arguments are those of `preprocess`."""
     if isinstance(images, list | tuple):
@@ -559,9 +570,8 @@ def _resized_dimensions(width: int, height: int, size: Mapping[str, int]) -> tup
     return int(short * width / height), short
 
 
-def _center_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Cut [height width C] out of the middle; what lies outside the picture is black."""
-    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+def _crop(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
+    """Cut [height width C] out of a picture; what lies outside of it is black."""
     inside = pixels[max(top, 0) : max(top, 0) + height, max(left, 0) : max(left, 0) + width]
     if inside.shape[:2] == (height, width):
         return inside

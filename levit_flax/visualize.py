@@ -1,0 +1,249 @@
+"""Pictures of what a model looks at and what it has learnt. Needs matplotlib: `pip install 'levit-flax[visualize]'`."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from .classifier import ImageClassifier, scores
+from .modeling import LevitBase, LevitForImageClassificationWithTeacher
+from .surgery import fold_batch_norm, merge_heads
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CELL = 1.6  # inches of one picture in a figure
+DPI = 120
+
+
+def new_figure(rows: int, columns: int, cell: float = CELL) -> "tuple[Figure, np.ndarray]":
+    """Return a figure and its axes [rows columns], without frames.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("Pictures are drawn by matplotlib: pip install 'levit-flax[visualize]'.") from None
+    figure = Figure(figsize=(cell * columns, cell * rows * 1.12), dpi=DPI, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    return figure, axes
+
+
+def attention_names(model: LevitBase) -> list[str]:
+    """Return the path of every attention in the order of `output_attentions`, such as "stage_0/block_1"."""
+    names = []
+    for stage, depth in enumerate(model.config.depths):
+        names += [f"stage_{stage}/block_{block}" for block in range(depth)]
+        names += [f"downsample_{stage}"] * (stage < model.config.num_stages - 1)
+    return names
+
+
+def attention_maps(
+    model: LevitBase, variables: Mapping[str, Any], pixel_values: jax.Array, query: tuple[float, float] | None = None
+) -> dict[str, np.ndarray]:
+    """Return where every head of every attention looks.
+
+    Args:
+        model: any model, folded or not.
+        variables: its variables.
+        pixel_values: one prepared picture, float [1 H W C].
+        query: the point (y, x) that looks, as shares in [0, 1) of the picture's height and width; None for the mean
+            over all queries.
+
+    Returns:
+        For each attention, by its path ("stage_0/block_0", "downsample_0"), how much of the attention falls on each
+        token, [H gh gw], with gh and gw the grid of the keys; each head's map sums to 1.
+    """
+    config = model.config
+    output: Any = jax.jit(lambda v, x: model.apply(v, x, output_attentions=True))(variables, pixel_values)
+    maps = {}
+    for name, attention in zip(attention_names(model), output.attentions, strict=True):
+        stage = int(name.partition("/")[0].rpartition("_")[2])
+        weights = np.asarray(attention[0], np.float32)  # [H Q K]
+        if query is None:
+            looked = weights.mean(1)
+        else:
+            height, width = config.grids[stage + name.startswith("downsample")]
+            looked = weights[:, int(query[0] * height) * width + int(query[1] * width)]
+        maps[name] = looked.reshape(-1, *config.grids[stage])
+    return maps
+
+
+def bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return the attention biases of every attention by its path, as pictures [H 2*gh-1 2*gw-1].
+
+    The middle is a token's bias towards itself; up and left of it lie the tokens above and to the left. The tables hold
+    a quarter of this, because the bias does not tell left from right.
+
+    Args:
+        model: any model.
+        variables: its variables.
+    """
+    flat = flatten_dict(variables, sep="/")
+    pictures = {}
+    for name in attention_names(model):
+        table = np.asarray(flat[f"params/{name}/attention/attention_biases"], np.float32)
+        height, width = model.config.grids[int(name.partition("/")[0].rpartition("_")[2])]
+        rows, columns = (np.abs(np.arange(-n + 1, n)) for n in (height, width))
+        pictures[name] = table.reshape(height, width, -1)[rows][:, columns].transpose(2, 0, 1)
+    return pictures
+
+
+def saliency(
+    model: LevitBase, variables: Mapping[str, Any], pixel_values: jax.Array, label: int | None = None
+) -> np.ndarray:
+    """Return how much each pixel moves a logit: the largest absolute gradient over the channels.
+
+    Args:
+        model: a model with a classifier.
+        variables: its variables.
+        pixel_values: prepared pictures, float [B H W C].
+        label: the class whose logit is looked at; None for each picture's likeliest.
+
+    Returns:
+        [B H W], 0 or more.
+
+    Source: Simonyan et al. 2013, "Deep inside convolutional networks".
+    """
+
+    @jax.jit
+    @jax.grad
+    def gradient(pixels: jax.Array, variables: Mapping[str, Any]) -> jax.Array:
+        output: Any = model.apply(variables, pixels)
+        chosen = output.logits.max(-1) if label is None else output.logits[:, label]
+        return chosen.sum()
+
+    return np.asarray(jnp.abs(gradient(jnp.asarray(pixel_values), variables)).max(-1))
+
+
+def class_activation_map(
+    model: LevitBase, variables: Mapping[str, Any], pixel_values: jax.Array, label: int | None = None
+) -> np.ndarray:
+    """Return how much each token of the last stage speaks for a class.
+
+    LeViT's head is linear in the mean of the last tokens, so that a logit is the mean of what the tokens say singly.
+
+    Args:
+        model: a model with a classifier; two heads count as their average.
+        variables: its variables.
+        pixel_values: prepared pictures, float [B H W C].
+        label: the class; None for each picture's likeliest.
+
+    Returns:
+        [B gh gw], whose mean over the tokens is the class's logit.
+
+    Source: Zhou et al. 2016, "Learning deep features for discriminative localization".
+    """
+    if isinstance(model, LevitForImageClassificationWithTeacher):
+        model, variables = merge_heads(model, variables)
+    if not model.folded:
+        model, variables = fold_batch_norm(model, variables)
+    head = variables["params"]["head"]["linear"]
+    output: Any = jax.jit(lambda v, x: model.apply(v, x, output_features=True))(variables, pixel_values)
+    says = np.asarray(output.features[-1]) @ np.asarray(head["kernel"]) + np.asarray(head["bias"])  # [B gh gw classes]
+    labels = np.asarray(output.logits).argmax(-1) if label is None else np.full(len(says), label)
+    return np.take_along_axis(says, labels[:, None, None, None], -1)[..., 0]
+
+
+def explain(classifier: ImageClassifier, image: Any, label: str | None = None) -> "Figure":
+    """Draw what a classifier sees in a picture.
+
+    Args:
+        classifier: the model and what prepares its pictures.
+        image: a path, a PIL image or an array.
+        label: the class to explain, by its name; None for the likeliest.
+
+    Returns:
+        A figure: the picture as the model gets it; the class-activation map and the gradient saliency of the class;
+        and the attention of every block over the picture, the mean over its heads and queries.
+
+    Raises:
+        ValueError: the model knows no such class.
+        ImageError: the picture cannot be used.
+    """
+    model, processor = classifier.model, classifier.processor
+    names = model.config.id2label
+    if label is not None and label not in names:
+        raise ValueError(f"The model has no class {label!r}: its classes are {', '.join(names[:8])}, ...")
+    shown = processor.resize_and_crop(image)
+    pixel_values = jnp.asarray(processor.rescale_and_normalize(shown), jnp.float32)[None]
+    row = scores(np.asarray(classifier.logits(np.asarray(pixel_values)))[0], model.config)
+    index = int(row.argmax()) if label is None else names.index(label)
+    variables = jax.device_get(classifier.variables)
+    activation = class_activation_map(model, variables, pixel_values, index)[0]
+    gradients = saliency(model, variables, pixel_values, index)[0]
+    attention = attention_maps(model, variables, pixel_values)
+    columns = max(4, *model.config.depths) + 1
+    figure, axes = new_figure(1 + model.config.num_stages, columns)
+    axes[0, 0].imshow(shown)
+    axes[0, 0].set_title("picture", fontsize=8)
+    overlay(axes[0, 1], shown, activation, f"speaks for {names[index][:18]}")
+    brightness = gradients / max(np.quantile(gradients, 0.995), np.finfo(np.float32).tiny)
+    axes[0, 2].imshow(np.clip(brightness, 0, 1), cmap="gray")
+    axes[0, 2].set_title("gradient", fontsize=8)
+    draw_scores(axes[0, 3], row, names)
+    for name, maps in attention.items():
+        stage, _, block = name.partition("/")
+        column = int(block.rpartition("_")[2]) if block else model.config.depths[int(stage.rpartition("_")[2])]
+        overlay(axes[1 + int(stage.rpartition("_")[2]), column], shown, maps.mean(0), name.replace("_", " "))
+    figure.suptitle(f"{names[index][:60]}: {row[index]:.1%}", fontsize=11)
+    return figure
+
+
+def overlay(ax: Any, picture: np.ndarray, heat: np.ndarray, title: str) -> None:
+    """Draw a coarse map over a picture, in one colour scale from its least to its largest value."""
+    height, width = picture.shape[:2]
+    ax.imshow(picture.mean(-1), cmap="gray", vmin=0, vmax=255 if picture.dtype == np.uint8 else 1)
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    ax.imshow(heat, cmap="inferno", alpha=0.6, extent=extent, interpolation="bilinear")
+    ax.set_title(title, fontsize=8)
+
+
+def draw_scores(ax: Any, row: Any, names: Sequence[str], count: int = 5) -> None:
+    """Draw the likeliest classes as bars."""
+    order = np.argsort(row)[::-1][:count]
+    ax.set_axis_on()
+    ax.barh(range(len(order)), row[order], color="tab:blue")
+    ax.set_yticks(range(len(order)), [names[i][:16] for i in order], fontsize=6)
+    ax.invert_yaxis()
+    ax.tick_params(axis="x", labelsize=6)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_title("score", fontsize=8)
+
+
+def draw_bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> "Figure":
+    """Draw the attention biases: a row for each attention, a column for each head; red attracts, blue repels."""
+    pictures = bias_tables(model, variables)
+    figure, axes = new_figure(len(pictures), max(map(len, pictures.values())), cell=1.0)
+    for row, (name, heads) in zip(axes, pictures.items(), strict=True):
+        largest = float(np.abs(heads).max()) or 1.0  # untrained biases are zero
+        for ax, head in zip(row, heads, strict=False):
+            ax.imshow(head, cmap="RdBu_r", vmin=-largest, vmax=largest)
+        row[0].set_title(f"{name.replace('_', ' ')}  (±{largest:.1f})", fontsize=6, loc="left")
+    return figure
+
+
+def draw_confusion(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
+    """Draw a confusion matrix [N N]: a row for each true class, as shares of its pictures."""
+    figure, axes = new_figure(1, 1, cell=min(3.5 + 0.2 * len(labels), 24))
+    [[ax]] = axes
+    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    ax.set_axis_on()
+    image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    ax.set_xlabel("named")
+    ax.set_ylabel("true")
+    if len(labels) <= 40:
+        ax.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=7)
+        ax.set_yticks(range(len(labels)), labels, fontsize=7)
+    if len(labels) <= 20:
+        for (y, x), share in np.ndenumerate(shares):
+            ax.text(x, y, f"{share:.0%}", ha="center", va="center", fontsize=6, color="white" if share > 0.5 else "0.3")
+    figure.colorbar(image, ax=ax, shrink=0.8)
+    return figure

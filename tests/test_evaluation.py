@@ -1,0 +1,169 @@
+"""Evaluation: counted by hand, by every crop rule, and on the pictures that the embedded model's card speaks of."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import levit_flax as lf
+from configs import SMALL, random_variables
+from levit_flax.checkpoint import EMBEDDED_DIRECTORY
+from levit_flax.cli import main
+from levit_flax.evaluation import Data, evaluate, evaluation_processor, match_classes, read_data
+
+CIFAR = os.environ.get("LEVIT_FLAX_CIFAR10")  # a directory with train/ and test/, a folder for each class in each
+CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    config = lf.LevitConfig(**{**SMALL, "num_labels": 7, "id2label": CLASSES})
+    model = lf.LevitForImageClassification(config, precision="highest")
+    return lf.ImageClassifier(model, random_variables(model), batch_size=4)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three pictures of each class, one of them broken."""
+    generator = np.random.default_rng(0)
+    for name in CLASSES:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = generator.integers(0, 256, (40, 50, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
+    (tmp_path / "data" / "cat" / "1.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "notes.txt").write_text("not looked at")
+    return tmp_path / "data"
+
+
+def test_counted_by_hand(classifier, folder):
+    data = read_data(folder, CLASSES)
+    assert data.labels == [i for i in range(7) for _ in range(3)]
+    result = evaluate(classifier, data)
+    assert result.pictures == 20 and len(result.broken) == 1 and "1.png" in result.broken[0]
+    pairs = [(p, i) for p, i in zip(data.images, data.labels, strict=True) if "no picture" not in p.read_text("latin1")]
+    pixels = classifier.processor([path for path, _ in pairs], return_tensors="np")["pixel_values"]
+    logits = np.asarray(classifier.model.apply(classifier.variables, pixels).logits)
+    labels = np.array([label for _, label in pairs])
+    assert result.top1 == (logits.argmax(-1) == labels).mean()
+    ranks = (logits > logits[np.arange(20), labels][:, None]).sum(-1)
+    assert result.top5 == (ranks < 5).mean()
+    loss = -jax.nn.log_softmax(logits)[np.arange(20), labels].mean()
+    assert result.loss == pytest.approx(float(loss), rel=1e-5)
+    expected = np.zeros((7, 7), int)
+    np.add.at(expected, (labels, logits.argmax(-1)), 1)
+    np.testing.assert_array_equal(result.confusion, expected)
+    rows = result.confusion_csv().splitlines()
+    assert rows[0] == r"true \ named,ant,bee,cat,dog,elk,fox,gnu" and rows[3].startswith("cat,") and len(rows) == 8
+
+
+@pytest.mark.skipif(CIFAR is None, reason="needs CIFAR-10 as JPEG files: LEVIT_FLAX_CIFAR10 is not set")
+def test_the_embedded_model_s_card_is_true(capsys):
+    assert main(["evaluate", f"{CIFAR}/test", "--model", "cifar10", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    card = json.loads((EMBEDDED_DIRECTORY / "metrics.json").read_text())
+    assert (found["pictures"], found["top1"]) == (card["pictures"], card["top1"])
+
+
+def test_classes_are_matched_by_name_or_by_order():
+    labels = ["ant", "bee", "cat"]
+    assert match_classes(["cat", "ant"], labels, "here") == [2, 0]
+    assert match_classes(["n01", "n02", "n03"], labels, "here") == [0, 1, 2]
+    with pytest.raises(ValueError, match="here has 2 classes and the model 3, and yak is none of the model's"):
+        match_classes(["ant", "yak"], labels, "here")
+
+
+def test_a_dataset_by_name(classifier, monkeypatch, folder):
+    """With a stand-in for the datasets package: what is asked of it, and how its columns are read."""
+    import sys
+    import types
+
+    class ImageFeature: ...
+
+    class ClassLabel:
+        names = list(reversed(CLASSES))
+
+    rows = [{"img": Image.open(folder / CLASSES[i] / "0.png"), "label": 6 - i} for i in range(7)]
+
+    class Dataset(list):
+        features = {"id": object(), "img": ImageFeature(), "label": ClassLabel()}
+
+        def __getitem__(self, key):
+            return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
+
+    asked = []
+    stand_in = types.SimpleNamespace(
+        Image=ImageFeature, ClassLabel=ClassLabel, load_dataset=lambda *a, **k: asked.append((a, k)) or Dataset(rows)
+    )
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    data = read_data("zoo/animals", CLASSES, split="validation")
+    assert asked == [(("zoo/animals",), {"split": "validation"})] and data.labels == list(range(7))
+    assert evaluate(classifier, data).pictures == 7
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"no directory zoo/animals.*pip install 'levit-flax\[datasets\]'"):
+        read_data("zoo/animals", CLASSES)
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 401), (333, 500), (480, 643), (224, 225)])
+@pytest.mark.parametrize("rule", ["torchvision", "timm"])
+def test_crop_rules_are_those_of_the_sources(rule, height, width):
+    transforms = pytest.importorskip("torchvision.transforms")
+    pytest.importorskip("timm")
+    from timm.data import create_transform
+
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8))
+    if rule == "timm":
+        transform = create_transform(input_size=(3, 224, 224), interpolation="bicubic", crop_pct=0.9)
+    else:
+        transform = transforms.Compose(  # as in the original repository's datasets.py
+            [
+                transforms.Resize(int(256 / 224 * 224), interpolation=3),
+                transforms.CenterCrop(224),
+                transforms.ToTensor(),
+                transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ]
+        )
+    processor = evaluation_processor(rule, lf.LevitImageProcessor())
+    ours = processor(picture, return_tensors="np", data_format="channels_first")["pixel_values"][0]
+    np.testing.assert_allclose(ours, transform(picture).numpy(), atol=1e-5)
+
+
+def test_the_other_rules():
+    own = lf.LevitImageProcessor(size=70, crop_size=80, image_mean=0.5)
+    assert evaluation_processor("model", own) is own
+    assert vars(evaluation_processor("hf", own)) == vars(lf.LevitImageProcessor(size=80, crop_size=80, image_mean=0.5))
+    with pytest.raises(ValueError, match="no crop rule 'square': expected model, hf, torchvision or timm"):
+        evaluation_processor("square", own)
+
+
+def test_the_command(capsys, classifier, folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    lf.save_pretrained(tmp_path / "model", classifier.model, classifier.variables)
+    arguments = [
+        "evaluate",
+        str(folder),
+        "-m",
+        str(tmp_path / "model"),
+        "--crop",
+        "timm",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(arguments) == 1  # because of the broken picture
+    out, err = capsys.readouterr()
+    assert "top1" in out and err.startswith("error: ") and "1.png" in err and len(err.splitlines()) == 1
+    assert sorted(os.listdir(tmp_path / "out")) == ["confusion.csv", "confusion.png", "metrics.json"]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["pictures"] == 20
+
+
+def test_nothing_to_count(capsys, classifier, tmp_path):
+    with pytest.raises(ValueError, match="no picture to count: the data is empty"):
+        evaluate(classifier, Data([], []))
+    with pytest.raises(ValueError, match="has no folders: expected one for each class"):
+        read_data(tmp_path, CLASSES)
+    (tmp_path / "ant").mkdir()
+    with pytest.raises(ValueError, match="hold no pictures"):
+        read_data(tmp_path, CLASSES)

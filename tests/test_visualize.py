@@ -1,0 +1,91 @@
+"""What is drawn says what the model computes."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import levit_flax as lf
+from configs import SMALL, random_variables
+from levit_flax.cli import main
+
+pytest.importorskip("matplotlib")
+
+from levit_flax import visualize
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    model = lf.LevitForImageClassificationWithTeacher(
+        lf.LevitConfig(**{**SMALL, "image_size": (64, 96)}), precision="highest"
+    )
+    return model, random_variables(model)
+
+
+@pytest.fixture(scope="module")
+def pixel_values():
+    return np.random.default_rng(0).standard_normal((1, 64, 96, 3), np.float32)
+
+
+def test_attention_maps_are_shares_of_the_attention(loaded, pixel_values):
+    model, variables = loaded
+    maps = visualize.attention_maps(model, variables, pixel_values)
+    stages = (["stage_0/block_0", "stage_0/block_1"], ["stage_1/block_0"], ["stage_2/block_0", "stage_2/block_1"])
+    assert list(maps) == [*stages[0], "downsample_0", *stages[1], "downsample_1", *stages[2]]
+    assert maps["stage_0/block_0"].shape == (1, 4, 6) and maps["downsample_1"].shape == (4, 2, 3)
+    for heat in maps.values():
+        np.testing.assert_allclose(heat.sum((1, 2)), 1, rtol=1e-5)
+    out = model.apply(variables, pixel_values, output_attentions=True)
+    corner = visualize.attention_maps(model, variables, pixel_values, query=(0.99, 0.0))
+    np.testing.assert_allclose(
+        corner["stage_0/block_0"].reshape(1, -1), out.attentions[0][0, :, 18], rtol=1e-4, atol=1e-6
+    )
+    np.testing.assert_allclose(corner["downsample_0"].reshape(2, -1), out.attentions[2][0, :, 3], rtol=1e-4, atol=1e-6)
+
+
+def test_bias_tables_are_the_biases_between_tokens(loaded):
+    model, variables = loaded
+    pictures = visualize.bias_tables(model, variables)
+    picture = pictures["stage_0/block_0"]
+    table = variables["params"]["stage_0"]["block_0"]["attention"]["attention_biases"].reshape(4, 6, 1)
+    assert picture.shape == (1, 7, 11)
+    for dy, dx in ((0, 0), (-3, 2), (1, -5), (2, 5)):
+        assert picture[0, 3 + dy, 5 + dx] == table[abs(dy), abs(dx), 0]
+
+
+def test_a_class_activation_map_adds_up_to_the_logit(loaded, pixel_values):
+    model, variables = loaded
+    logits = np.asarray(model.apply(variables, pixel_values).logits)
+    for label in range(5):
+        heat = visualize.class_activation_map(model, variables, pixel_values, label)
+        assert heat.shape == (1, 1, 2)
+        np.testing.assert_allclose(heat.mean((1, 2)), logits[:, label], rtol=1e-4, atol=1e-5)
+    best = visualize.class_activation_map(model, variables, pixel_values)
+    np.testing.assert_allclose(best.mean((1, 2)), logits.max(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_saliency_is_the_gradient(loaded, pixel_values):
+    """A step along the sign of the gradient moves the logit by as much as the gradient says."""
+    model, variables = loaded
+    apply = jax.jit(lambda x: model.apply(variables, x).logits[0, 3])
+    found = visualize.saliency(model, variables, pixel_values, label=3)
+    assert found.shape == (1, 64, 96) and (found >= 0).all()
+    y, x = np.unravel_index(found[0].argmax(), found[0].shape)
+    changes = []
+    for channel in range(3):
+        step = np.zeros_like(pixel_values)
+        step[0, y, x, channel] = 0.01
+        changes.append(abs(float(apply(pixel_values + step) - apply(pixel_values - step)) / 0.02))
+    assert max(changes) == pytest.approx(found[0, y, x], rel=0.05)
+
+
+def test_the_command_draws(capsys, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 50, 3), np.uint8)).save(tmp_path / "noise.png")
+    for extra in ([], ["--label", "cat"], ["--biases"]):
+        out = tmp_path / f"out{len(extra)}{extra[:1]}.png"
+        assert main(["explain", str(tmp_path / "noise.png"), "-m", "cifar10", "-o", str(out), *extra]) == 0
+        with Image.open(out) as picture:
+            assert min(picture.size) > 400 and np.asarray(picture.convert("L")).std() > 10
+    assert main(["explain", str(tmp_path / "noise.png"), "-m", "cifar10", "-o", "x.png", "--label", "yak"]) == 1
+    assert "error: The model has no class 'yak': its classes are airplane" in capsys.readouterr().err
+    assert main(["explain", str(tmp_path / "none.png"), "-m", "cifar10", "-o", "x.png"]) == 1
