@@ -336,7 +336,7 @@ def replace_directory(directory: Path, staging: Path) -> None:
     os.rename(directory, retired)
     os.rename(staging, directory)
     for entry in retired.iterdir():
-        if entry.name not in OWN_FILES:
+        if entry.name not in OWN_FILES and not (directory / entry.name).exists():
             os.rename(entry, directory / entry.name)
     shutil.rmtree(retired)
 

@@ -312,6 +312,44 @@ def explain(
     print(f"written to {output}")
 
 
+class Format(StrEnum):
+    """The formats of artefacts."""
+
+    STABLEHLO = "stablehlo"
+    ONNX = "onnx"
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    model: ModelOption = DEFAULT_MODEL,
+    format: Annotated[Format, typer.Option(help="StableHLO runs in JAX, ONNX in onnxruntime.")] = Format.STABLEHLO,
+    platforms: Annotated[str, typer.Option(help="Where StableHLO shall run.")] = "cpu,cuda,tpu",
+    image_size: ImageSizeOption = None,
+    revision: RevisionOption = None,
+    offline: OfflineOption = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is in OUT.")] = False,
+) -> None:
+    """Write a model as an artefact that runs without this library."""
+    from levit_flax.checkpoint import check_free
+    from levit_flax.classifier import ImageClassifier
+    from levit_flax.export import export_model
+
+    check_free(out, overwrite=force)
+    options: dict[str, Any] = {"image_size": image_size} if image_size else {}
+    classifier = ImageClassifier.from_pretrained(model, revision=revision, local_files_only=offline, **options)
+    export_model(
+        out,
+        classifier.model,
+        classifier.variables,
+        classifier.processor,
+        format=format.value,
+        platforms=platforms.split(","),
+        overwrite=force,
+    )
+    print(f"written to {out}")
+
+
 @app.command()
 def info(
     model: Annotated[

@@ -1,0 +1,113 @@
+"""Exported artefacts, run in processes that know nothing of this library."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import levit_flax as lf
+from configs import SMALL, random_variables
+from levit_flax.cli import main
+from levit_flax.export import export_model
+
+LIMIT = 1e-5  # of the largest logit, in float32 on the same machine; ONNX runs other kernels
+
+RUN_STABLEHLO = """
+import sys
+from pathlib import Path
+import jax.export
+import numpy as np
+
+model = jax.export.deserialize(bytearray(Path("model.stablehlo").read_bytes()))
+for batch in (1, 3, 8):
+    np.save(f"logits{batch}.npy", model.call(np.load(f"pixels{batch}.npy")))
+assert "levit_flax" not in sys.modules and "flax" not in sys.modules
+print(*model.platforms)
+"""
+
+RUN_ONNX = """
+import sys
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+for batch in (1, 3, 8):
+    [logits] = session.run(None, {session.get_inputs()[0].name: np.load(f"pixels{batch}.npy")})
+    np.save(f"logits{batch}.npy", logits)
+assert "levit_flax" not in sys.modules and "jax" not in sys.modules
+"""
+
+
+def needs(package):
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
+
+
+def exported_and_original(format, script, directory):
+    """Return what the process printed, and pairs of logits for several batch sizes."""
+    model = lf.LevitForImageClassificationWithTeacher(
+        lf.LevitConfig(**{**SMALL, "image_size": (64, 48)}), precision="highest"
+    )
+    variables = random_variables(model)
+    export_model(directory, model, variables, lf.LevitImageProcessor(size=64, crop_size=(64, 48)), format=format)
+    generator = np.random.default_rng(0)
+    pixels = {batch: generator.standard_normal((batch, 64, 48, 3), np.float32) for batch in (1, 3, 8)}
+    for batch, values in pixels.items():
+        np.save(directory / f"pixels{batch}.npy", values)
+    done = subprocess.run([sys.executable, "-c", script], cwd=directory, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pairs = [
+        (np.load(directory / f"logits{batch}.npy"), np.asarray(model.apply(variables, values).logits))
+        for batch, values in pixels.items()
+    ]
+    return done.stdout, pairs
+
+
+@needs("flatbuffers")
+def test_stablehlo_runs_without_this_library(tmp_path):
+    printed, pairs = exported_and_original("stablehlo", RUN_STABLEHLO, tmp_path / "out")
+    assert printed.split() == ["cpu", "cuda", "tpu"]
+    for found, wanted in pairs:
+        assert found.dtype == np.float32 and np.abs(found - wanted).max() < LIMIT * np.abs(wanted).max()
+    about = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert about["labels"] == [f"LABEL_{i}" for i in range(5)]
+    assert about["inputs"]["pixel_values"]["shape"] == ["B", 64, 48, 3]
+    assert about["preprocessing"]["crop_size"] == {"height": 64, "width": 48}
+
+
+@needs("jax2onnx")
+def test_onnx_runs_without_this_library(tmp_path):
+    _, pairs = exported_and_original("onnx", RUN_ONNX, tmp_path / "out")
+    for found, wanted in pairs:
+        assert found.dtype == np.float32 and np.abs(found - wanted).max() < LIMIT * np.abs(wanted).max()
+
+
+@needs("flatbuffers")
+def test_the_command(capsys, tmp_path):
+    out = tmp_path / "out"
+    assert main(["export", str(out), "-m", "cifar10", "--platforms", "cpu"]) == 0
+    assert sorted(os.listdir(out)) == ["README.md", "model.json", "model.stablehlo"]
+    first = (out / "model.stablehlo").read_bytes()
+    assert main(["export", str(out), "-m", "cifar10", "--platforms", "cpu"]) == 1
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert main(["export", str(out), "-m", "cifar10", "--force", "--image-size", "96"]) == 0
+    assert (out / "model.stablehlo").read_bytes() != first
+    assert "[B 96 96 3]" in (out / "README.md").read_text()
+
+
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
+    model = lf.LevitForImageClassification(lf.LevitConfig(**SMALL))
+    arguments = model, random_variables(model), lf.LevitImageProcessor()
+    for format, package in (("stablehlo", "flatbuffers"), ("onnx", "jax2onnx")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ImportError, match=rf"needs {package}: pip install"):
+            export_model(tmp_path / "out", *arguments, format=format)
+    with pytest.raises(ValueError, match="no format 'tflite': the formats are stablehlo, onnx"):
+        export_model(tmp_path / "out", *arguments, format="tflite")
+    features = lf.LevitModel(model.config)
+    with pytest.raises(ValueError, match="This model has no classifier"):
+        export_model(tmp_path / "out", features, random_variables(features), lf.LevitImageProcessor())
+    assert not (tmp_path / "out").exists()
