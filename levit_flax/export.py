@@ -48,7 +48,7 @@ A LeViT classifier as ONNX. It needs `onnxruntime`, and nothing else:
 import onnxruntime
 
 session = onnxruntime.InferenceSession("{file}")
-[logits] = session.run(None, {{session.get_inputs()[0].name: pixel_values}})  # float32 {shape} -> float32 [B {classes}]
+[logits] = session.run(None, {{"pixel_values": pixel_values}})  # float32 {shape} -> float32 [B {classes}]
 ```
 
 `{about}` holds the class names (`labels`) and how pictures become pixel values (`preprocessing`, as in transformers).
@@ -146,5 +146,7 @@ def to_onnx(classify: Any, shape: Sequence[int]) -> bytes:
         import jax2onnx
     except ImportError:
         raise ImportError("Exporting ONNX needs jax2onnx: pip install 'levit-flax[onnx]'.") from None
-    exported = jax2onnx.to_onnx(classify, [("B", *shape)], model_name="levit", input_params=None)
+    exported = jax2onnx.to_onnx(
+        classify, [("B", *shape)], model_name="levit", input_names=["pixel_values"], output_names=["logits"]
+    )
     return bytes(exported.SerializeToString())
