@@ -9,13 +9,13 @@ which imports first and is measured from there on.
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
+
+from machine import describe_machine
 
 RUN = """
 import json, resource, sys, time
@@ -100,29 +100,6 @@ def measure(name: str, layout: str, runs: int) -> dict[str, object]:
 def python(*arguments: str) -> str:
     """Run this interpreter and return what it printed."""
     return subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def describe_machine() -> dict[str, str | int | None]:
-    """Return what the numbers depend on."""
-    import os
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=False, capture_output=True, text=True).stdout.strip()
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("levit-flax", "jax", "flax", "numpy", "safetensors")},
-        "commit": commit or None,
-    }
-
-
-def processor() -> str:
-    """Return the processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":
