@@ -1,7 +1,7 @@
 """What another image size, and computing in a narrower type, cost the embedded model's accuracy.
 
-The model was trained at 80 pixels. It is evaluated as it is at 25 % below and above (`resize_image`, no fine-tuning), and
-in bfloat16 and float16 against float32. The pictures are the test half that its card speaks of.
+The model was trained at 80 pixels. It is evaluated as it is at 25 % below and above (`resize_image`, no fine-tuning),
+and in bfloat16 and float16 against float32. The pictures are the test half that its card speaks of.
 
     python benchmarks/accuracy.py DATA [--out FILE]     # DATA/test holds a folder for each class of CIFAR-10
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from machine import describe_machine
 
 import levit_flax as lf
 from levit_flax.evaluation import evaluate, read_data
+from machine import describe_machine
 
 SIZES = (60, 80, 100)
 DTYPES = ("float32", "bfloat16", "float16")
