@@ -3,19 +3,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 
-.PHONY: help demo test test-all lint format clean
+.PHONY: help demo test test-all lint format docs clean
 
 help:
 	@echo "make demo      convert the embedded model, prove it right, name photographs"
 	@echo "make test      run the tests (ten minutes); make test-all runs all of them"
 	@echo "make lint      check style and types; make format mends style"
+	@echo "make docs      build the documentation into site/"
 	@echo "make clean     remove the environment and what was built"
 
 demo: $(STAMPS)/demo
 	$(BIN)/levit-flax demo
 
 test: $(STAMPS)/test
-	$(BIN)/python -m pytest -m "not slow and not network"
+	$(BIN)/python -m pytest -m "not slow and not network" --numprocesses auto --maxprocesses 4
 
 test-all: $(STAMPS)/test
 	$(BIN)/python -m pytest | tee tests/last_full_run.txt; test $${PIPESTATUS[0]} -eq 0
@@ -29,8 +30,11 @@ format: $(STAMPS)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMPS)/docs
+	$(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
 
 test-all: SHELL := /bin/bash
 

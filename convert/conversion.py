@@ -101,6 +101,13 @@ def from_torch(
     Raises:
         ConversionError: tensors are missing, unexpected, of the wrong shape or not finite; everything found is listed.
         OSError: there is no such source, or it cannot be read or fetched.
+
+    Example:
+        >>> from levit_flax import from_pretrained
+        >>> tensors = to_torch(*from_pretrained("cifar10"), layout="timm")
+        >>> model, variables = from_torch(tensors)
+        >>> type(model).__name__, model.config.image_size, model.config.depths
+        ('LevitForImageClassificationWithTeacher', 80, (2, 3, 3))
     """
     opened = open_source(
         source, ema=ema, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
@@ -377,6 +384,11 @@ def to_torch(model: LevitBase, variables: Mapping[str, Any], layout: str = "hf")
 
     Raises:
         ValueError: the layout is unknown or cannot hold the model, or the variables do not fit it.
+
+    Example:
+        >>> from levit_flax import from_pretrained
+        >>> to_torch(*from_pretrained("cifar10"), layout="facebook")["head.l.weight"].shape
+        (10, 160)
     """
     check_layout(model, layout)
     check_variables(model, variables, "The given tree")

@@ -25,9 +25,6 @@ from .modeling import LevitBase, Variables
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "flax_model.safetensors"  # never model.safetensors, which transformers would open as PyTorch's
-# The small model inside the package, in transformers' PyTorch layout.
-EMBEDDED_NAME = "cifar10"
-EMBEDDED_DIRECTORY = Path(__file__).parent / "embedded"
 
 # What a conversion says of itself, for programs and for people.
 REPORT_FILE = "conversion_report.json"
@@ -77,6 +74,11 @@ def from_pretrained(
     Raises:
         ValueError: the files do not hold what they should; `ConversionError` for PyTorch weights.
         OSError: there is no such source, or it cannot be read or fetched.
+
+    Example:
+        >>> model, variables = from_pretrained("cifar10", dtype="float32", image_size=96)
+        >>> type(model).__name__, model.config.image_size
+        ('LevitForImageClassificationWithTeacher', 96)
     """
     resolved = resolve(source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     assert resolved.weights is not None  # resolve raises where there are none
@@ -114,8 +116,6 @@ def resolve(
     Raises:
         OSError: there is no such source, or it cannot be read or fetched.
     """
-    if source == EMBEDDED_NAME and not Path(source).exists():
-        source = EMBEDDED_DIRECTORY
     return hub.resolve(source, weights=weights, files=(CONFIG_FILE, PROCESSOR_FILE), **options)
 
 
@@ -204,6 +204,12 @@ def save_pretrained(
         FileExistsError: the directory has content and `overwrite` is False.
         ValueError: the variables do not fit the model.
         OSError: the directory cannot be written.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_pretrained(f"{folder}/levit", *from_pretrained("cifar10"))
+        ...     from_pretrained(f"{folder}/levit")[0].config.num_labels
+        10
     """
     with staged_directory(Path(directory), overwrite) as staging:
         write_model(staging, model, variables, processor, provenance)

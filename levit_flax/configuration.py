@@ -106,6 +106,15 @@ class LevitConfig:
     Raises:
         ValueError: a field is out of its range, or two fields contradict each other; the message names them.
 
+    Example:
+        >>> config = LevitConfig(image_size=(64, 96), id2label=("cat", "dog"))
+        >>> config.grids
+        ((4, 6), (2, 3), (1, 2))
+        >>> LevitConfig.from_dict(config.to_dict()) == config
+        True
+        >>> VARIANTS["levit-384"].hidden_sizes
+        (384, 512, 768)
+
     Source: facebookresearch/LeViT levit.py (`specification`, `model_factory`); transformers configuration_levit.py.
     """
 

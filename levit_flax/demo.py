@@ -7,8 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from .checkpoint import EMBEDDED_DIRECTORY, load_processor, save_pretrained
+from .checkpoint import load_processor, save_pretrained
 from .classifier import ImageClassifier
+from .hub import EMBEDDED_DIRECTORY
 
 # Photographs that come with scikit-image, and the class that each belongs to; None where the model knows none for it.
 PHOTOGRAPHS = (

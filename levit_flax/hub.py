@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# The small model inside the package, in transformers' PyTorch layout.
+EMBEDDED_NAME = "cifar10"
+EMBEDDED_DIRECTORY = Path(__file__).parent / "embedded"
+
 # A name that ends like this is a file that somebody mistyped, never a repository.
 CHECKPOINT_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 
@@ -71,7 +75,7 @@ def resolve(
     mode (`HF_HUB_OFFLINE=1`), the cache serves alone.
 
     Args:
-        source: a directory, or a Hub repository as "owner/name".
+        source: a directory, a Hub repository as "owner/name", or "cifar10", the small model inside the package.
         weights: names of weight files, the preferred one first; one of them must be there.
         files: names of other files, taken where present; one of them must be there if `weights` is empty.
         revision: branch, tag or commit hash of the repository; None for its main branch.
@@ -85,6 +89,8 @@ def resolve(
         HubError: the repository could not be had from the Hub or from the cache.
     """
     path = Path(source).expanduser()
+    if source == EMBEDDED_NAME and not path.exists():
+        path = EMBEDDED_DIRECTORY
     if path.is_dir():
         held = os.listdir(path)
         if _first(weights or files, held) is None:

@@ -83,6 +83,11 @@ class LevitImageProcessor:
     Raises:
         ValueError: a setting is not what it should be; the message names it.
 
+    Example:
+        >>> processor = LevitImageProcessor(size=160, crop_size=160)
+        >>> processor(np.zeros((100, 200, 3), np.uint8), return_tensors="np")["pixel_values"].shape
+        (1, 160, 160, 3)
+
     Source: transformers models/levit/image_processing_pil_levit.py; facebookresearch/LeViT datasets.py.
     """
 

@@ -366,7 +366,7 @@ class LevitBase(nn.Module):
             features=tuple(features) if output_features else None,
         )
 
-    def head(self, name: str, pooled: jax.Array, train: bool) -> jax.Array:
+    def apply_head(self, name: str, pooled: jax.Array, train: bool) -> jax.Array:
         """Map pooled features [B C] to logits [B num_labels]; without classes, return them as they are."""
         if self.config.num_labels == 0:
             return pooled
@@ -374,7 +374,16 @@ class LevitBase(nn.Module):
 
 
 class LevitModel(LevitBase):
-    """Compute LeViT's features, without a classifier."""
+    """Compute LeViT's features, without a classifier.
+
+    Example:
+        >>> model = LevitModel(LevitConfig(image_size=64))
+        >>> pixel_values = jnp.zeros((2, 64, 64, 3))
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), pixel_values)
+        >>> out = jax.eval_shape(lambda v, x: model.apply(v, x, output_features=True), variables, pixel_values)
+        >>> out.pooler_output.shape, [feature.shape for feature in out.features]
+        ((2, 384), [(2, 4, 4, 128), (2, 2, 2, 256), (2, 1, 1, 384)])
+    """
 
     @nn.compact
     def __call__(
@@ -403,6 +412,13 @@ class LevitForImageClassification(LevitBase):
     """Classify pictures with one head.
 
     The published checkpoints have two heads: their accuracies belong to `LevitForImageClassificationWithTeacher`.
+
+    Example:
+        >>> model = LevitForImageClassification(LevitConfig(image_size=32, num_labels=4))
+        >>> pixel_values, labels = jnp.zeros((2, 32, 32, 3)), jnp.array([0, 3])
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), pixel_values)
+        >>> jax.eval_shape(model.apply, variables, pixel_values, labels).loss.shape
+        ()
     """
 
     head_names = ("head",)
@@ -433,7 +449,7 @@ class LevitForImageClassification(LevitBase):
             ValueError: the batch does not fit the config; the message says how to mend it.
         """
         features = self.backbone(pixel_values, train, **output_flags)
-        logits = self.head("head", features.pooler_output, train)
+        logits = self.apply_head("head", features.pooler_output, train)
         output = LevitForImageClassificationOutput(
             loss=None if labels is None else classification_loss(logits, labels, self.config.problem_type),
             logits=logits,
@@ -445,7 +461,14 @@ class LevitForImageClassification(LevitBase):
 
 
 class LevitForImageClassificationWithTeacher(LevitBase):
-    """Classify pictures with two heads, one taught by the labels and one by a teacher, and average them."""
+    """Classify pictures with two heads, one taught by the labels and one by a teacher, and average them.
+
+    Example:
+        >>> model, variables = LevitForImageClassificationWithTeacher.from_pretrained("cifar10")
+        >>> out = jax.jit(model.apply)(variables, jnp.zeros((1, 80, 80, 3)))
+        >>> bool(jnp.allclose(out.logits, (out.cls_logits + out.distillation_logits) / 2))
+        True
+    """
 
     head_names = ("head", "head_dist")
 
@@ -468,8 +491,8 @@ class LevitForImageClassificationWithTeacher(LevitBase):
             ValueError: the batch does not fit the config; the message says how to mend it.
         """
         features = self.backbone(pixel_values, train, **output_flags)
-        cls_logits = self.head("head", features.pooler_output, train)
-        distillation_logits = self.head("head_dist", features.pooler_output, train)
+        cls_logits = self.apply_head("head", features.pooler_output, train)
+        distillation_logits = self.apply_head("head_dist", features.pooler_output, train)
         output = LevitForImageClassificationWithTeacherOutput(
             logits=(cls_logits + distillation_logits) / 2,
             cls_logits=cls_logits,

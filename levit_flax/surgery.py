@@ -34,6 +34,12 @@ def fold_batch_norm(model: LevitBase, variables: Mapping[str, Any]) -> tuple[Lev
     Raises:
         ValueError: the model is folded already.
 
+    Example:
+        >>> from levit_flax import from_pretrained
+        >>> model, variables = fold_batch_norm(*from_pretrained("cifar10", dtype="float32"))
+        >>> model.folded, list(variables), sorted(variables["params"]["head"]["linear"])
+        (True, ['params'], ['bias', 'kernel'])
+
     Source: `Conv2d_BN.fuse`, `Linear_BN.fuse` and `BN_Linear.fuse` in facebookresearch/LeViT levit.py.
     """
     if model.folded:
@@ -71,6 +77,12 @@ def merge_heads(model: LevitBase, variables: Mapping[str, Any]) -> tuple[LevitFo
 
     Raises:
         ValueError: the model has no two heads.
+
+    Example:
+        >>> from levit_flax import from_pretrained
+        >>> model, variables = merge_heads(*from_pretrained("cifar10", dtype="float32"))
+        >>> type(model).__name__, "head_dist" in variables["params"]
+        ('LevitForImageClassification', False)
 
     Source: Graham et al. 2021, section 4.3 ("classification"): at test time the outputs of both heads are averaged.
     """
@@ -122,6 +134,12 @@ def resize_image(
 
     Raises:
         ValueError: the size is not legal; the message says how.
+
+    Example:
+        >>> from levit_flax import from_pretrained
+        >>> model, variables = resize_image(*from_pretrained("cifar10"), (96, 128))
+        >>> model.config.grids[0], variables["params"]["stage_0"]["block_0"]["attention"]["attention_biases"].shape
+        ((6, 8), (48, 3))
 
     Source: Graham et al. 2021, section 4.3 ("attention bias") for the tables; Keys 1981, "Cubic convolution
         interpolation for digital image processing", for the curve.
@@ -183,6 +201,12 @@ def replace_head(
 
     Raises:
         ValueError: the model has no heads or is folded, or the number is not positive.
+
+    Example:
+        >>> from levit_flax import from_pretrained
+        >>> model, variables = replace_head(*from_pretrained("cifar10"), num_labels=37, key=jax.random.key(0))
+        >>> variables["params"]["head"]["linear"]["kernel"].shape
+        (160, 37)
     """
     if model.folded or not model.head_names:
         raise ValueError(

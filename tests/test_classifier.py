@@ -11,9 +11,10 @@ import pytest
 
 import levit_flax as lf
 from configs import SMALL, random_variables
-from levit_flax.checkpoint import EMBEDDED_DIRECTORY, resolve
+from levit_flax.checkpoint import resolve
 from levit_flax.classifier import normalize
 from levit_flax.convert import conversion, sources, verification
+from levit_flax.hub import EMBEDDED_DIRECTORY
 from levit_flax.image_processing import ImageError
 
 

@@ -17,9 +17,9 @@ import levit_flax as lf
 from configs import SMALL, random_variables
 from hub_server import HubServer
 from levit_flax import convert
-from levit_flax.checkpoint import EMBEDDED_DIRECTORY
 from levit_flax.cli import main
 from levit_flax.convert import verification
+from levit_flax.hub import EMBEDDED_DIRECTORY
 
 HELP_SECONDS = 0.5
 COLD_CLASSIFY_SECONDS = 5.0

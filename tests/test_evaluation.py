@@ -10,9 +10,9 @@ from PIL import Image
 
 import levit_flax as lf
 from configs import SMALL, random_variables
-from levit_flax.checkpoint import EMBEDDED_DIRECTORY
 from levit_flax.cli import main
 from levit_flax.evaluation import Data, evaluate, evaluation_processor, match_classes, read_data
+from levit_flax.hub import EMBEDDED_DIRECTORY
 
 CIFAR = os.environ.get("LEVIT_FLAX_CIFAR10")  # a directory with train/ and test/, a folder for each class in each
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
