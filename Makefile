@@ -16,7 +16,7 @@ demo: $(STAMPS)/demo
 	$(BIN)/levit-flax demo
 
 test: $(STAMPS)/test
-	$(BIN)/python -m pytest -m "not slow and not network" --numprocesses auto --maxprocesses 4
+	$(BIN)/python -m pytest -m "not slow and not network" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-all: $(STAMPS)/test
 	$(BIN)/python -m pytest | tee tests/last_full_run.txt; test $${PIPESTATUS[0]} -eq 0

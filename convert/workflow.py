@@ -122,9 +122,9 @@ def convert_to_directory(
     if merge or fold:
         if merge:
             model, variables = surgery.merge_heads(model, variables)
-        if fold:
+        if fold and not model.folded:
             model, variables = surgery.fold_batch_norm(model, variables)
-        provenance = provenance | {"merged_heads": merge, "folded_batch_norm": fold}
+        provenance = provenance | {"merged_heads": merge, "folded_batch_norm": model.folded}
         report["proof"]["surgery"] = prove_surgery(loaded, model, variables)
     if layout is not None:
         check_layout(model, layout)

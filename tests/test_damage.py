@@ -22,6 +22,7 @@ from levit_flax.convert import workflow  # noqa: E402
 
 SEED = 20211
 ROUNDS = 11  # of every damage to every checkpoint: 11 * 14 * 7 = 1,078
+SHORT_ROUNDS = 3
 
 CHECKPOINTS = [
     (layout, folded) for layout in convert.WRITTEN_LAYOUTS for folded in (False, True) if layout != "hf" or not folded
@@ -189,7 +190,8 @@ def outcome_of(path, out):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of PyTorch's and NumPy's, on numbers made to overflow
-def test_a_thousand_damaged_checkpoints(checkpoints, tmp_path):
+@pytest.mark.parametrize("rounds", [SHORT_ROUNDS, pytest.param(ROUNDS, marks=pytest.mark.slow)])
+def test_a_thousand_damaged_checkpoints(checkpoints, tmp_path, rounds):
     generator = np.random.default_rng(SEED)
     outcomes: dict[str, Counter[str]] = {}
     path, out = tmp_path / "levit.safetensors", tmp_path / "out"
@@ -198,7 +200,7 @@ def test_a_thousand_damaged_checkpoints(checkpoints, tmp_path):
         assert outcome_of(path, out) == "equal to PyTorch"
         whole = path.read_bytes()
         others = [other for other_key, other in checkpoints.items() if other_key != key]
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for damage in (*TENSOR_DAMAGE, *FILE_DAMAGE):
                 if damage in FILE_DAMAGE:
                     path.write_bytes(damage(whole, generator))
@@ -212,8 +214,8 @@ def test_a_thousand_damaged_checkpoints(checkpoints, tmp_path):
     print(f"\n{'damage':14}" + "".join(f"{kind:>25}" for kind in kinds))
     for damage, counter in outcomes.items():
         print(f"{damage:14}" + "".join(f"{counter[kind]:25}" for kind in kinds))
-    assert sum(counter.total() for counter in outcomes.values()) >= 1000
+    assert sum(counter.total() for counter in outcomes.values()) >= 1000 * rounds // ROUNDS
     assert outcomes["truncate"].keys() == {"refused"} and outcomes["drop"].keys() == {"refused"}
     assert not any(counter["not comparable"] for counter in outcomes.values())
     for damage in ("swap", "retype", "poison", "flip", "shuffle_table"):  # so that the other outcome is tested too
-        assert outcomes[damage]["equal to PyTorch"] >= 5, damage
+        assert outcomes[damage]["equal to PyTorch"] >= 5 * rounds // ROUNDS, damage

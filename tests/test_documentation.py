@@ -15,13 +15,18 @@ from PIL import Image
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LONG = ("classify.md", "understand.md", "from_transformers.md", "features.md")  # they compile several models
 NEEDS = {"understand.md": "matplotlib", "export.md": "flatbuffers"}
 MODULES = ["configuration", "modeling", "checkpoint", "surgery", "image_processing", "classifier", "convert.conversion"]
 
 pytestmark = pytest.mark.skipif(not PAGES, reason="the documentation does not come with the wheel")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if page.name in LONG else ()) for page in PAGES],
+    ids=[page.name for page in PAGES],
+)
 def test_examples_of_a_page(page, tmp_path):
     blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
     if page.name == "reference.md":

@@ -46,7 +46,7 @@ def test_counted_by_hand(classifier, folder):
     assert result.pictures == 20 and len(result.broken) == 1 and "1.png" in result.broken[0]
     pairs = [(p, i) for p, i in zip(data.images, data.labels, strict=True) if "no picture" not in p.read_text("latin1")]
     pixels = classifier.processor([path for path, _ in pairs], return_tensors="np")["pixel_values"]
-    logits = np.asarray(classifier.model.apply(classifier.variables, pixels).logits)
+    logits = np.asarray(jax.jit(classifier.model.apply)(classifier.variables, pixels).logits)
     labels = np.array([label for _, label in pairs])
     assert result.top1 == (logits.argmax(-1) == labels).mean()
     ranks = (logits > logits[np.arange(20), labels][:, None]).sum(-1)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -65,8 +66,9 @@ def exported_and_original(format, script, directory):
         np.save(directory / f"pixels{batch}.npy", values)
     done = subprocess.run([sys.executable, "-c", script], cwd=directory, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    apply = jax.jit(model.apply)
     pairs = [
-        (np.load(directory / f"logits{batch}.npy"), np.asarray(model.apply(variables, values).logits))
+        (np.load(directory / f"logits{batch}.npy"), np.asarray(apply(variables, values).logits))
         for batch, values in pixels.items()
     ]
     return done.stdout, pairs

@@ -31,7 +31,14 @@ TENSORS = {  # with two heads: with batch norms, and fused. Source: counted on e
     "timm_conv": ((325, 400), (115, 142)),
     "facebook": ((336, 414), (126, 156)),
 }
-FIRST_BLOCK = {"timm": "stages.0.blocks.0.attn.qkv", "facebook": "blocks.0.m.qkv"}
+# All of them in the full run; in the short one the smallest with one head and two, and the largest with two.
+MODELS = [
+    pytest.param(
+        name, heads, marks=() if name == "levit-128S" or (name, heads) == ("levit-384", 2) else pytest.mark.slow
+    )
+    for name in lf.VARIANTS
+    for heads in (2, 1)
+]
 
 
 def as_tensors(arrays):
@@ -56,8 +63,7 @@ def narrowed(tensors):
     return {n: a.astype(np.float32) if a.dtype == np.float64 else a for n, a in tensors.items()}
 
 
-@pytest.mark.parametrize("heads", [2, 1])
-@pytest.mark.parametrize("name", lf.VARIANTS)
+@pytest.mark.parametrize(("name", "heads"), MODELS)
 def test_every_layout_of_a_variant(name, heads):
     """The same random tensors in every layout: accepted by its library, equal in the tree, and out again bit for bit.
 
@@ -96,8 +102,7 @@ def config_as_inferred(config):
     return lf.LevitConfig.from_dict({**config.to_dict(), "levit_flax": {}})
 
 
-@pytest.mark.parametrize("heads", [2, 1])
-@pytest.mark.parametrize("name", lf.VARIANTS)
+@pytest.mark.parametrize(("name", "heads"), MODELS)
 def test_every_fused_layout_of_a_variant(name, heads):
     """What timm's own function fuses computes the same here, and our folding comes to the same numbers."""
     from timm.utils import reparameterize_model

@@ -1,0 +1,144 @@
+"""What transformers' LeViT page documents, beside ours: the rows of docs/from_transformers.md.
+
+Logits, hidden states and gradients are compared in test_parity, the image processor in test_image_processing, saving in
+test_workflow.
+"""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import levit_flax as lf  # noqa: E402
+from configs import SMALL  # noqa: E402
+from levit_flax import convert  # noqa: E402
+from oracles import pixels, state_dict, torch_model  # noqa: E402
+
+LOSS_LIMIT = 1e-5
+
+CLASSES = ("LevitModel", "LevitForImageClassification", "LevitForImageClassificationWithTeacher")
+
+
+def both(class_name, **fields):
+    """Return transformers' model and ours with its weights, in float32, and pictures for each."""
+    config = lf.LevitConfig(**{**SMALL, **fields})
+    reference = torch_model(config, class_name).float()
+    model, variables = convert.from_torch(state_dict(reference), config=config)
+    pixel_values = pixels(config).astype(np.float32)
+    return (
+        reference,
+        torch.from_numpy(pixel_values).permute(0, 3, 1, 2),
+        model.clone(precision="highest"),
+        variables,
+        pixel_values,
+    )
+
+
+def test_every_field_of_the_config_has_transformers_default():
+    theirs = transformers.LevitConfig().to_dict()
+    ours = lf.LevitConfig().to_dict()
+    fields = set(ours) - {"model_type"}
+    assert fields >= {"image_size", "hidden_sizes", "depths", "down_ops", "initializer_range", "id2label", "label2id"}
+    for name in fields - {"id2label"}:
+        assert json.loads(json.dumps(theirs[name])) == ours[name], name
+    assert {str(key): value for key, value in theirs["id2label"].items()} == ours["id2label"]
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"image_size": 160, "key_dim": (8, 8, 8)}, {"id2label": {0: "a", 1: "b", 2: "c"}}]
+)
+def test_configs_go_both_ways_through_json(fields, tmp_path):
+    theirs = transformers.LevitConfig(**fields)
+    theirs.save_pretrained(tmp_path)
+    ours = lf.LevitConfig.from_dict(json.loads((tmp_path / "config.json").read_text()))
+    back = transformers.LevitConfig.from_dict(json.loads(json.dumps(ours.to_dict())))
+    for name in ours.to_dict():
+        # transformers appends empty entries to down_ops, and does not let label2id follow id2label.
+        if name not in ("down_ops", "label2id"):
+            assert json.dumps(getattr(back, name)) == json.dumps(getattr(theirs, name)), name
+    assert [op for op in back.down_ops if op != [""]] == [list(op) for op in ours.down_ops]
+    assert ours.num_labels == theirs.num_labels
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_tuples_have_transformers_order(class_name, hidden):
+    reference, theirs, model, variables, ours = both(class_name)
+    with torch.inference_mode():
+        wanted = reference(theirs, output_hidden_states=hidden, return_dict=False)
+        named = reference(theirs, output_hidden_states=hidden)
+    found = jax.jit(lambda v, x: model.apply(v, x, output_hidden_states=hidden, return_dict=False))(variables, ours)
+    assert len(found) == len(wanted)
+    for one, other in zip(found[:-1] if hidden else found, wanted, strict=False):
+        assert one.shape == tuple(other.shape)
+        assert np.abs(np.asarray(one) - other.numpy()).max() < 1e-4 * np.abs(other.numpy()).max()
+    if hidden:
+        assert [state.shape for state in found[-1]] == [tuple(state.shape) for state in wanted[-1]]
+    out = jax.eval_shape(lambda v, x: model.apply(v, x, output_hidden_states=hidden), variables, ours)
+    assert all(getattr(out, name) is not None for name in named)
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "num_labels", "labels"),
+    [
+        (None, 5, np.array([3, 1])),
+        ("single_label_classification", 5, np.array([0, 4])),
+        (None, 5, np.array([[1, 0, 1, 0, 0], [0, 0, 0, 1, 1]], np.float32)),
+        ("multi_label_classification", 5, np.array([[1, 0, 1, 0, 0], [0, 0, 0, 0, 0]], np.float32)),
+        (None, 1, np.array([0.3, -2.0], np.float32)),
+        ("regression", 1, np.array([0.3, -2.0], np.float32)),
+        ("regression", 5, np.linspace(-1, 1, 10, dtype=np.float32).reshape(2, 5)),
+    ],
+)
+def test_losses(problem_type, num_labels, labels):
+    reference, theirs, model, variables, ours = both(CLASSES[1], num_labels=num_labels, problem_type=problem_type)
+    with torch.inference_mode():
+        wanted = reference(theirs, labels=torch.from_numpy(labels))
+    narrow = labels.astype(np.int32) if labels.dtype.kind == "i" else labels  # JAX's own integers
+    found = jax.jit(lambda v, x, y: model.apply(v, x, labels=y))(variables, ours, narrow)
+    assert found.loss.shape == () and float(found.loss) == pytest.approx(float(wanted.loss), rel=LOSS_LIMIT)
+    assert model.config.problem_type == problem_type  # where transformers writes what it inferred into its config
+    assert reference.config.problem_type is not None
+    with torch.inference_mode():
+        order = reference(theirs, labels=torch.from_numpy(labels), return_dict=False)
+    assert len(order) == len(found.to_tuple()) == 2
+
+
+def test_wrong_channels_are_named_by_both():
+    reference, _, model, variables, _ = both(CLASSES[0])
+    with pytest.raises(ValueError, match="channel dimension"):
+        reference(torch.zeros(1, 4, 64, 64))
+    with pytest.raises(ValueError, match="num_channels is 3"):
+        model.apply(variables, np.zeros((1, 64, 64, 4), np.float32))
+
+
+@pytest.mark.parametrize("num_labels", [7, 1])
+def test_another_number_of_classes(tmp_path, num_labels):
+    """Both keep the backbone and make a fresh head; ours says so without being told to ignore it."""
+    reference, *_ = both(CLASSES[1])
+    reference.save_pretrained(tmp_path)
+    theirs = transformers.LevitForImageClassification.from_pretrained(
+        tmp_path, num_labels=num_labels, ignore_mismatched_sizes=True
+    )
+    with pytest.warns(UserWarning, match=f"the heads for {num_labels} are fresh"):
+        model, variables = lf.LevitForImageClassification.from_pretrained(tmp_path, num_labels=num_labels)
+    back = convert.to_torch(model, variables)
+    for name, tensor in theirs.state_dict().items():
+        assert tuple(tensor.shape) == back[name].shape
+        if not name.startswith("classifier"):
+            np.testing.assert_array_equal(tensor.numpy(), back[name], err_msg=name)
+
+
+def test_other_image_sizes_are_of_use_here(tmp_path):
+    """transformers' biases are uninitialised memory then; ours come from the checkpoint's."""
+    reference, *_ = both(CLASSES[2])
+    reference.save_pretrained(tmp_path)
+    _, variables = lf.from_pretrained(tmp_path, image_size=96)
+    biases = variables["params"]["stage_0"]["block_0"]["attention"]["attention_biases"]
+    stored = reference.state_dict()["levit.encoder.stages.0.layers.0.module.attention_biases"]
+    assert biases.shape == (36, 1) and float(biases[0, 0]) == pytest.approx(float(stored[0, 0]), rel=1e-6)
+    assert np.abs(biases).max() < 1.3 * float(stored.abs().max())
