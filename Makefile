@@ -2,6 +2,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
+PYTEST := $(BIN)/python -m pytest
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help demo test test-all lint format docs clean
 
@@ -16,10 +18,12 @@ demo: $(STAMPS)/demo
 	$(BIN)/levit-flax demo
 
 test: $(STAMPS)/test
-	$(BIN)/python -m pytest -m "not slow and not network" --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m "not slow and not measurement and not network" $(PARALLEL)
 
+# The measurements come last and alone.
 test-all: $(STAMPS)/test
-	$(BIN)/python -m pytest | tee tests/last_full_run.txt; test $${PIPESTATUS[0]} -eq 0
+	($(PYTEST) -m "not measurement" $(PARALLEL) && $(PYTEST) -m measurement) | tee tests/last_full_run.txt; \
+		test $${PIPESTATUS[0]} -eq 0
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
@@ -31,7 +35,7 @@ format: $(STAMPS)/dev
 	$(BIN)/ruff format .
 
 docs: $(STAMPS)/docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info

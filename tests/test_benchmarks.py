@@ -27,7 +27,7 @@ def test_conversion_at_small_size(tmp_path):
     assert result["machine"]["jax"] and result["layout"] == "timm"
 
 
-@pytest.mark.slow  # a measurement: it needs a machine that does nothing else
+@pytest.mark.measurement
 def test_the_largest_model_converts_in_two_seconds_and_twice_its_size(tmp_path):
     result = run("conversion.py", tmp_path / "out.json", "--variants", "levit-384", "--runs", 3)
     row = result["variants"]["levit-384"]

@@ -70,7 +70,7 @@ def test_help_is_quick():
     assert quickest("--help", runs=5) < HELP_SECONDS
 
 
-@pytest.mark.slow  # not long, but a measurement: it needs a machine that does nothing else
+@pytest.mark.measurement
 def test_a_cold_answer_is_quick(picture):
     assert quickest("classify", "--model", "cifar10", picture) < COLD_CLASSIFY_SECONDS
 
