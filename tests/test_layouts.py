@@ -139,6 +139,36 @@ def test_every_fused_layout_of_a_variant(name, heads):
     assert largest_difference(logits, wanted) < FLOAT32_LIMIT
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "levit-128S" else pytest.mark.slow) for name in lf.VARIANTS]
+)
+def test_fused_and_folded_variants_in_float64(name):
+    """The algebra alone: what timm fuses and what is folded here, against the model before."""
+    from timm.utils import reparameterize_model
+
+    config = lf.VARIANTS[name]
+    reference = torch_model(config, CLASSES[2])
+    tensors = state_dict(reference)
+    peer = timm_model(config, heads=2)
+    peer.load_state_dict(as_tensors(in_layout(tensors, "timm", config.depths)))
+    pixel_values = pixels(config)
+    with torch.inference_mode():
+        wanted = reference(torch.from_numpy(pixel_values).permute(0, 3, 1, 2)).logits.numpy()
+    torch.set_default_dtype(torch.float64)  # in which timm makes the fused layers
+    jax.config.update("jax_enable_x64", True)
+    try:
+        fused, fused_variables = convert.from_torch(state_dict(reparameterize_model(peer)))
+        assert fused.folded and fused.param_dtype == np.float64
+        apply = jax.jit(lambda v, x: fused.clone(precision="highest").apply(v, x).logits)
+        assert largest_difference(apply(fused_variables, pixel_values), wanted) < FLOAT64_LIMIT
+        folded, folded_variables = lf.fold_batch_norm(*convert.from_torch(tensors))
+        assert folded == fused
+        assert largest_difference(apply(folded_variables, pixel_values), wanted) < FLOAT64_LIMIT
+    finally:
+        torch.set_default_dtype(torch.float32)
+        jax.config.update("jax_enable_x64", False)
+
+
 @pytest.mark.parametrize("heads", [2, 1])
 def test_the_original_s_convolutional_flavour_is_read_and_not_written(heads):
     config = lf.LevitConfig(**SMALL)
