@@ -5,10 +5,14 @@ import dataclasses
 import hashlib
 import http
 import json
+import os
 import re
+import subprocess
+import sys
 import urllib.parse
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from types import TracebackType
 from typing import Any, Self
@@ -244,3 +248,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content[:sent])
+
+
+def run_with_hub(hub: "HubServer", directory: Path, *arguments: str) -> str:
+    """Run `levit-flax` in a directory and a process of its own, which knows this Hub alone; return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "levit_flax.cli", *arguments],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(directory / "hub"), "NO_PROXY": "127.0.0.1"},
+    )
+    assert done.returncode == 0, done
+    return done.stdout

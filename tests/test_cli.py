@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 import levit_flax as lf
 from configs import SMALL, random_variables
-from hub_server import HubServer
+from hub_server import HubServer, run_with_hub
 from levit_flax import convert
 from levit_flax.cli import main
 from levit_flax.convert import verification
@@ -205,15 +205,7 @@ def test_a_hub_repository_is_converted_and_pinned(torch_directory, tmp_path):
     with HubServer() as hub:
         files = {path.name: path.read_bytes() for path in torch_directory.iterdir()}
         revision = hub.add("facebook/levit-tiny", files)
-        done = subprocess.run(
-            [sys.executable, "-m", "levit_flax.cli", "convert", "facebook/levit-tiny", "out", "--no-verify"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub"), "NO_PROXY": "127.0.0.1"},
-        )
-    assert done.returncode == 0, done
+        run_with_hub(hub, tmp_path, "convert", "facebook/levit-tiny", "out", "--no-verify")
     provenance = json.loads((tmp_path / "out" / "config.json").read_text())["levit_flax"]["provenance"]
     assert (provenance["source"], provenance["revision"]) == ("facebook/levit-tiny", revision)
     assert lf.from_pretrained(tmp_path / "out")[0].config == lf.LevitConfig(**SMALL)

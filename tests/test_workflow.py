@@ -13,7 +13,7 @@ import pytest
 
 import levit_flax as lf
 from configs import SMALL, random_variables
-from hub_server import HubServer
+from hub_server import HubServer, run_with_hub
 from levit_flax import checkpoint, convert
 from levit_flax.convert import ConversionError, verification, workflow
 from levit_flax.convert.timm_files import write_timm_config
@@ -184,16 +184,8 @@ def hub_files(model, layout):
 def test_the_hub_s_three_families(repository, layout, model, tmp_path):
     with HubServer() as hub:
         revision = hub.add(repository, hub_files(model, layout))
-        done = subprocess.run(
-            [sys.executable, "-m", "levit_flax.cli", "convert", repository, "out", "--no-verify", "--json"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub"), "NO_PROXY": "127.0.0.1"},
-        )
-    assert done.returncode == 0, done
-    report = json.loads(done.stdout)
+        printed = run_with_hub(hub, tmp_path, "convert", repository, "out", "--no-verify", "--json")
+    report = json.loads(printed)
     assert (report["source"]["source"], report["source"]["revision"]) == (repository, revision)
     assert report["checkpoint"]["layout"] == layout and list(report["source"]["files"]) == ["model.safetensors"]
     loaded, variables = lf.from_pretrained(tmp_path / "out")
@@ -206,15 +198,7 @@ def test_the_hub_s_three_families(repository, layout, model, tmp_path):
 def test_a_converted_model_on_the_hub_goes_back(own, model, tmp_path):
     with HubServer() as hub:
         revision = hub.add("someone/levit-flax", {file.name: file.read_bytes() for file in own.iterdir()})
-        done = subprocess.run(
-            [sys.executable, "-m", "levit_flax.cli", "convert", "someone/levit-flax", "out", "--to=hf", "--no-verify"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub"), "NO_PROXY": "127.0.0.1"},
-        )
-    assert done.returncode == 0, done
+        run_with_hub(hub, tmp_path, "convert", "someone/levit-flax", "out", "--to=hf", "--no-verify")
     assert json.loads((tmp_path / "out" / checkpoint.REPORT_FILE).read_text())["source"]["revision"] == revision
     assert convert.from_torch(tmp_path / "out")[0].config == model.config
 
