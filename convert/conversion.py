@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import save_file
 
 from levit_flax.attention import offset_index
-from levit_flax.checkpoint import check_variables, to_device, write_atomically
+from levit_flax.checkpoint import check_variables, save_tensors, to_device, write_atomically
 from levit_flax.configuration import LevitConfig, imagenet_labels
 from levit_flax.modeling import MODEL_CLASSES, LevitBase, Variables, abstract_variables
 
-from .errors import ConversionError
+from .errors import ConversionError, understanding
 from .inference import INFERRED_FIELDS, infer_config
 from .layouts import IGNORED, LAYOUTS, WRITTEN_LAYOUTS, CheckpointLayout, Row, Shape, Structure, detect_layout
 from .sources import Source, Tensors, open_source
@@ -182,7 +181,8 @@ def find_config(
     given = config
     if given is None and source.config is not None:
         read = read_timm_config if is_timm_config(source.config) else LevitConfig.from_dict
-        given = read(source.config)
+        with understanding(f"The config.json of {source.where}"):
+            given = read(source.config)
         check_heads(source.config.get("architectures"), given, structure, source.where)
     if given is not None and image_size is not None:
         given = dataclasses.replace(given, image_size=image_size)
@@ -448,7 +448,7 @@ def save_torch(
     if path.suffix in PICKLE_SUFFIXES:
         write_atomically(path, lambda file: save_pickle(file, tensors, layout))
     else:
-        write_atomically(path, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+        write_atomically(path, lambda file: save_tensors(file, tensors, "pt"))
 
 
 def save_pickle(path: Path, tensors: dict[str, np.ndarray], layout: str) -> None:

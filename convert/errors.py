@@ -1,5 +1,19 @@
 """What conversion raises."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class ConversionError(ValueError):
     """A checkpoint cannot be converted; the message lists everything that was found wrong with it."""
+
+
+@contextlib.contextmanager
+def understanding(what: str) -> Iterator[None]:
+    """Turn what a reader stumbles over in a malformed file into a ConversionError that names the file."""
+    try:
+        yield
+    except ConversionError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError) as error:
+        raise ConversionError(f"{what} is not what it should be: {error}") from error

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from levit_flax.checkpoint import CONFIG_FILE, TORCH_WEIGHT_FILES, resolve
+from levit_flax.hub import Resolved
 
 from .errors import ConversionError
 from .layouts import Shape
@@ -136,22 +137,30 @@ def open_source(
     if isinstance(source, Mapping):
         weights = check_tensors(source, "the mapping", ema)
         return gather("the mapping", [(weights, None)], (), {"source": "a mapping of tensors"})
-    provenance: dict[str, Any] = {"source": str(source)}
     path = Path(source).expanduser()
     if not path.exists() and path.suffix in WEIGHT_SUFFIXES:
         raise FileNotFoundError(f"There is no file {path}: expected a weight file, a directory or a Hub id.")
-    if not path.is_file():
-        resolved = resolve(
-            source,
-            weights=TORCH_WEIGHT_FILES,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-        if resolved.revision:
-            provenance["revision"] = resolved.revision
-        path = cast(Path, resolved.weights)
+    if path.is_file():
+        return open_weights(path, {"source": str(source)}, ema)
+    resolved = resolve(
+        source,
+        weights=TORCH_WEIGHT_FILES,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    return open_resolved(source, resolved, ema)
+
+
+def open_resolved(source: str | Path, resolved: Resolved, ema: bool = False) -> Source:
+    """Open the weights that were found for a directory or a Hub repository; `source` is what the user called it."""
+    provenance = {"source": str(source)} | ({"revision": resolved.revision} if resolved.revision else {})
+    return open_weights(cast(Path, resolved.weights), provenance, ema)
+
+
+def open_weights(path: Path, provenance: dict[str, Any], ema: bool) -> Source:
+    """Open a weight file, or the index of several."""
     files = list_shards(path) if path.suffix == ".json" else {path: None}
     notes = tuple(filter(None, map(check_hash, files)))
     parts = []
@@ -163,7 +172,7 @@ def open_source(
         parts.append((weights, names))
     if ema:
         provenance["weights"] = "averaged over the training (EMA)"
-    return gather(str(source), parts, tuple(files), provenance, notes)
+    return gather(provenance["source"], parts, tuple(files), provenance, notes)
 
 
 def gather(

@@ -12,9 +12,15 @@ from typing import Any
 from PIL import Image
 
 from levit_flax.configuration import VARIANTS, LevitConfig
-from levit_flax.image_processing import IMAGENET_MEAN, IMAGENET_STD, LevitImageProcessor
+from levit_flax.image_processing import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    TIMM_CROP_PCT,
+    LevitImageProcessor,
+    size_for_edge,
+)
 
-from .errors import ConversionError
+from .errors import ConversionError, understanding
 
 # Our names for the arguments of timm's model that say what the network is.
 ARGUMENTS = {
@@ -50,7 +56,6 @@ RESAMPLE = {
     "nearest": Image.Resampling.NEAREST,
     "lanczos": Image.Resampling.LANCZOS,
 }
-CROP_PCT = 0.9  # timm's own for LeViT
 
 
 def is_timm_config(values: Mapping[str, Any]) -> bool:
@@ -135,7 +140,11 @@ def read_timm_processor(values: Mapping[str, Any]) -> LevitImageProcessor:
     Raises:
         ConversionError: the preprocessing is of a kind that LeViT's processor does not know.
     """
-    cfg = pretrained_cfg(values)
+    with understanding("The preprocessing in timm's config.json"):
+        return _read_processor(pretrained_cfg(values))
+
+
+def _read_processor(cfg: Mapping[str, Any]) -> LevitImageProcessor:
     _, height, width = cfg.get("input_size", (3, 224, 224))
     interpolation, mode = cfg.get("interpolation", "bicubic"), cfg.get("crop_mode", "center")
     if interpolation not in RESAMPLE or mode != "center":
@@ -143,9 +152,9 @@ def read_timm_processor(values: Mapping[str, Any]) -> LevitImageProcessor:
             f"timm's config asks for {interpolation} interpolation and a {mode} crop: expected one of"
             f" {', '.join(RESAMPLE)} and a center crop."
         )
-    edge = math.floor(max(height, width) / cfg.get("crop_pct", CROP_PCT))
+    edge = math.floor(max(height, width) / cfg.get("crop_pct", TIMM_CROP_PCT))
     return LevitImageProcessor(
-        size=(7 * edge + 6) // 8,  # the largest n with int(256 / 224 * n) <= edge
+        size=size_for_edge(edge),
         crop_size=(height, width),
         resample=RESAMPLE[interpolation],
         image_mean=cfg.get("mean", IMAGENET_MEAN),

@@ -14,7 +14,7 @@ from levit_flax.modeling import Block, Downsample, LevitBase, Stem, Variables
 
 from .conversion import Conversion, torch_tensors
 from .errors import ConversionError
-from .layouts import Part, Structure
+from .layouts import LAYOUTS, CheckpointLayout, Part, Permutation, Structure
 from .sources import Source
 from .timm_files import model_arguments
 
@@ -228,11 +228,11 @@ PEERS = {
 }
 
 
-def block_modules(conversion: Conversion, peer: Peer) -> Iterator[tuple[str, str]]:
+def block_modules(conversion: Conversion, layout: CheckpointLayout, peer: Peer) -> Iterator[tuple[str, str]]:
     """Yield each block's path in the variables and the name of the PyTorch module that its result leaves."""
     model, last = conversion.model, {}
     structure = Structure.of(model.config, model.head_names, model.folded)
-    for torch_prefix, flax, part in conversion.layout.prefixes(structure):
+    for torch_prefix, flax, part in layout.prefixes(structure):
         if part is not Part.HEAD:
             last[flax.rpartition("/")[0]] = peer.block(torch_prefix)  # the last layer of a block wins
     yield from last.items()
@@ -241,8 +241,8 @@ def block_modules(conversion: Conversion, peer: Peer) -> Iterator[tuple[str, str
 def compare_with_pytorch(source: Source, conversion: Conversion) -> PyTorchComparison | str:
     """Run seeded inputs through PyTorch with the source's own tensors, and through the converted model.
 
-    transformers and timm run their own layouts; the original repository's is run by a plain PyTorch model with its
-    names.
+    transformers and timm run their own layouts. The original repository's is run by a plain PyTorch model with its
+    names, and so is any other that its own library is not there for or cannot build.
 
     Args:
         source: the opened checkpoint.
@@ -251,18 +251,21 @@ def compare_with_pytorch(source: Source, conversion: Conversion) -> PyTorchCompa
     Returns:
         The differences in float32, or why there was nothing to compare with.
     """
-    peer = PEERS[conversion.layout.name]
-    if peer.missing:
-        return f"{' and '.join(peer.missing)} is not installed"
+    if ORIGINAL.missing:
+        return f"{' and '.join(ORIGINAL.missing)} is not installed"
     import torch
 
+    peer, layout = PEERS[conversion.layout.name], conversion.layout
     try:
+        reference = None if peer.missing else peer.build(conversion)
+    except (ConversionError, TypeError):  # TypeError: transformers cannot build every config that it reads
+        reference = None
+    if reference is None:
+        peer, layout = ORIGINAL, LAYOUTS["facebook"]
         reference = peer.build(conversion)
-    except (ConversionError, TypeError) as error:  # TypeError: transformers cannot build every config that it reads
-        return f"{peer.package} cannot build this architecture ({error})"
     reference = reference.float().eval()
-    reference.load_state_dict(reference_state(reference, source, conversion))
-    paths = {module: path for path, module in block_modules(conversion, peer)}
+    reference.load_state_dict(reference_state(reference, layout, source, conversion))
+    paths = {module: path for path, module in block_modules(conversion, layout, peer)}
     outputs: dict[str, np.ndarray] = {}
 
     def keep(path: str) -> Callable[..., None]:
@@ -291,17 +294,31 @@ def compare_with_pytorch(source: Source, conversion: Conversion) -> PyTorchCompa
     )
 
 
-def reference_state(reference: "torch.nn.Module", source: Source, conversion: Conversion) -> dict[str, "torch.Tensor"]:
-    """Return the source's own tensors for a PyTorch model, with index tables of its own where the source has none."""
+def reference_state(
+    reference: "torch.nn.Module", layout: CheckpointLayout, source: Source, conversion: Conversion
+) -> dict[str, "torch.Tensor"]:
+    """Return the source's own tensors under the names that a PyTorch model of a layout gives them.
+
+    Index tables come from the source where it has those of this layout. Where the model numbers the distances itself,
+    biases that the source stores in another order are brought into its own.
+    """
     import torch
 
+    model = conversion.model
     state: dict[str, torch.Tensor] = reference.state_dict()
-    tables = {name for name in state if name.endswith("attention_bias_idxs")}
-    loaded = {name: state[name] for name in tables - source.shapes.keys()}
-    for name in {row.torch for row in conversion.rows} | (tables & source.shapes.keys()):
-        array = source.tensors[name]
+    structure = Structure.of(model.config, model.head_names, model.folded)
+    names = {row.flax: row.torch for row in layout.rows(structure)}
+    tables = {path: name for name, path in layout.tables(structure).items() if name in state}
+    stored = {path: name for path, name in tables.items() if name in source.shapes}
+    loaded = {name: state[name] for path, name in tables.items() if path not in stored}
+    for name in stored.values():
+        loaded[name] = torch.from_numpy(np.array(source.tensors[name]))
+    for row in conversion.rows:
+        array = source.tensors[row.torch]
+        if row.flax in conversion.reordered and row.flax not in stored:
+            array = array[:, conversion.reordered[row.flax]]
         tensor = torch.from_numpy(np.array(array, np.float32 if array.dtype.kind in "fV" else array.dtype))
-        if tensor.ndim == 4 and name in state and state[name].ndim == 2:
-            tensor = tensor.flatten(1)  # the original's convolutional flavour, computed with linear layers
-        loaded[name] = tensor
+        if row.permutation is Permutation.OI11_TO_IO and state[names[row.flax]].ndim == 2:
+            tensor = tensor.flatten(1)  # a 1x1 convolution, computed with a linear layer
+        loaded[names[row.flax]] = tensor
     return loaded

@@ -20,7 +20,7 @@ from levit_flax.modeling import LevitBase, Variables
 
 from .conversion import Conversion, check_layout, convert, save_torch
 from .errors import ConversionError
-from .sources import WEIGHT_SUFFIXES, Source, open_source, sha256
+from .sources import WEIGHT_SUFFIXES, Source, open_resolved, open_source, sha256
 from .timm_files import write_timm_config
 from .verification import (
     PROBE_SEED,
@@ -100,16 +100,16 @@ def convert_to_directory(
         OSError: the source cannot be read, or the directory not be written.
     """
     checkpoint.check_free(out, overwrite)
-    own = find_own(source, layout is not None, revision, local_files_only)
-    if own is not None:
+    found = find(source, layout is not None, revision, local_files_only)
+    if found is not None and found.weights is not None and found.weights.name == checkpoint.WEIGHTS_FILE:
         if image_size is not None or ema:
             raise ValueError(f"{source} is a converted model: --image-size and --ema are for PyTorch checkpoints.")
-        loaded = load_own(source, own, dtype)
+        loaded = load_own(source, found, dtype)
     else:
-        opened = open_source(source, ema=ema, revision=revision, local_files_only=local_files_only)
+        opened = open_source(source, ema=ema) if found is None else open_resolved(source, found, ema)
         with ThreadPoolExecutor(1) as pool:  # hashing takes as long as converting, and another core
             digests = pool.submit(hash_files, opened.files)
-            loaded = load_torch(opened, convert(opened, dtype, image_size=image_size))
+            loaded = load_torch(opened, convert(opened, dtype, image_size=image_size), image_size is not None)
             loaded.provenance["files"] = digests.result()
     model, variables = loaded.model, loaded.variables
     report: dict[str, Any] = {"source": loaded.provenance, "proof": {}}
@@ -147,22 +147,21 @@ def convert_to_directory(
     return report
 
 
-def find_own(source: str, prefer_own: bool, revision: str | None, local_files_only: bool) -> Resolved | None:
-    """Return where the files of a converted model are, or None where the source is a PyTorch checkpoint.
+def find(source: str, prefer_own: bool, revision: str | None, local_files_only: bool) -> Resolved | None:
+    """Return where the weights of a directory or Hub repository are, or None where the source is a file.
 
-    Where both weights lie side by side, `prefer_own` decides.
+    Where our weights and PyTorch's lie side by side, `prefer_own` decides.
     """
     path = Path(source).expanduser()
     if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
         return None
     own, torch = (checkpoint.WEIGHTS_FILE,), checkpoint.TORCH_WEIGHT_FILES
-    resolved = checkpoint.resolve(
+    return checkpoint.resolve(
         source,
         weights=own + torch if prefer_own else torch + own,
         revision=revision,
         local_files_only=local_files_only,
     )
-    return resolved if resolved.weights is not None and resolved.weights.name == checkpoint.WEIGHTS_FILE else None
 
 
 def hash_files(files: Iterable[Path]) -> dict[str, str]:
@@ -190,12 +189,13 @@ def load_own(source: str, resolved: Resolved, dtype: str | None) -> Loaded:
     )
 
 
-def load_torch(source: Source, conversion: Conversion) -> Loaded:
-    """Put a conversion together with the processor that belongs to it."""
+def load_torch(source: Source, conversion: Conversion, resized: bool) -> Loaded:
+    """Put a conversion together with the processor that belongs to it, and to its own image size if that was given."""
+    processor = checkpoint.load_processor(conversion.directory, conversion.model.config)
     return Loaded(
         model=conversion.model,
         variables=conversion.variables,
-        processor=checkpoint.load_processor(conversion.directory, conversion.model.config),
+        processor=checkpoint.resize_processor(processor, conversion.model.config) if resized else processor,
         provenance=conversion.provenance,
         source=source,
         conversion=conversion,

@@ -29,7 +29,7 @@ def offset_index(grid: Grid, stride: int = 1) -> np.ndarray:
     Returns:
         int32 [Q K], read-only, with values in [0, height * width).
 
-    Source: Graham et al. 2021, section 4.3 ("attention bias"); `attention_bias_idxs` in the original levit.py numbers
+    Source: Graham et al. 2021, "Attention bias instead of a positional embedding"; the original levit.py numbers
     offsets as it meets them, which comes to the same order on square grids.
     """
     height, width = grid

@@ -1,6 +1,7 @@
 """The model directory on disk: `config.json`, `preprocessor_config.json` and `flax_model.safetensors`."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -125,7 +126,7 @@ def load_processor(directory: Path | None, config: LevitConfig) -> LevitImagePro
         return LevitImageProcessor.from_pretrained(directory)
     if directory is not None and (directory / CONFIG_FILE).is_file():
         values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-        if "pretrained_cfg" in values:  # timm's, which has no file of its own for this
+        if "architecture" in values:  # timm's, which has no file of its own for this
             from levit_flax.convert.timm_files import read_timm_processor
 
             return read_timm_processor(values)
@@ -262,10 +263,22 @@ def write_model(
     }
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     flat = {path: np.asarray(leaf, order="C") for path, leaf in flatten_dict(variables, sep="/").items()}
-    save_file(flat, directory / WEIGHTS_FILE, metadata={"format": "flax"})
-    (directory / WEIGHTS_FILE).chmod(0o644)  # safetensors keeps others out
+    save_tensors(directory / WEIGHTS_FILE, flat, "flax")
     if processor is not None:
         processor.save_pretrained(directory)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], format: str) -> None:
+    """Write a safetensors file; `format` says whose names and axes it holds.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    try:
+        save_file(dict(tensors), path, metadata={"format": format})
+    except SafetensorError as error:  # of a full disk too
+        raise OSError(f"Cannot write {path}: {error}. Choose a place with room for it.") from None
+    path.chmod(0o644)  # safetensors keeps others out
 
 
 def check_variables(model: LevitBase, variables: Mapping[str, Any], where: str) -> None:
@@ -322,7 +335,8 @@ def staged_directory(directory: Path, overwrite: bool) -> Iterator[Path]:
         raise cannot_write(directory, error) from None
     try:
         staging.chmod(0o755)  # mkdtemp keeps others out
-        yield staging
+        with explain_full_disk(directory):
+            yield staging
         replace_directory(directory, staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -330,7 +344,27 @@ def staged_directory(directory: Path, overwrite: bool) -> Iterator[Path]:
 
 def cannot_write(path: Path, error: OSError) -> OSError:
     """Return the error to raise when a place cannot be written to."""
-    return OSError(f"Cannot write {path}: {error.strerror} ({error.filename}). Choose a place that you may write to.")
+    where = f" ({error.filename})" if error.filename else ""
+    return OSError(f"Cannot write {path}: {error.strerror}{where}. Choose a place that you may write to.")
+
+
+@contextlib.contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Turn the bare error of a full disk into one that names the place that was written to."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise cannot_write(path, error) from None
+        raise
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory, or raise an OSError that says why it cannot be made."""
+    try:
+        directory.expanduser().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(directory, error) from None
 
 
 def replace_directory(directory: Path, staging: Path) -> None:
@@ -347,7 +381,7 @@ def replace_directory(directory: Path, staging: Path) -> None:
     shutil.rmtree(retired)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary sibling of a file, and rename it once that has ended well."""
     path = path.expanduser().resolve()
     try:
@@ -358,7 +392,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     os.close(handle)
     staging = Path(name)
     try:
-        write(staging)
+        with explain_full_disk(path):
+            write(staging)
         staging.chmod(0o644)  # mkstemp keeps others out
         os.replace(staging, path)
     finally:

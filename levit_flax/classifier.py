@@ -56,17 +56,13 @@ class ImageClassifier:
         batch_size: int = 32,
         devices: Sequence[jax.Device] | None = None,
     ) -> None:
-        if isinstance(model, LevitModel) or not model.config.num_labels:
-            raise ValueError(
-                "This model has no classifier: expected one with a head, such as LevitForImageClassification."
-            )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        self.model, variables = prepare(model, variables)
         self.processor = processor or load_processor(None, model.config)
         mesh = Mesh(np.array(devices or jax.local_devices()), ("batch",))
         self._sharding = NamedSharding(mesh, PartitionSpec("batch"))
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
-        self.model, variables = prepare(model, variables)
         self.variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
 
         @jax.jit
@@ -91,11 +87,11 @@ class ImageClassifier:
             ValueError: the files do not hold what they should.
             OSError: there is no such source, or it cannot be read or fetched.
         """
-        of_the_model = {name: options.pop(name) for name in ("dtype", "image_size") if name in options}
+        dtype, image_size = options.pop("dtype", None), options.pop("image_size", None)
         resolved = resolve(source, **options)
-        model, variables = from_pretrained(resolved.directory, **of_the_model)
+        model, variables = from_pretrained(resolved.directory, dtype=dtype, image_size=image_size)
         processor = load_processor(resolved.directory, model.config)
-        if "image_size" in of_the_model:
+        if image_size is not None:
             processor = resize_processor(processor, model.config)
         return cls(model, variables, processor, batch_size)
 
@@ -248,7 +244,13 @@ def normalize(pixels: jax.Array, processor: LevitImageProcessor) -> jax.Array:
 
 
 def prepare(model: LevitBase, variables: Variables) -> tuple[LevitBase, Variables]:
-    """Return the fastest model that computes the same: its heads merged, its batch norms folded."""
+    """Return the fastest model that computes the same logits: its heads merged, its batch norms folded.
+
+    Raises:
+        ValueError: the model has no classifier.
+    """
+    if isinstance(model, LevitModel) or not model.config.num_labels:
+        raise ValueError("This model has no classifier: expected one with a head, such as LevitForImageClassification.")
     variables = widen(variables, model.shared["dtype"])
     if isinstance(model, LevitForImageClassificationWithTeacher):
         model, variables = merge_heads(model, variables)

@@ -5,6 +5,7 @@ Everything heavy is imported inside the commands, so that `--help` is quick. Com
 cache directory; JAX_ENABLE_COMPILATION_CACHE=false switches that off, JAX_COMPILATION_CACHE_DIR moves it.
 """
 
+import functools
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 app = typer.Typer(
-    help="LeViT for JAX: convert PyTorch checkpoints, classify pictures.",
+    help="LeViT for JAX: convert PyTorch checkpoints, classify, evaluate, explain and export.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -68,7 +69,7 @@ ImageSizeOption = Annotated[
     typer.Option(
         parser=parse_image_size,
         metavar="SIDE|HEIGHTxWIDTH",
-        help="Input size in pixels, where no config.json says it.",
+        help="Input size in pixels, if not the checkpoint's.",
     ),
 ]
 
@@ -260,11 +261,15 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure how often a model is right."""
-    from levit_flax import evaluation
+    from levit_flax import checkpoint, evaluation
     from levit_flax.classifier import ImageClassifier
 
-    options: dict[str, Any] = {"image_size": image_size} if image_size else {}
-    loaded = ImageClassifier.from_pretrained(model, revision=revision, local_files_only=offline, **options)
+    if output is not None:
+        from levit_flax.visualize import draw_confusion, new_figure
+
+        new_figure(1, 1)  # what is missing for the pictures is said before the work, not after it
+        checkpoint.make_directory(output)
+    loaded = ImageClassifier.from_pretrained(model, image_size=image_size, revision=revision, local_files_only=offline)
     processor = evaluation.evaluation_processor(crop.value, loaded.processor)
     classifier = ImageClassifier(loaded.model, loaded.variables, processor, batch_size)
     pictures = evaluation.read_data(data, classifier.model.config.id2label, split)
@@ -272,12 +277,12 @@ def evaluate(
     result = evaluation.evaluate(classifier, pictures)
     numbers = {"model": model, "data": data, "crop": crop.value, **result.to_dict()}
     if output is not None:
-        from levit_flax.visualize import draw_confusion
-
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-        (output / "confusion.csv").write_text(result.confusion_csv(), encoding="utf-8")
-        draw_confusion(result.confusion, result.labels).savefig(output / "confusion.png")
+        texts = {"metrics.json": json.dumps(numbers, indent=2) + "\n", "confusion.csv": result.confusion_csv()}
+        for name, text in texts.items():
+            write = functools.partial(Path.write_text, data=text, encoding="utf-8")
+            checkpoint.write_atomically(output / name, write)
+        figure = draw_confusion(result.confusion, result.labels)
+        checkpoint.write_atomically(output / "confusion.png", lambda file: figure.savefig(file, format="png"))
     if as_json:
         print(json.dumps(numbers, indent=2))
     else:
@@ -336,8 +341,9 @@ def export(
     from levit_flax.export import export_model
 
     check_free(out, overwrite=force)
-    options: dict[str, Any] = {"image_size": image_size} if image_size else {}
-    classifier = ImageClassifier.from_pretrained(model, revision=revision, local_files_only=offline, **options)
+    classifier = ImageClassifier.from_pretrained(
+        model, image_size=image_size, revision=revision, local_files_only=offline
+    )
     export_model(
         out,
         classifier.model,

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .classifier import ImageClassifier
-from .image_processing import LevitImageProcessor, picture_suffixes
+from .image_processing import TIMM_CROP_PCT, LevitImageProcessor, picture_suffixes, size_for_edge
 
 TOP_K = 5
-TIMM_CROP = 0.9
 
 
 class Data(NamedTuple):
@@ -29,7 +28,7 @@ class Data(NamedTuple):
     labels: Sequence[int]
 
 
-class HalfUpProcessor(LevitImageProcessor):
+class HalfEvenProcessor(LevitImageProcessor):
     """Crop as torchvision's CenterCrop does, which rounds half an odd margin to even where transformers rounds down."""
 
     def crop_offset(self, margin: int) -> int:
@@ -93,7 +92,9 @@ def evaluate(classifier: ImageClassifier, data: Data) -> Evaluation:
     """
     labels = classifier.model.config.id2label
     config = classifier.model.config
-    classifier.logits(np.zeros((classifier.batch_size, *config.image_height_width, config.num_channels), np.uint8))
+    count, batch_size = len(data.labels), classifier.batch_size
+    for size in {min(count, batch_size), count % batch_size} - {0}:  # the shapes that will be compiled
+        classifier.logits(np.zeros((size, *config.image_height_width, config.num_channels), np.uint8))
     confusion = np.zeros((len(labels), len(labels)), np.int64)
     among_five, losses, broken = 0, 0.0, []
     start = time.perf_counter()
@@ -139,9 +140,8 @@ def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> Lev
         return model_processor
     if rule not in ("hf", "torchvision", "timm"):
         raise ValueError(f"There is no crop rule {rule!r}: expected model, hf, torchvision or timm.")
-    kind = LevitImageProcessor if rule == "hf" else HalfUpProcessor
-    # The processor multiplies its size by 256 / 224 and rounds down; this is the largest size that leads to timm's.
-    size = (7 * int(side / TIMM_CROP) + 6) // 8 if rule == "timm" else side
+    kind = LevitImageProcessor if rule == "hf" else HalfEvenProcessor
+    size = size_for_edge(int(side / TIMM_CROP_PCT)) if rule == "timm" else side
     return kind(**{**vars(model_processor), "size": size, "crop_size": (height, width)})
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from .checkpoint import staged_directory
 from .classifier import prepare
 from .image_processing import LevitImageProcessor
-from .modeling import LevitBase, LevitModel, Variables
+from .modeling import LevitBase, Variables
 
 STABLEHLO_FILE = "model.stablehlo"
 ONNX_FILE = "model.onnx"
@@ -20,7 +20,7 @@ ABOUT_FILE = "model.json"
 README_FILE = "README.md"
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-FORMATS = ("stablehlo", "onnx")
+KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
 
 RUN_STABLEHLO = """\
 # {name}
@@ -55,6 +55,10 @@ session = onnxruntime.InferenceSession("{file}")
 """
 
 
+# The name of the artefact, and the README beside it.
+FORMATS = {"stablehlo": (STABLEHLO_FILE, RUN_STABLEHLO), "onnx": (ONNX_FILE, RUN_ONNX)}
+
+
 def export_model(
     directory: str | Path,
     model: LevitBase,
@@ -80,14 +84,15 @@ def export_model(
         overwrite: replace the content of a directory that is there.
 
     Raises:
-        ValueError: the model has no classifier, or there is no such format.
+        ValueError: the model has no classifier, or there is no such format or platform.
         ImportError: the format's package is not installed.
         FileExistsError: the directory has content and `overwrite` is False.
     """
-    if isinstance(model, LevitModel) or not model.config.num_labels:
-        raise ValueError("This model has no classifier: expected one with a head, such as LevitForImageClassification.")
     if format not in FORMATS:
         raise ValueError(f"There is no format {format!r}: the formats are {', '.join(FORMATS)}.")
+    foreign = [platform for platform in platforms if platform not in KNOWN_PLATFORMS]
+    if foreign or not platforms:
+        raise ValueError(f"There is no platform {foreign}: expected some of {', '.join(KNOWN_PLATFORMS)}.")
     model, variables = prepare(model, variables)
     variables = jax.device_get(variables)  # constants of the artefact, bound to no device
     config = model.config
@@ -98,7 +103,7 @@ def export_model(
         return output.logits.astype(jnp.float32)
 
     artefact = to_stablehlo(classify, shape, platforms) if format == "stablehlo" else to_onnx(classify, shape)
-    file, text = (STABLEHLO_FILE, RUN_STABLEHLO) if format == "stablehlo" else (ONNX_FILE, RUN_ONNX)
+    file, text = FORMATS[format]
     about = {
         "model": type(model).__name__,
         "inputs": {"pixel_values": {"dtype": "float32", "shape": ["B", *shape]}},

@@ -1,12 +1,12 @@
 """Turn a model and its variables into another model and its variables.
 
-The functions are pure. They compute in float64 through NumPy and give every array back in the type that it came in.
+The functions are pure. Their arithmetic is float64 in NumPy, and every array comes back in the type that it came in.
 """
 
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from .layers import BATCH_NORM_EPSILON, NormLinear
 from .modeling import LevitBase, LevitForImageClassification, LevitForImageClassificationWithTeacher, Variables
+
+Model = TypeVar("Model", bound=LevitBase)
 
 
 def fold_batch_norm(model: LevitBase, variables: Mapping[str, Any]) -> tuple[LevitBase, Variables]:
@@ -84,7 +86,7 @@ def merge_heads(model: LevitBase, variables: Mapping[str, Any]) -> tuple[LevitFo
         >>> type(model).__name__, "head_dist" in variables["params"]
         ('LevitForImageClassification', False)
 
-    Source: Graham et al. 2021, section 4.3 ("classification"): at test time the outputs of both heads are averaged.
+    Source: Graham et al. 2021, "No classification token": at test time the outputs of both heads are averaged.
     """
     if not isinstance(model, LevitForImageClassificationWithTeacher) or not model.config.num_labels:
         raise ValueError(
@@ -108,8 +110,7 @@ def merge_heads(model: LevitBase, variables: Mapping[str, Any]) -> tuple[LevitFo
     for name, parts in (("kernel", kernels), ("bias", biases)):
         path = f"params/head/linear/{name}"
         merged[path] = like((parts[0] + parts[1]) / 2, flat[path])
-    fields = {name: getattr(model, name) for name in ("folded", "dtype", "param_dtype", "precision")}
-    return LevitForImageClassification(model.config, **fields), unflatten_dict(merged, sep="/")
+    return as_class(model, LevitForImageClassification), unflatten_dict(merged, sep="/")
 
 
 def resize_image(
@@ -141,8 +142,8 @@ def resize_image(
         >>> model.config.grids[0], variables["params"]["stage_0"]["block_0"]["attention"]["attention_biases"].shape
         ((6, 8), (48, 3))
 
-    Source: Graham et al. 2021, section 4.3 ("attention bias") for the tables; Keys 1981, "Cubic convolution
-        interpolation for digital image processing", for the curve.
+    Source: Graham et al. 2021, "Attention bias instead of a positional embedding", for the tables; Keys 1981, "Cubic
+        convolution interpolation for digital image processing", for the curve.
     """
     size: Any = image_size
     config = dataclasses.replace(model.config, image_size=size)
@@ -259,8 +260,7 @@ def change_heads(
             " levit_flax.merge_heads.",
             stacklevel=3,
         )
-    fields = {name: getattr(model, name) for name in ("folded", "dtype", "param_dtype", "precision")}
-    changed = model_class(model.config, **fields)
+    changed = as_class(model, model_class)
     flat = {path: leaf for path, leaf in flatten_dict(variables, sep="/").items() if path.split("/")[1] not in lost}
     if lacking and model.config.num_labels:
         warnings.warn(
@@ -271,6 +271,12 @@ def change_heads(
         _, fresh = replace_head(changed, variables, model.config.num_labels, jax.random.key(0) if key is None else key)
         flat |= {p: leaf for p, leaf in flatten_dict(fresh, sep="/").items() if p.split("/")[1] in lacking}
     return changed, unflatten_dict(flat, sep="/")
+
+
+def as_class(model: LevitBase, model_class: type[Model]) -> Model:
+    """Return a model of another class with the same fields."""
+    fields = {name: getattr(model, name) for name in ("folded", "dtype", "param_dtype", "precision")}
+    return model_class(model.config, **fields)
 
 
 def statistics(flat: Mapping[str, Any], layer: str) -> tuple[np.ndarray, np.ndarray]:
