@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -18,7 +19,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 app = typer.Typer(
-    help="LeViT for JAX: convert PyTorch checkpoints, classify, evaluate, explain and export.",
+    help="LeViT for JAX: convert PyTorch checkpoints, classify, evaluate, explain, fine-tune and export.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -291,6 +292,131 @@ def evaluate(
         print(f"error: {reason}", file=sys.stderr)
     if result.broken:
         raise typer.Exit(1)
+
+
+@app.command()
+def finetune(
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Directory with a folder for each class, or with train and validation that hold such folders; or a"
+            " Hugging Face dataset."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the run, with the model in it.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Checkpoint to start from; left out, the recipe's architecture is trained anew."
+        ),
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="finetune, small_images, paper, or a TOML file with the same keys.")
+    ] = "finetune",
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Directory or Hub id of a model to learn from, or an .npz file of its logits.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT.")] = False,
+    export_torch: Annotated[
+        Layout | None, typer.Option(help="Write the best model for PyTorch too, in this layout.")
+    ] = None,
+    skip: Annotated[
+        Path | None, typer.Option(help="File with paths of pictures to leave out, a line each, relative to DATA.")
+    ] = None,
+    check_data: Annotated[
+        bool, typer.Option("--check-data", help="Decode every picture before the first step.")
+    ] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that decode and augment, in each process.")] = 2,
+    processes: Annotated[int, typer.Option(min=0, help="Processes that do so beside this one.")] = 0,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="One of several hosts, found as the cluster says (TPU, SLURM, MPI).")
+    ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(envvar="LEVIT_FLAX_COORDINATOR", help="Address host:port of process 0 of several."),
+    ] = None,
+    process_count: Annotated[
+        int | None, typer.Option(min=1, envvar="LEVIT_FLAX_PROCESS_COUNT", help="Processes on all hosts.")
+    ] = None,
+    process_id: Annotated[
+        int | None, typer.Option(min=0, envvar="LEVIT_FLAX_PROCESS_ID", help="Which of them this one is, from 0.")
+    ] = None,
+    revision: RevisionOption = None,
+    offline: OfflineOption = False,
+    force: Annotated[bool, typer.Option("--force", help="Begin anew in a directory that holds a run.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model on labelled pictures, from a checkpoint or from scratch, with or without a teacher."""
+    if distributed or coordinator:
+        import jax
+
+        jax.distributed.initialize(coordinator, process_count, process_id)
+    from levit_flax import training
+    from levit_flax.training.data import read_skip_list
+    from levit_flax.training.recipe import parse_change
+
+    options: dict[str, Any] = {"local_files_only": offline}
+    chosen = training.read_recipe(recipe, **dict(map(parse_change, changes or ())))
+    try:
+        with training_progress() as show:
+            report = training.finetune(
+                data,
+                output,
+                model=model,
+                recipe=chosen,
+                teacher=teacher,
+                resume=resume,
+                overwrite=force,
+                skip=read_skip_list(skip) if skip else (),
+                check_data=check_data,
+                export_torch=export_torch and export_torch.value,
+                threads=threads,
+                processes=processes,
+                show=show,
+                **({"revision": revision} if revision else {}),
+                **options,
+            )
+    except training.TrainingStopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(128 + stopped.signal) from None
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_fields(report)
+
+
+@contextmanager
+def training_progress() -> Iterator[Callable[[Any], None] | None]:
+    """Give a function that shows how far a training is, on stderr: as a bar on a terminal, else a line now and then."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}  {task.fields[numbers]}"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("training", total=None, epoch=1, numbers="compiling")
+        said = 0
+
+        def show(now: Any) -> None:
+            nonlocal said
+            numbers = f"loss {now.loss:.4f}"
+            if now.accuracy is not None:
+                numbers += f"  accuracy {now.accuracy:.2%}"
+            numbers += f"  {now.pictures_per_second:.0f} pictures/s"
+            bar.update(task, completed=now.step, total=now.total, epoch=now.epoch, numbers=numbers)
+            if bar.disable and now.epoch > said:
+                said = now.epoch
+                print(f"epoch {now.epoch}  step {now.step}/{now.total}  {numbers}", file=sys.stderr, flush=True)
+
+        yield show
 
 
 @app.command()

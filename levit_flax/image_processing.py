@@ -157,6 +157,11 @@ class LevitImageProcessor:
             TypeError: something is not a picture, or an override is not a parameter.
             ValueError: a setting is not what it should be.
             ImportError: `return_tensors="pt"` without PyTorch.
+
+        Example:
+            >>> pictures = [np.zeros((100, 200, 3), np.uint8), Image.new("L", (300, 250))]
+            >>> LevitImageProcessor().preprocess(pictures, return_tensors="jax")["pixel_values"].shape
+            (2, 224, 224, 3)
         """
         _check_choice("return_tensors", return_tensors, RETURN_TYPES)
         _check_choice("data_format", data_format, DATA_FORMATS)
@@ -194,6 +199,11 @@ class LevitImageProcessor:
             ImageError: the picture cannot be used.
             FileNotFoundError: the path leads nowhere.
             TypeError: `image` is not a picture.
+
+        Example:
+            >>> pixels = LevitImageProcessor().resize_and_crop(Image.new("RGB", (400, 300), "red"))
+            >>> pixels.shape, pixels.dtype.name, pixels[0, 0].tolist()
+            ((224, 224, 3), 'uint8', [255, 0, 0])
         """
         _check_choice("input_data_format", input_data_format, (None, *DATA_FORMATS))
         picture = _read(image, input_data_format, self.do_convert_rgb)
@@ -207,7 +217,12 @@ class LevitImageProcessor:
         return pixels
 
     def crop_offset(self, margin: int) -> int:
-        """Return where the centre crop begins in an edge that is `margin` pixels longer; below 0 for black borders."""
+        """Return where the centre crop begins in an edge that is `margin` pixels longer; below 0 for black borders.
+
+        Example:
+            >>> LevitImageProcessor().crop_offset(33)
+            16
+        """
         return margin // 2
 
     def rescale_and_normalize(self, pixels: np.ndarray) -> np.ndarray:
@@ -221,6 +236,11 @@ class LevitImageProcessor:
 
         Raises:
             ValueError: `image_mean` or `image_std` does not fit the number of channels.
+
+        Example:
+            >>> processor = LevitImageProcessor(image_mean=0.5, image_std=0.5)
+            >>> processor.rescale_and_normalize(np.array([[[0, 255, 0]]], np.uint8)).tolist()
+            [[[-1.0, 1.0, -1.0]]]
         """
         if self.do_rescale and pixels.dtype.kind == "f" and pixels.min() >= 0 and 0 < pixels.max() <= 1:
             warnings.warn(
@@ -262,6 +282,10 @@ class LevitImageProcessor:
         Raises:
             ValueError: the settings belong to another processor, ask for what LeViT's cannot do, or are malformed.
             TypeError: an override is not a parameter.
+
+        Example:
+            >>> LevitImageProcessor.from_dict({"size": {"shortest_edge": 160}, "crop_size": 160}).crop_size
+            {'height': 160, 'width': 160}
         """
         kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or PROCESSOR_TYPES[0]
         if kind not in PROCESSOR_TYPES:
@@ -277,7 +301,13 @@ class LevitImageProcessor:
         return cls(**{**{name: given[name] for name in known if name in given}, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain JSON values, under the keys that transformers reads."""
+        """Return the settings as plain JSON values, under the keys that transformers reads.
+
+        Example:
+            >>> settings = LevitImageProcessor().to_dict()
+            >>> settings["image_processor_type"], settings["size"]
+            ('LevitImageProcessor', {'shortest_edge': 224})
+        """
         return {"image_processor_type": PROCESSOR_TYPES[0], **json.loads(json.dumps(vars(self)))}
 
     @classmethod
@@ -306,6 +336,10 @@ class LevitImageProcessor:
             HubError: the Hub did not serve the file.
             ValueError: the file is not the JSON of a LeViT image processor.
             TypeError: an override is not a parameter.
+
+        Example:
+            >>> LevitImageProcessor.from_pretrained("cifar10").crop_size
+            {'height': 80, 'width': 80}
         """
         directory = resolve(
             source,
@@ -334,6 +368,13 @@ class LevitImageProcessor:
         Raises:
             FileExistsError: the file is there already.
             NotADirectoryError: `directory` is a file.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     LevitImageProcessor(size=160, crop_size=160).save_pretrained(folder)
+            ...     LevitImageProcessor.from_pretrained(folder).size
+            {'shortest_edge': 160}
         """
         directory = Path(directory)
         if directory.exists() and not directory.is_dir():
@@ -372,6 +413,20 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
 
     Source: transformers image_utils.py (`load_image`).
     """
+    with _opened(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return _opaque_rgb(image)
+
+
+def check_header(path: str | os.PathLike[str]) -> None:
+    """Raise what `load_image` raises for a file whose beginning is no picture's; nothing is decoded."""
+    with _opened(path):
+        pass
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """Open a picture file, whose pixels are not decoded yet."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"There is no picture at {path}.")
     if not os.path.isfile(path):
@@ -382,8 +437,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         image = Image.open(file)
         if _too_large(*image.size):
             raise Image.DecompressionBombError
-        ImageOps.exif_transpose(image, in_place=True)
-        return _opaque_rgb(image)
+        yield image
 
 
 @contextmanager

@@ -1,0 +1,33 @@
+"""Fine-tuning and training from scratch: recipes, data, distillation, and a loop that survives being killed.
+
+Needs `pip install 'levit-flax[train]'`: Grain reads the data, optax optimises, Orbax keeps checkpoints.
+"""
+
+try:
+    from .data import DataError as DataError
+    from .data import Pictures as Pictures
+    from .data import read_pictures as read_pictures
+    from .loop import NotFiniteError as NotFiniteError
+    from .loop import Progress as Progress
+    from .loop import TrainingStopped as TrainingStopped
+    from .loop import finetune as finetune
+    from .recipe import Recipe as Recipe
+    from .recipe import RecipeError as RecipeError
+    from .recipe import read_recipe as read_recipe
+    from .teacher import store_logits as store_logits
+except ModuleNotFoundError as error:
+    raise ImportError(f"Training needs {error.name}: pip install 'levit-flax[train]'.") from error
+
+__all__ = [
+    "DataError",
+    "NotFiniteError",
+    "Pictures",
+    "Progress",
+    "Recipe",
+    "RecipeError",
+    "TrainingStopped",
+    "finetune",
+    "read_pictures",
+    "read_recipe",
+    "store_logits",
+]

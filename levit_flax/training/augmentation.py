@@ -1,0 +1,238 @@
+"""Random changes to training pictures: those of one picture by Pillow on the host, those of a batch on the device.
+
+Source: the transforms of timm (data/auto_augment.py, data/transforms.py, data/random_erasing.py, data/mixup.py), which
+facebookresearch/LeViT trains with.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from levit_flax.image_processing import LevitImageProcessor
+
+from .recipe import Recipe
+
+CROP_ATTEMPTS = 10
+ERASE_ATTEMPTS = 10
+ERASE_AREA = (0.02, 1 / 3)
+ERASE_RATIO = (0.3, 1 / 0.3)
+RESAMPLINGS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+def augment(
+    picture: Image.Image, rng: np.random.Generator, recipe: Recipe, processor: LevitImageProcessor
+) -> np.ndarray:
+    """Crop, flip and change one picture at random.
+
+    Args:
+        picture: of mode "RGB".
+        rng: the source of all randomness.
+        recipe: says what is done.
+        processor: gives the size, and resizes where the recipe has no random crop.
+
+    Returns:
+        uint8 levels [H W 3] of the processor's crop size.
+    """
+    if recipe.crop_padding:
+        picture = crop_with_border(picture, rng, recipe.crop_padding)
+    if recipe.crop_scale:
+        picture = random_resized_crop(
+            picture, rng, recipe, (processor.crop_size["width"], processor.crop_size["height"])
+        )
+    if rng.random() < recipe.flip:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if recipe.rand_augment:
+        fill = tuple(round(255 * mean) for mean in np.broadcast_to(processor.image_mean, 3))
+        picture = rand_augment(picture, rng, recipe, fill)
+    if recipe.color_jitter:
+        picture = color_jitter(picture, rng, recipe.color_jitter)
+    return np.asarray(picture) if recipe.crop_scale else processor.resize_and_crop(picture)
+
+
+def crop_with_border(picture: Image.Image, rng: np.random.Generator, border: int) -> Image.Image:
+    """Reflect a border around a picture and cut its own size out at a random place."""
+    width, height = picture.size
+    pad = min(border, width - 1, height - 1)  # a reflection needs something to reflect
+    padded = np.pad(np.asarray(picture), ((pad, pad), (pad, pad), (0, 0)), mode="reflect")
+    top, left = rng.integers(0, 2 * pad + 1, 2)
+    return Image.fromarray(padded[top : top + height, left : left + width])
+
+
+def random_resized_crop(
+    picture: Image.Image, rng: np.random.Generator, recipe: Recipe, size: tuple[int, int]
+) -> Image.Image:
+    """Cut out a random share of a picture and resize it to `size` (width, height)."""
+    box = random_box(picture.size, rng, recipe.crop_scale, recipe.crop_ratio)
+    name = str(rng.choice(list(RESAMPLINGS))) if recipe.interpolation == "random" else recipe.interpolation
+    return picture.crop(box).resize(size, RESAMPLINGS[name])
+
+
+def random_box(
+    size: tuple[int, int], rng: np.random.Generator, scale: tuple[float, ...], ratio: tuple[float, ...]
+) -> tuple[int, int, int, int]:
+    """Draw a box (left, top, right, bottom) with a share of the area and a ratio of the sides.
+
+    Where none of the draws fits into the picture, it is the largest one in the middle with a legal ratio.
+    """
+    width, height = size
+    for _ in range(CROP_ATTEMPTS):
+        area = rng.uniform(scale[0], scale[1]) * width * height
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+            return left, top, left + w, top + h
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def color_jitter(picture: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
+    """Change brightness, contrast and saturation, in random order, each by a factor within 1 ± strength."""
+    for i in rng.permutation(3):
+        enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[i]
+        picture = enhance(picture).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+    return picture
+
+
+def rand_augment(picture: Image.Image, rng: np.random.Generator, recipe: Recipe, fill: tuple[int, ...]) -> Image.Image:
+    """Apply operations of RandAugment, each drawn with replacement and left out every other time.
+
+    Args:
+        picture: of mode "RGB".
+        rng: the source of all randomness.
+        recipe: gives their number, strength and the strength's deviation.
+        fill: the colour of what comes in from outside the picture.
+
+    Source: Cubuk et al. 2020, "RandAugment"; the variant "rand-m9-mstd0.5-inc1" of timm, in which every operation
+        gets stronger with the magnitude.
+    """
+    for name in rng.choice(list(OPERATIONS), recipe.rand_augment):
+        if rng.random() < 0.5:
+            continue
+        magnitude = rng.normal(recipe.rand_augment_magnitude, recipe.rand_augment_deviation)
+        strength = min(max(magnitude, 0.0), 10.0) / 10
+        sign = int(rng.choice((-1, 1)))
+        resample = RESAMPLINGS[str(rng.choice(list(RESAMPLINGS)))]
+        picture = OPERATIONS[name](picture, strength, sign, fill, resample)
+    return picture
+
+
+Operation = Callable[[Image.Image, float, int, tuple[int, ...], Image.Resampling], Image.Image]
+
+
+def _affine(coefficients: Callable[[Image.Image, float], tuple[float, ...]]) -> Operation:
+    def move(
+        picture: Image.Image, strength: float, sign: int, fill: tuple[int, ...], resample: Image.Resampling
+    ) -> Image.Image:
+        matrix = coefficients(picture, sign * strength)
+        return picture.transform(picture.size, Image.Transform.AFFINE, matrix, resample=resample, fillcolor=fill)
+
+    return move
+
+
+def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
+    return lambda picture, strength, sign, *_: kind(picture).enhance(max(0.1, 1 + sign * 0.9 * strength))
+
+
+def _add_below_middle(picture: Image.Image, amount: int) -> Image.Image:
+    table = [min(255, level + amount) if level < 128 else level for level in range(256)]
+    return picture.point(table * len(picture.getbands()))
+
+
+OPERATIONS: dict[str, Operation] = {
+    "auto_contrast": lambda picture, *_: ImageOps.autocontrast(picture),
+    "equalize": lambda picture, *_: ImageOps.equalize(picture),
+    "invert": lambda picture, *_: ImageOps.invert(picture),
+    "rotate": lambda picture, strength, sign, fill, resample: picture.rotate(
+        sign * 30 * strength, resample=resample, fillcolor=fill
+    ),
+    # One bit must stay: Pillow refuses none, and timm's picture of none is black.
+    "posterize": lambda picture, strength, *_: ImageOps.posterize(picture, max(1, 4 - int(4 * strength))),
+    "solarize": lambda picture, strength, *_: ImageOps.solarize(picture, 256 - int(256 * strength)),
+    "solarize_add": lambda picture, strength, *_: _add_below_middle(picture, int(110 * strength)),
+    "color": _enhance(ImageEnhance.Color),
+    "contrast": _enhance(ImageEnhance.Contrast),
+    "brightness": _enhance(ImageEnhance.Brightness),
+    "sharpness": _enhance(ImageEnhance.Sharpness),
+    "shear_x": _affine(lambda picture, share: (1, 0.3 * share, 0, 0, 1, 0)),
+    "shear_y": _affine(lambda picture, share: (1, 0, 0, 0.3 * share, 1, 0)),
+    "translate_x": _affine(lambda picture, share: (1, 0, 0.45 * share * picture.width, 0, 1, 0)),
+    "translate_y": _affine(lambda picture, share: (1, 0, 0, 0, 1, 0.45 * share * picture.height)),
+}
+
+
+def erase(key: jax.Array, pixel_values: jax.Array, probability: float) -> jax.Array:
+    """Replace a random rectangle by normal noise, in a random part of the pictures.
+
+    Args:
+        key: random key.
+        pixel_values: normalised pictures, float [B H W C].
+        probability: of each picture to be changed.
+
+    Source: Zhong et al. 2020, "Random Erasing Data Augmentation"; timm's "pixel" mode.
+    """
+    batch, height, width, _ = pixel_values.shape
+    choose, area_key, ratio_key, place_key, noise_key = jax.random.split(key, 5)
+    draws = (batch, ERASE_ATTEMPTS)
+    area = jax.random.uniform(area_key, draws, minval=ERASE_AREA[0], maxval=ERASE_AREA[1]) * height * width
+    low, high = map(math.log, ERASE_RATIO)
+    ratio = jnp.exp(jax.random.uniform(ratio_key, draws, minval=low, maxval=high))
+    heights, widths = jnp.rint(jnp.sqrt(area * ratio)), jnp.rint(jnp.sqrt(area / ratio))
+    fits = (heights < height) & (widths < width)
+    first = jnp.argmax(fits, axis=1)[:, None]
+    h, w = (jnp.take_along_axis(side, first, axis=1)[:, 0] for side in (heights, widths))
+    place = jax.random.uniform(place_key, (2, batch))
+    top, left = jnp.floor(place[0] * (height - h + 1)), jnp.floor(place[1] * (width - w + 1))
+    rows, columns = jnp.arange(height)[None, :], jnp.arange(width)[None, :]
+    in_rows = (rows >= top[:, None]) & (rows < (top + h)[:, None])  # [B H]
+    in_columns = (columns >= left[:, None]) & (columns < (left + w)[:, None])  # [B W]
+    chosen = (jax.random.uniform(choose, (batch,)) < probability) & fits.any(1)
+    inside = chosen[:, None, None] & in_rows[:, :, None] & in_columns[:, None, :]  # [B H W]
+    noise = jax.random.normal(noise_key, pixel_values.shape, pixel_values.dtype)
+    return jnp.where(inside[..., None], noise, pixel_values)
+
+
+def mix(key: jax.Array, pixel_values: jax.Array, targets: jax.Array, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+    """Mix a batch with itself in reverse order: by mixup, by cutmix, or not at all.
+
+    Args:
+        key: random key.
+        pixel_values: float [B H W C].
+        targets: [B L], mixed in the same proportion.
+        recipe: gives the probabilities and the parameters of the beta distributions.
+
+    Returns:
+        The pictures and their targets.
+
+    Source: Zhang et al. 2018, "mixup"; Yun et al. 2019, "CutMix"; timm's "batch" mode.
+    """
+    _, height, width, _ = pixel_values.shape
+    use_key, switch_key, share_key, cut_key, place_key = jax.random.split(key, 5)
+    use = jax.random.uniform(use_key) < recipe.mix_probability
+    switch = recipe.mix_switch if recipe.mixup and recipe.cutmix else float(bool(recipe.cutmix))
+    cut = jax.random.uniform(switch_key) < switch
+    kept = 1.0 if not recipe.mixup else jax.random.beta(share_key, recipe.mixup, recipe.mixup)
+    kept_by_cut = 1.0 if not recipe.cutmix else jax.random.beta(cut_key, recipe.cutmix, recipe.cutmix)
+
+    side = jnp.sqrt(1 - kept_by_cut)
+    centre = jnp.floor(jax.random.uniform(place_key, (2,)) * jnp.array([height, width]))
+    half = jnp.floor(side * jnp.array([height, width])) // 2
+    low = jnp.clip(centre - half, 0, jnp.array([height, width]))
+    high = jnp.clip(centre + half, 0, jnp.array([height, width]))
+    rows, columns = jnp.arange(height), jnp.arange(width)
+    inside = ((rows >= low[0]) & (rows < high[0]))[:, None] & ((columns >= low[1]) & (columns < high[1]))[None, :]
+    kept_by_cut = 1 - inside.mean()  # what was clipped at the border stays
+
+    dtype = pixel_values.dtype
+    weights = jnp.where(cut, 1 - inside.astype(dtype), jnp.asarray(kept, dtype))  # [H W], of the picture itself
+    weights = jnp.where(use, weights, 1)[None, :, :, None].astype(dtype)
+    share = jnp.where(use, jnp.where(cut, kept_by_cut, kept), 1).astype(targets.dtype)
+    # Not weights * x + (1 - weights) * y, which would spread an infinity into what is not mixed.
+    mixed = jnp.where(weights == 1, pixel_values, weights * pixel_values + (1 - weights) * pixel_values[::-1])
+    return mixed, share * targets + (1 - share) * targets[::-1]

@@ -1,0 +1,377 @@
+"""Labelled pictures for training: found, checked, shuffled, augmented and batched, the same way on every host.
+
+The order of the pictures and all randomness follow from the recipe's seed and the place in the training, never from
+threads, processes or hosts: whatever reads them, a step sees the same pictures.
+"""
+
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from PIL import Image
+
+from levit_flax.evaluation import class_folders, load_dataset
+from levit_flax.image_processing import ImageError, LevitImageProcessor, check_header, load_image
+
+from .augmentation import augment
+from .recipe import Recipe
+
+TRAIN_FOLDER = "train"
+VALIDATION_FOLDERS = ("validation", "val", "valid", "test")
+NAMED = 5  # unusable pictures that a message names
+
+
+class DataError(ValueError):
+    """The training data cannot be used; the message says what was found and what is expected."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Labelled pictures.
+
+    Attributes:
+        images: a list of paths, or anything that gives PIL images by index.
+        targets: class indices int32 [N], or float32 [N L] for multi-label (0 or 1) and regression.
+        labels: the names of the L classes; empty for regression.
+        where: what they are called in messages.
+        problem_type: as in `LevitConfig`.
+    """
+
+    images: Any
+    targets: np.ndarray
+    labels: tuple[str, ...]
+    where: str
+    problem_type: str = "single_label_classification"
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def name(self, index: int) -> str:
+        """Return what one picture is called in messages."""
+        image = self.images[index] if isinstance(self.images, list) else None
+        return str(image) if isinstance(image, str | Path) else f"picture {index} of {self.where}"
+
+    def load(self, index: int) -> Image.Image:
+        """Decode one picture as RGB.
+
+        Raises:
+            DataError: it cannot be decoded.
+        """
+        try:
+            image = self.images[index]
+            return load_image(image) if isinstance(image, str | Path) else image.convert("RGB")
+        except (ImageError, OSError) as error:
+            raise DataError(f"{self.name(index)} cannot be used: {error}") from error
+
+    def select(self, indices: Any, where: str) -> "Pictures":
+        """Return some of the pictures, under another name."""
+        listed = isinstance(self.images, list)
+        chosen = [self.images[i] for i in indices] if listed else Chosen(self.images, indices)
+        return Pictures(chosen, self.targets[indices], self.labels, where, self.problem_type)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Some rows of a sequence that is read only when asked."""
+
+    images: Any
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.images[int(self.indices[index])]
+
+
+@dataclass(frozen=True)
+class Column:
+    """The images of a Hugging Face dataset, decoded when asked for."""
+
+    dataset: Any
+    column: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[int(index)][self.column]
+
+
+def read_pictures(
+    source: str | Path, recipe: Recipe, skip: Collection[str] = (), check: bool = False
+) -> tuple[Pictures, Pictures]:
+    """Find the pictures to train on and those to validate on.
+
+    Args:
+        source: a directory with a folder for each class; one with `train` and `validation` (or `val`, `valid`, `test`)
+            that hold a folder for each class; or a Hugging Face dataset by name (needs `datasets`).
+        recipe: gives the share to hold back, and the seed, where there is no part for validation.
+        skip: paths of pictures to leave out, relative to the source.
+        check: decode every picture first, rather than only read its header.
+
+    Raises:
+        DataError: there are too few pictures or classes, the two parts differ in their classes, or pictures cannot be
+            used.
+        ImportError: a dataset is asked for, and `datasets` is not installed.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     for i in range(20):
+        ...         path = Path(folder, ("cat", "dog")[i % 2], f"{i}.png")
+        ...         path.parent.mkdir(exist_ok=True)
+        ...         Image.new("RGB", (8, 8)).save(path)
+        ...     train, validation = read_pictures(folder, Recipe(batch_size=4))
+        >>> len(train), len(validation), train.labels
+        (18, 2, ('cat', 'dog'))
+    """
+    directory = Path(source).expanduser()
+    parts = read_folders(directory, skip) if directory.is_dir() else read_dataset(str(source))
+    train = parts[TRAIN_FOLDER]
+    if train.labels and len(train.labels) < 2:
+        raise DataError(f"{train.where} has one class, {train.labels[0]}: expected two or more to tell apart.")
+    if len(parts) == 1:
+        train, validation = split(train, recipe)
+    else:
+        validation = next(part for name, part in parts.items() if name != TRAIN_FOLDER)
+        if validation.labels != train.labels:
+            odd = sorted(set(train.labels) ^ set(validation.labels))
+            raise DataError(
+                f"{train.where} has {len(train.labels)} classes and {validation.where} {len(validation.labels)}:"
+                f" expected the same, but {', '.join(odd[:NAMED])} is in one only."
+            )
+    for part in (train, validation):
+        check_pictures(part, decode=check)
+    return train, validation
+
+
+def read_folders(directory: Path, skip: Collection[str]) -> dict[str, Pictures]:
+    """Return the parts of a directory by name, of which one is "train"."""
+    if not (directory / TRAIN_FOLDER).is_dir():
+        return {TRAIN_FOLDER: read_classes(directory, directory, skip)}
+    other = next((name for name in VALIDATION_FOLDERS if (directory / name).is_dir()), None)
+    names = (TRAIN_FOLDER, other) if other else (TRAIN_FOLDER,)
+    return {name: read_classes(directory / name, directory, skip) for name in names}
+
+
+def read_classes(directory: Path, root: Path, skip: Collection[str]) -> Pictures:
+    """Return the pictures of a directory with a folder for each class."""
+    try:
+        folders = class_folders(directory)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    left = {
+        name: [path for path in paths if path.relative_to(root).as_posix() not in skip]
+        for name, paths in folders.items()
+    }
+    empty = [name for name, paths in left.items() if not paths]
+    if empty:
+        raise DataError(f"{directory / empty[0]} holds no pictures: fill the folder of the class, or remove it.")
+    images = [path for paths in left.values() for path in paths]
+    targets = np.repeat(np.arange(len(left), dtype=np.int32), [len(paths) for paths in left.values()])
+    return Pictures(images, targets, tuple(left), str(directory))
+
+
+def read_dataset(name: str) -> dict[str, Pictures]:
+    """Return the parts of a Hugging Face dataset by name, of which one is "train"."""
+    found = load_dataset(name)
+    if TRAIN_FOLDER not in found:
+        raise DataError(f"The dataset {name} has the splits {', '.join(found)}: expected one named {TRAIN_FOLDER}.")
+    other = next((part for part in VALIDATION_FOLDERS if part in found), None)
+    names = (TRAIN_FOLDER, other) if other else (TRAIN_FOLDER,)
+    return {part: read_rows(found[part], f"{name}, {part}") for part in names}
+
+
+def read_rows(dataset: Any, where: str) -> Pictures:
+    """Return the pictures of one split: its first image column and its first column of labels or numbers."""
+    import datasets
+
+    image = next((key for key, kind in dataset.features.items() if isinstance(kind, datasets.Image)), None)
+    for key, kind in dataset.features.items() if image is not None else ():
+        entry, images = getattr(kind, "feature", None), Column(dataset, str(image))
+        if isinstance(kind, datasets.ClassLabel):
+            return Pictures(images, np.asarray(dataset[key], np.int32), tuple(kind.names), where)
+        if isinstance(entry, datasets.ClassLabel):
+            rows = np.zeros((len(dataset), entry.num_classes), np.float32)
+            for row, indices in zip(rows, dataset[key], strict=True):
+                row[list(indices)] = 1
+            return Pictures(images, rows, tuple(entry.names), where, "multi_label_classification")
+        if getattr(entry or kind, "dtype", "").startswith("float"):
+            values = np.asarray(dataset[key], np.float32).reshape(len(dataset), -1)
+            return Pictures(images, values, (), where, "regression")
+    raise DataError(
+        f"{where} has the columns {', '.join(dataset.features)}: expected an image, and a class, a list of classes or"
+        " numbers."
+    )
+
+
+def split(pictures: Pictures, recipe: Recipe) -> tuple[Pictures, Pictures]:
+    """Hold back a share of the pictures, of each class where there are classes, for validation."""
+    if not recipe.validation_share:
+        raise DataError(
+            f"{pictures.where} has no part for validation and validation_share is 0: expected one of the two."
+        )
+    rng = np.random.default_rng(recipe.seed)
+    single = pictures.targets.ndim == 1
+    groups = range(len(pictures.labels)) if single else [0]
+    held = []
+    for group in groups:
+        members = np.flatnonzero(pictures.targets == group) if single else np.arange(len(pictures))
+        if len(members) < 2:
+            of = f" of the class {pictures.labels[group]}" if single else ""
+            raise DataError(
+                f"{pictures.where} has {len(members)} picture{of}: expected at least two, one to train on and one to"
+                " validate on."
+            )
+        held.append(rng.permutation(members)[: max(1, round(recipe.validation_share * len(members)))])
+    back = np.sort(np.concatenate(held))
+    rest = np.setdiff1d(np.arange(len(pictures)), back)
+    where = pictures.where
+    return pictures.select(rest, f"{where}, for training"), pictures.select(back, f"{where}, for validation")
+
+
+def check_pictures(pictures: Pictures, decode: bool) -> None:
+    """Raise DataError unless every file has a picture's header or, where asked for, can be decoded."""
+
+    def fault(index: int) -> str | None:
+        try:
+            if decode:
+                pictures.load(index)
+            else:
+                check_header(pictures.images[index])
+        except (DataError, ImageError, OSError) as error:
+            return str(error)
+        return None
+
+    if not decode and not isinstance(pictures.images, list):
+        return  # the rows of a dataset have no headers
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        faults = [text for text in pool.map(fault, range(len(pictures))) if text]
+    if faults:
+        raise DataError(
+            f"{len(faults)} of the {len(pictures)} pictures of {pictures.where} cannot be used:"
+            f" {'; '.join(faults[:NAMED])}. Mend or remove them, or list their paths in a file for --skip."
+        )
+
+
+def read_skip_list(path: Path) -> frozenset[str]:
+    """Read the paths of pictures to leave out, one a line, relative to the data."""
+    lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+    return frozenset(line.strip() for line in lines if line.strip())
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which of the rows of each batch a host reads."""
+
+    index: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """Every row that a host reads in a whole training, in order: a source for Grain.
+
+    A batch has `accumulation` parts, of which each host reads an equal range of rows.
+    """
+
+    pictures: Pictures
+    recipe: Recipe
+    processor: LevitImageProcessor
+    teacher_logits: np.ndarray | None = None  # [N L]
+    shard: Shard = Shard()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in one epoch; pictures that do not fill a batch are left out, others in each epoch."""
+        return len(self.pictures) // self.recipe.batch_size
+
+    @property
+    def local_size(self) -> int:
+        """Rows of a batch that this host reads."""
+        return self.recipe.batch_size // self.shard.count
+
+    @cached_property
+    def _order(self) -> Any:
+        return grain.MapDataset.range(len(self.pictures)).shuffle(seed=self.recipe.seed)
+
+    def __len__(self) -> int:
+        return self.recipe.epochs * self.steps_per_epoch * self.local_size
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        epoch, place = self.locate(row)
+        index = self._order[epoch * len(self.pictures) + place // self.recipe.repeats]
+        rng = np.random.default_rng([self.recipe.seed, epoch, place])
+        record = {
+            "pixels": augment(self.pictures.load(index), rng, self.recipe, self.processor),
+            "targets": self.pictures.targets[index],
+        }
+        if self.teacher_logits is not None:
+            record["teacher_logits"] = self.teacher_logits[index]
+        return record
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Return the epoch of a host's row, and its place among all rows of the epoch."""
+        step, row = divmod(row, self.local_size)
+        epoch, step = divmod(step, self.steps_per_epoch)
+        part_size = self.local_size // self.recipe.accumulation
+        part, row = divmod(row, part_size)
+        place = (part * self.shard.count + self.shard.index) * part_size + row
+        return epoch, step * self.recipe.batch_size + place
+
+
+def training_batches(rows: TrainingRows, threads: int, processes: int = 0) -> Any:
+    """Return an iterator over a host's batches: dictionaries of arrays [A B ...], one for each step of the training.
+
+    It is Grain's: its state can be saved and restored.
+
+    Args:
+        rows: what to read.
+        threads: that decode and augment pictures, in each process.
+        processes: that do so beside this one; 0 for none.
+    """
+    parts = rows.recipe.accumulation
+
+    def in_parts(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: array.reshape(parts, -1, *array.shape[1:]) for name, array in batch.items()}
+
+    dataset = grain.MapDataset.source(rows).batch(rows.local_size, drop_remainder=True).map(in_parts)
+    # One thread makes one batch; twice as many batches wait as there are threads.
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    batches = dataset.to_iter_dataset(options)
+    if processes:
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # Grain's processes read a flag of absl's, which this program does not use
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=processes))
+    return iter(batches)
+
+
+def evaluation_batches(
+    pictures: Pictures, processor: LevitImageProcessor, batch_size: int, shard: Shard = Shard()
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield a host's part of every picture in batches, the last one filled up with weight 0.
+
+    Yields:
+        pixels [1 B H W C], targets [1 B ...] and weights [1 B].
+    """
+    local = batch_size // shard.count
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(pictures), batch_size):
+            first = start + shard.index * local
+            indices = np.arange(first, first + local)
+            kept = np.minimum(indices, len(pictures) - 1)
+            pixels = list(pool.map(lambda i: processor.resize_and_crop(pictures.load(i)), kept))
+            yield {
+                "pixels": np.stack(pixels)[None],
+                "targets": pictures.targets[kept][None],
+                "weights": (indices < len(pictures)).astype(np.float32)[None],
+            }

@@ -1,0 +1,548 @@
+"""The training loop: checks everything, then steps without waiting for the device, and survives being killed.
+
+    levit_flax.training.finetune("pictures", "out", model="facebook/levit-128S")
+
+A run lives in one directory: `checkpoints/` to go on from, `model/` with the best model so far, `metrics.csv`,
+`curves.png`, `tensorboard/`, and `run.json`, which says what was asked for.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import grain
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from levit_flax import checkpoint
+from levit_flax.visualize import new_figure
+
+from .data import DataError, Pictures, Shard, TrainingRows, evaluation_batches, read_pictures, training_batches
+from .optimizer import learning_rate_schedule
+from .outputs import (
+    MODEL_DIRECTORY,
+    REPORT_FILE,
+    TORCH_DIRECTORY,
+    History,
+    TensorBoard,
+    best_row,
+    goodness,
+    write_best,
+    write_history,
+    write_text,
+)
+from .recipe import Recipe, RecipeError, read_recipe
+from .state import Batch, Metrics, State, Task
+from .student import Student, align_classes, make_student
+from .teacher import TeacherSource, make_teacher
+
+RUN_FILE = "run.json"
+CHECKPOINT_DIRECTORY = "checkpoints"
+
+IN_FLIGHT = 4  # steps that may wait for the device; more would only hold their pictures in memory
+DEFAULT_THREADS = 2
+
+
+class TrainingStopped(RuntimeError):
+    """Training was asked to stop; the message says at which step, and how to go on.
+
+    Attributes:
+        signal: the number of the signal that asked, such as `signal.SIGTERM`.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
+class NotFiniteError(ValueError):
+    """A loss or a gradient is not finite; the message says what was seen."""
+
+
+class Progress(NamedTuple):
+    """How far a training is, for whoever shows it.
+
+    Attributes:
+        step: steps done.
+        total: steps of the whole training.
+        epoch: counted from 1.
+        loss: mean over this epoch so far.
+        accuracy: share of right pictures in this epoch so far, in [0, 1]; None for regression.
+        pictures_per_second: since the start of this process.
+        seconds_left: estimate.
+    """
+
+    step: int
+    total: int
+    epoch: int
+    loss: float
+    accuracy: float | None
+    pictures_per_second: float
+    seconds_left: float
+
+
+def finetune(
+    data: str | Path,
+    output: str | Path,
+    *,
+    model: str | Path | None = None,
+    recipe: Recipe | str | Path = "finetune",
+    teacher: str | Path | Callable[[jax.Array], jax.Array] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    skip: Any = (),
+    check_data: bool = False,
+    export_torch: str | None = None,
+    threads: int = DEFAULT_THREADS,
+    processes: int = 0,
+    show: Callable[[Progress], None] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train a model on labelled pictures, on all devices of all hosts.
+
+    Args:
+        data: as in `read_pictures`.
+        output: directory of the run; made if it does not exist.
+        model: the checkpoint to start from, as in `levit_flax.from_pretrained`; None for the recipe's architecture from
+            scratch.
+        recipe: how to train; a `Recipe`, or what `read_recipe` takes.
+        teacher: as in `make_teacher`; needed where the recipe distils.
+        resume: go on from the last checkpoint of the run in `output`, if there is one.
+        overwrite: begin anew in a directory that holds a run.
+        skip: paths of pictures to leave out, relative to `data`.
+        check_data: decode every picture before the first step.
+        export_torch: PyTorch layout in which the best model is written too, such as "hf".
+        threads: that decode and augment pictures, in each process.
+        processes: that do so beside this one; 0 for none.
+        show: called now and then with how far the training is.
+        **options: revision, token, cache_dir and local_files_only, as in `levit_flax.from_pretrained`.
+
+    Returns:
+        The report, which also is in `output`: the best evaluation, the last one, and what was measured of the speed.
+
+    Raises:
+        RecipeError: the recipe cannot be used, or does not fit the data, the model or the devices.
+        DataError: the data cannot be used. Where that shows only while training, the state is saved first.
+        NotFiniteError: a loss or a gradient is not finite.
+        TrainingStopped: SIGTERM or SIGINT came; the state is saved.
+        FileExistsError: the directory holds a run, and neither `resume` nor `overwrite` is set.
+        OSError: something cannot be read or written.
+    """
+    output = Path(output).expanduser().absolute()
+    if not isinstance(recipe, Recipe):
+        recipe = read_recipe(recipe)
+    new_figure(1, 1)  # what is missing for the curves is said before the work, not after it
+    check_output(output, resume, overwrite)
+    train, validation = read_pictures(data, recipe, skip, check_data)
+    check_batch(recipe, train)
+    student = make_student(model, recipe, train, **options)
+    if export_torch:
+        from levit_flax.convert.conversion import check_layout  # only whoever wants PyTorch weights pays for it
+
+        check_layout(student.model, export_torch)
+    train, validation = (align_classes(part, student.model.config) for part in (train, validation))
+    root = Path(data).expanduser()
+    source = make_teacher(teacher, recipe, student.model.config, student.processor, train, root, **options)
+    asked = {
+        "recipe": recipe.to_dict(),
+        "model": str(model) if model is not None else None,
+        "teacher": str(teacher) if isinstance(teacher, str | Path) else bool(teacher),
+        "data": fingerprint(train, validation),
+    }
+    prepare_output(output, asked, resume)
+    run = Run(output, recipe, student, source, train, validation, threads, processes, show, asked)
+    report = run.train()
+    if export_torch and jax.process_index() == 0:
+        from levit_flax.convert.workflow import convert_to_directory
+
+        convert_to_directory(
+            str(output / MODEL_DIRECTORY), output / TORCH_DIRECTORY, layout=export_torch, overwrite=True, verify=True
+        )
+    return report
+
+
+def check_batch(recipe: Recipe, pictures: Pictures) -> None:
+    """Raise RecipeError unless batches of this size can be made of the pictures, and be spread over the devices."""
+    part, devices, count = recipe.batch_size // recipe.accumulation, jax.device_count(), len(pictures)
+    if recipe.batch_size > count:
+        raise RecipeError(
+            f"batch_size is {recipe.batch_size}, but {pictures.where} has {count} pictures: expected {count} or less."
+        )
+    if part < 2:
+        raise RecipeError(
+            "A batch of one picture cannot be trained on, since the head's batch norm has one value a picture: expected"
+            " batch_size / accumulation of at least 2."
+        )
+    if part % devices:
+        raise RecipeError(
+            f"batch_size / accumulation is {part}, which {devices} devices cannot share equally: expected a multiple."
+        )
+
+
+def check_output(output: Path, resume: bool, overwrite: bool) -> None:
+    """Raise FileExistsError unless a run may be written here, and OSError unless it can be."""
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"{output} is a file: expected a directory to write, or a name that is free.")
+    held = output.is_dir() and any(output.iterdir())
+    if held and not (output / RUN_FILE).is_file():
+        raise FileExistsError(f"{output} holds something else than a training: choose another name.")
+    if held and not resume and not overwrite:
+        raise FileExistsError(
+            f"{output} holds a training: go on with it by --resume (resume=True), begin anew by --force"
+            " (overwrite=True), or choose another name."
+        )
+    checkpoint.make_directory(output)
+    checkpoint.write_atomically(output / ".writable", lambda file: file.touch())
+    (output / ".writable").unlink(missing_ok=True)
+
+
+def prepare_output(output: Path, asked: dict[str, Any], resume: bool) -> None:
+    """Write what was asked for; when resuming, refuse another thing than the run was begun with."""
+    path = output / RUN_FILE
+    if resume and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        differing = [
+            f"{name} (was {old!r}, is {new!r})"
+            for name, old, new in _differences(before, json.loads(json.dumps(asked)))
+        ]
+        if differing:
+            raise RecipeError(
+                f"{output} was begun with something else: {'; '.join(differing[:5])}. Resume with the same, or begin"
+                " anew with --force."
+            )
+        return
+    if jax.process_index() == 0:
+        for entry in output.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        write_text(path, json.dumps(asked, indent=2) + "\n")
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield name, old, new
+
+
+def fingerprint(train: Pictures, validation: Pictures) -> dict[str, Any]:
+    """Return what tells one set of data from another: counts, classes, and a digest of names and targets."""
+    digest = hashlib.sha256()
+    for part in (train, validation):
+        for index in range(len(part)) if isinstance(part.images, list) else ():
+            path = Path(part.images[index])
+            digest.update(f"{path.parent.name}/{path.name}\n".encode())
+        digest.update(part.targets.tobytes())
+    return {
+        "training_pictures": len(train),
+        "validation_pictures": len(validation),
+        "classes": len(train.labels),
+        "sha256": digest.hexdigest(),
+    }
+
+
+class Run:
+    """One training in one process; every host has one."""
+
+    def __init__(
+        self,
+        output: Path,
+        recipe: Recipe,
+        student: Student,
+        teacher: TeacherSource,
+        train: Pictures,
+        validation: Pictures,
+        threads: int,
+        processes: int,
+        show: Callable[[Progress], None] | None,
+        asked: dict[str, Any],
+    ) -> None:
+        self.output, self.recipe, self.student, self.validation = output, recipe, student, validation
+        self.show, self.asked = show, asked
+        mesh = Mesh(np.array(jax.devices()), ("batch",))
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self.sharded = NamedSharding(mesh, PartitionSpec(None, "batch"))
+        self.shard = Shard(jax.process_index(), jax.process_count())
+        self.rows = TrainingRows(train, recipe, student.processor, teacher.logits, self.shard)
+        self.total = recipe.epochs * self.rows.steps_per_epoch
+        self.batches = training_batches(self.rows, threads, processes)
+
+        params = student.variables["params"]
+        self.task = Task(student.model, recipe, student.processor, params, self.rows.steps_per_epoch, teacher.function)
+        self.train_step = jax.jit(self.task.train_step, donate_argnums=0)
+        self.evaluate_step = jax.jit(self.task.evaluate_step)
+        self.learning_rate = learning_rate_schedule(recipe, self.rows.steps_per_epoch)
+        self.teacher_variables = jax.device_put(teacher.variables, self.replicated)
+
+        self.board = TensorBoard(output)
+        self.history: History = []
+        self.totals = Totals()
+        self.pending: deque[tuple[int, Metrics]] = deque()
+        self.waited = 0.0
+
+    def train(self) -> dict[str, Any]:
+        """Go on to the end, from the last checkpoint if there is one; return the report."""
+        with closing(self.board), self.checkpoints() as manager, stop_signals() as stop:
+            state = self.restore(manager)
+            step = first = int(state.step)
+            begin = None
+            while step < self.total:
+                batch = self.next_batch(manager, state, step)
+                state, metrics = self.train_step(state, self.teacher_variables, batch)
+                step += 1
+                self.pending.append((step, metrics))
+                self.collect(IN_FLIGHT)
+                if begin is None:  # once it is compiled
+                    begin, first = time.perf_counter(), step
+                elif self.show and step % 5 == 0:
+                    self.show(self.progress(step, first, time.perf_counter() - begin))
+                if step % self.rows.steps_per_epoch == 0:
+                    self.end_epoch(manager, state, step)
+                if self.should_stop(stop, step) and step < self.total:
+                    self.stop(manager, state, step, stop.received or int(signal.SIGTERM))
+            seconds = time.perf_counter() - begin if begin else 0.0
+            manager.wait_until_finished()
+        return self.finish(step - first, seconds)
+
+    @contextmanager
+    def checkpoints(self) -> Iterator[ocp.CheckpointManager]:
+        """Open the checkpoints, and say what holds where one cannot be written."""
+        policy = ocp.checkpoint_managers.AnyPreservationPolicy(
+            [
+                ocp.checkpoint_managers.preservation_policy.LatestN(1),
+                ocp.checkpoint_managers.preservation_policy.BestN(
+                    get_metric_fn=lambda metrics: metrics["goodness"], n=1, keep_checkpoints_without_metrics=False
+                ),
+            ]
+        )
+        directory = self.output / CHECKPOINT_DIRECTORY
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
+        manager = ocp.CheckpointManager(directory, options=options)
+        try:
+            yield manager
+        except (OSError, ValueError) as error:
+            if isinstance(error, DataError | NotFiniteError | RecipeError):
+                raise
+            raise self.cannot_save(manager, error) from error
+        finally:
+            try:
+                manager.close()
+            except Exception as error:
+                raise self.cannot_save(manager, error) from error
+
+    def cannot_save(self, manager: ocp.CheckpointManager, error: Exception) -> OSError:
+        """Return the error to raise where a checkpoint cannot be written."""
+        last = manager.latest_step()
+        held = f"The last whole checkpoint is that of step {last}" if last else "There is no whole checkpoint yet"
+        return OSError(f"Cannot save in {self.output}: {error}. {held}: make room and go on with --resume.")
+
+    def restore(self, manager: ocp.CheckpointManager) -> State:
+        """Return the state to go on from, and set the data and the history to it."""
+        state = jax.device_put(self.task.init(self.student.variables), self.replicated)
+        step = manager.latest_step()
+        if step is None:
+            return state
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), state)
+        restored = manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(shapes),
+                data=grain.checkpoint.CheckpointRestore(self.batches),
+                progress=ocp.args.JsonRestore(),
+            ),
+        )
+        self.history = restored["progress"]["history"]
+        self.totals = Totals(**restored["progress"]["totals"])
+        return cast(State, restored["state"])
+
+    def save(self, manager: ocp.CheckpointManager, state: State, step: int) -> None:
+        """Begin to save a checkpoint; the step goes on while it is written."""
+        self.collect(0)
+        here = self.history and self.history[-1]["step"] == step
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=grain.checkpoint.CheckpointSave(self.batches),
+                progress=ocp.args.JsonSave({"history": self.history, "totals": dataclasses.asdict(self.totals)}),
+            ),
+            metrics={"goodness": goodness(self.history[-1])} if here else None,
+            force=True,
+        )
+
+    def next_batch(self, manager: ocp.CheckpointManager, state: State, step: int) -> Batch:
+        """Read the next batch and send it to the devices."""
+        begin = time.perf_counter()
+        try:
+            arrays = next(self.batches)
+        except DataError:
+            self.save(manager, state, step)
+            manager.wait_until_finished()
+            raise
+        if not self.pending or cast(Any, self.pending[-1][1].loss).is_ready():  # else the device had work all the while
+            self.waited += time.perf_counter() - begin
+        return Batch(**self.place(arrays))
+
+    def place(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Make global arrays of this host's rows."""
+        return {name: jax.make_array_from_process_local_data(self.sharded, array) for name, array in arrays.items()}
+
+    def collect(self, left: int) -> None:
+        """Add what steps saw to the epoch's totals, for all but the last few steps, which may still be computing."""
+        while len(self.pending) > left:
+            step, metrics = self.pending.popleft()
+            loss, gradient = float(metrics.loss), float(metrics.gradient)
+            if not (math.isfinite(loss) and math.isfinite(gradient)):
+                raise NotFiniteError(
+                    f"Step {step} of {self.total} (epoch {(step - 1) // self.rows.steps_per_epoch + 1}) has the loss"
+                    f" {loss:g} and gradients of norm {gradient:g}, at the learning rate"
+                    f" {float(self.learning_rate(step - 1)):.3g}. Nothing was changed by it. Expected finite numbers:"
+                    " lower learning_rate, lengthen warmup_epochs, set adaptive_clip, or compute in float32."
+                )
+            self.totals.add(loss, float(metrics.correct), self.recipe.batch_size)
+
+    def end_epoch(self, manager: ocp.CheckpointManager, state: State, step: int) -> None:
+        """Evaluate and save, where it is time for that."""
+        self.collect(0)
+        epoch = step // self.rows.steps_per_epoch
+        if epoch % self.recipe.checkpoint_every and step < self.total:
+            return
+        variables = state.variables if state.average is None else state.average
+        classes = self.task.problem_type != "regression"
+        row = {"epoch": epoch, "step": step, "learning_rate": float(self.learning_rate(step - 1))}
+        for name, totals in (("train", self.totals), ("validation", self.evaluate(variables))):
+            row[f"{name}_loss"] = totals.loss / totals.pictures
+            if classes:
+                row[f"{name}_accuracy"] = totals.correct / totals.pictures
+        self.totals = Totals()
+        self.history.append(row)
+        if jax.process_index() == 0:
+            write_history(self.output, self.history)
+            self.board.log(row)
+            if best_row(self.history) is row:
+                write_best(
+                    self.output, self.student.model, jax.device_get(variables), self.student.processor, row, self.asked
+                )
+        self.save(manager, state, step)
+
+    def evaluate(self, variables: Any) -> "Totals":
+        """Return the totals over the validation pictures."""
+        size = max(self.recipe.batch_size // self.recipe.accumulation, jax.device_count())
+        totals = Totals()
+        waiting = None
+        for arrays in evaluation_batches(self.validation, self.student.processor, size, self.shard):
+            placed = self.place(arrays)
+            weights = placed.pop("weights")
+            computing = self.evaluate_step(variables, Batch(**placed), weights)
+            if waiting is not None:
+                totals.add_sums(waiting)
+            waiting = computing
+        totals.add_sums(waiting)
+        return totals
+
+    def progress(self, step: int, first: int, seconds: float) -> Progress:
+        """Return how far the training is."""
+        done, totals = step - first, self.totals
+        classes = self.task.problem_type != "regression"
+        pictures = max(totals.pictures, 1)
+        return Progress(
+            step=step,
+            total=self.total,
+            epoch=(step - 1) // self.rows.steps_per_epoch + 1,
+            loss=totals.loss / pictures,
+            accuracy=totals.correct / pictures if classes else None,
+            pictures_per_second=done * self.recipe.batch_size / seconds,
+            seconds_left=(self.total - step) * seconds / done,
+        )
+
+    def should_stop(self, stop: "StopSignal", step: int) -> bool:
+        """Return whether to stop now; hosts agree on the step."""
+        if self.shard.count == 1:
+            return stop.received is not None
+        return bool(multihost_utils.reached_preemption_sync_point(step))
+
+    def stop(self, manager: ocp.CheckpointManager, state: State, step: int, number: int) -> None:
+        """Save the state and leave."""
+        if manager.latest_step() != step:
+            self.save(manager, state, step)
+        manager.wait_until_finished()
+        raise TrainingStopped(
+            f"Stopped at step {step} of {self.total}. The state is saved: go on with --resume.", number
+        )
+
+    def finish(self, steps: int, seconds: float) -> dict[str, Any]:
+        """Return the report, and write it."""
+        best, last = best_row(self.history), self.history[-1]
+        report = {
+            "output": str(self.output),
+            "best": best,
+            "last": last,
+            "pictures_per_second": steps * self.recipe.batch_size / seconds if seconds else None,
+            "share_waiting_for_data": self.waited / seconds if seconds else None,
+            "devices": jax.device_count(),
+            "platform": jax.default_backend(),
+        }
+        if jax.process_index() == 0:
+            write_text(self.output / REPORT_FILE, json.dumps({**report, **self.asked}, indent=2) + "\n")
+        return report
+
+
+@dataclasses.dataclass
+class Totals:
+    """Sums over pictures: of their losses, of those that are right, and their number."""
+
+    loss: float = 0.0
+    correct: float = 0.0
+    pictures: float = 0.0
+
+    def add(self, loss: float, correct: float, pictures: int) -> None:
+        """Add a batch by its mean loss."""
+        self.loss += loss * pictures
+        self.correct += correct
+        self.pictures += pictures
+
+    def add_sums(self, sums: Any) -> None:
+        """Add what `Task.evaluate_step` returns."""
+        for name, value in sums.items():
+            setattr(self, name, getattr(self, name) + float(value))
+
+
+@dataclasses.dataclass
+class StopSignal:
+    """The signal that asked to stop, or None."""
+
+    received: int | None = None
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopSignal]:
+    """Note SIGTERM and SIGINT instead of dying of them; a second one is not held back."""
+    stop = StopSignal()
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: Any) -> None:
+        stop.received = number
+        signal.signal(number, before[number])
+
+    try:
+        for number in (int(signal.SIGTERM), int(signal.SIGINT)):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not in the main thread, where Python knows no signals
+        pass
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

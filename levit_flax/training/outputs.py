@@ -1,0 +1,129 @@
+"""What a training leaves for people and programs: metrics, curves, TensorBoard, the model with its card, a report."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from levit_flax import checkpoint
+from levit_flax.image_processing import LevitImageProcessor
+from levit_flax.modeling import LevitBase, Variables
+from levit_flax.visualize import draw_curves
+
+METRICS_FILE = "metrics.csv"
+CURVES_FILE = "curves.png"
+REPORT_FILE = "report.json"
+CARD_FILE = "README.md"
+MODEL_DIRECTORY = "model"
+TORCH_DIRECTORY = "torch"
+TENSORBOARD_DIRECTORY = "tensorboard"
+
+History = list[dict[str, float]]  # one row for each evaluation: epoch, step, ...
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    checkpoint.write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_history(directory: Path, history: History) -> None:
+    """Write the metrics of every evaluation so far, as CSV and as curves."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_text(directory / METRICS_FILE, text.getvalue())
+    figure = draw_curves(history)
+    checkpoint.write_atomically(directory / CURVES_FILE, lambda file: figure.savefig(file, format="png"))
+
+
+class TensorBoard:
+    """Event files for TensorBoard, opened at the first evaluation of this process.
+
+    What a run that died had logged from that step on is dropped.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory / TENSORBOARD_DIRECTORY
+        self._writer: Any = None
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Add the metrics of one evaluation."""
+        step = int(row["step"])
+        if self._writer is None:
+            self._writer = SummaryWriter(str(self.directory), purge_step=step)
+        for name in row.keys() - {"step"}:
+            self._writer.add_scalar(name, row[name], step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def write_best(
+    directory: Path,
+    model: LevitBase,
+    variables: Variables,
+    processor: LevitImageProcessor,
+    row: Mapping[str, float],
+    facts: Mapping[str, Any],
+) -> None:
+    """Write the model directory, its card and its metrics."""
+    with checkpoint.staged_directory(directory / MODEL_DIRECTORY, overwrite=True) as staging:
+        checkpoint.write_model(staging, model.clone(dtype=None), variables, processor, {"training": dict(facts)})
+        (staging / "metrics.json").write_text(json.dumps(dict(row), indent=2) + "\n", encoding="utf-8")
+        (staging / CARD_FILE).write_text(model_card(model, row, facts), encoding="utf-8")
+
+
+def model_card(model: LevitBase, row: Mapping[str, float], facts: Mapping[str, Any]) -> str:
+    """Return the model's README, with the Hub's front matter."""
+    labels = model.config.id2label
+    measured = "\n".join(f"| {name.replace('_', ' ')} | {value:.6g} |" for name, value in row.items())
+    about = "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items() if name != "recipe")
+    recipe = "\n".join(f"{key} = {json.dumps(value)}" for key, value in facts["recipe"].items() if value is not None)
+    return f"""---
+library_name: levit-flax
+pipeline_tag: image-classification
+tags: [levit, jax]
+---
+# LeViT for {len(labels)} classes
+
+{", ".join(labels[:20])}{", ..." if len(labels) > 20 else ""}
+
+```python
+from levit_flax import ImageClassifier
+
+classifier = ImageClassifier.from_pretrained("{MODEL_DIRECTORY}")  # this directory, or its Hub id
+classifier("picture.jpg")
+```
+
+Measured at the end of the epoch that it was taken from, on the pictures held back for validation:
+
+| | |
+|---|---|
+{measured}
+
+How it was trained:
+
+{about}
+
+```toml
+{recipe}
+```
+"""
+
+
+def best_row(history: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    """Return the best evaluation: of the highest accuracy, or where there is none, of the lowest loss."""
+    return max(history, key=goodness)
+
+
+def goodness(row: Mapping[str, float]) -> float:
+    """Return the number by which evaluations are compared; more is better."""
+    return row["validation_accuracy"] if "validation_accuracy" in row else -row["validation_loss"]

@@ -1,0 +1,264 @@
+"""What training carries from step to step, and the step itself: one pure function, jitted, its state donated."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from levit_flax.classifier import normalize
+from levit_flax.image_processing import LevitImageProcessor
+from levit_flax.layers import BatchNorm
+from levit_flax.modeling import LevitBase, LevitForImageClassificationWithTeacher, Variables
+
+from .augmentation import erase, mix
+from .losses import SINGLE_LABEL, distillation_loss, label_loss, soft_targets
+from .optimizer import make_optimizer, match_patterns
+from .recipe import Recipe
+
+
+@struct.dataclass
+class State:
+    """Everything that a step changes.
+
+    Attributes:
+        step: int32, steps of the optimizer done.
+        variables: the model's, {"params": ..., "batch_stats": ...}.
+        average: the averaged variables, or None.
+        opt_state: the optimizer's.
+        broken: bool, whether a loss or a gradient was not finite. Neither that step nor those after it change anything.
+    """
+
+    step: jax.Array
+    variables: Variables
+    average: Variables | None
+    opt_state: Any
+    broken: jax.Array
+
+
+@struct.dataclass
+class Metrics:
+    """What a step saw, as scalars.
+
+    Attributes:
+        loss: mean over the batch.
+        correct: number of pictures whose class was named, mixed ones by their larger part.
+        gradient: norm of all gradients together, before clipping.
+    """
+
+    loss: jax.Array
+    correct: jax.Array
+    gradient: jax.Array
+
+
+class Batch(NamedTuple):
+    """Pictures of one step.
+
+    Attributes:
+        pixels: [A B H W C], uint8 levels, or floating-point values prepared by the processor; A parts of a batch
+            (`accumulation`).
+        targets: class indices [A B], or floating-point targets [A B L].
+        teacher_logits: [A B L] where they were stored; otherwise None.
+    """
+
+    pixels: Any
+    targets: Any
+    teacher_logits: Any = None
+
+
+Teacher = Callable[[Any, jax.Array], jax.Array]  # (its variables, pixel_values [B H W C]) -> logits [B L]
+
+
+class Task:
+    """Bind a model to a recipe: makes the first state, and the functions that are jitted.
+
+    Args:
+        model: with one head, or two for distillation; not folded.
+        recipe: how it is trained.
+        processor: gives mean and standard deviation of the pixel values.
+        params: the tree of the model's parameters, or of their shapes.
+        steps_per_epoch: steps of the optimizer in one pass over the data.
+        teacher: gives the logits that `head_dist` learns from; None where the batches bring them or nothing distils.
+
+    Raises:
+        RecipeError: `learning_rates` does not fit the parameters.
+    """
+
+    def __init__(
+        self,
+        model: LevitBase,
+        recipe: Recipe,
+        processor: LevitImageProcessor,
+        params: Mapping[str, Any],
+        steps_per_epoch: int,
+        teacher: Teacher | None = None,
+    ) -> None:
+        self.model, self.recipe, self.processor, self.teacher = model, recipe, processor, teacher
+        self.problem_type = model.config.problem_type or SINGLE_LABEL
+        factors = match_patterns(recipe.learning_rates, params, "learning_rates")
+        self.trained = {path: factor for path, factor in factors.items() if factor}
+        self.optimizer = make_optimizer(recipe, self.trained, steps_per_epoch)
+
+    def init(self, variables: Variables) -> State:
+        """Return the state before the first step."""
+        variables = jax.tree.map(jnp.copy, variables)  # the caller's own are not to be donated
+        flat = flatten_dict(variables["params"], sep="/")
+        return State(
+            step=jnp.zeros((), jnp.int32),
+            variables=variables,
+            average=jax.tree.map(jnp.copy, variables) if self.recipe.ema_decay else None,
+            opt_state=self.optimizer.init({path: flat[path] for path in self.trained}),
+            broken=jnp.zeros((), bool),
+        )
+
+    def train_step(self, state: State, teacher_variables: Any, batch: Batch) -> tuple[State, Metrics]:
+        """Take one step of the optimizer.
+
+        Args:
+            state: before the step; donated where this is jitted.
+            teacher_variables: the first argument of the teacher; None without one.
+            batch: the pictures.
+
+        Returns:
+            The state after the step, and what the step saw.
+        """
+        flat = flatten_dict(state.variables["params"], sep="/")
+        trained = {path: flat[path] for path in self.trained}
+        differentiate = jax.value_and_grad(self._loss, has_aux=True)
+
+        def compute(statistics: Any, part: Batch, key: jax.Array) -> tuple[Any, tuple[Any, ...]]:
+            (loss, (statistics, correct)), gradients = differentiate(
+                trained, flat, statistics, teacher_variables, part, key
+            )
+            return statistics, (gradients, loss, correct)
+
+        parts = batch.targets.shape[0]
+        key = jax.random.fold_in(jax.random.key(self.recipe.seed), state.step)
+        keys = jax.random.split(key, parts)
+        statistics, totals = compute_parts(compute, state.variables["batch_stats"], batch, keys)
+        gradients, loss = jax.tree.map(lambda x: x / parts, totals[:2])
+
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, trained)
+        params = unflatten_dict({**flat, **optax.apply_updates(trained, updates)}, sep="/")
+        variables = {"params": params, "batch_stats": statistics}
+        metrics = Metrics(loss=loss, correct=totals[2], gradient=optax.tree.norm(gradients))
+        broken = state.broken | ~jnp.isfinite(metrics.loss) | ~jnp.isfinite(metrics.gradient)
+        before = dataclasses.replace(state, broken=broken)
+        after = State(state.step + 1, variables, self._averaged(state, variables), opt_state, broken)
+        return jax.tree.map(lambda old, new: jnp.where(broken, old, new), before, after), metrics
+
+    def _loss(
+        self,
+        trained: Mapping[str, jax.Array],
+        flat: Mapping[str, jax.Array],
+        statistics: Any,
+        teacher_variables: Any,
+        batch: Batch,
+        key: jax.Array,
+    ) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+        recipe = self.recipe
+        erase_key, mix_key, drop_key = jax.random.split(key, 3)
+        pixel_values, targets = self.prepare(batch)
+        if recipe.erase:
+            pixel_values = erase(erase_key, pixel_values, recipe.erase)
+        if recipe.mixup or recipe.cutmix:
+            pixel_values, targets = mix(mix_key, pixel_values, targets, recipe)
+
+        variables = {"params": unflatten_dict({**flat, **trained}, sep="/"), "batch_stats": statistics}
+        with nn.intercept_methods(self._freeze_statistics):
+            output, updates = self.model.apply(
+                variables, pixel_values, train=True, rngs={"drop_path": drop_key}, mutable=["batch_stats"]
+            )
+        two_heads = isinstance(self.model, LevitForImageClassificationWithTeacher)
+        given = (output.cls_logits, output.distillation_logits) if two_heads else (output.logits,)
+        heads = [head.astype(targets.dtype) for head in given]
+        loss = label_loss(heads[0], targets, self.problem_type)
+        if recipe.distillation != "none":
+            logits = batch.teacher_logits
+            if self.teacher is not None:
+                logits = self.teacher(teacher_variables, pixel_values)
+            taught = distillation_loss(heads[1], logits, recipe.distillation, recipe.distillation_temperature)
+            loss = (1 - recipe.distillation_alpha) * loss + recipe.distillation_alpha * taught
+        elif two_heads:
+            loss = (loss + label_loss(heads[1], targets, self.problem_type)) / 2
+        correct = count_correct(sum(heads[1:], heads[0]), targets, self.problem_type)
+        return loss, (updates["batch_stats"], correct)
+
+    def prepare(self, batch: Batch, smoothing: float | None = None) -> tuple[jax.Array, jax.Array]:
+        """Return the pixel values [B H W C] of a part of a batch and its targets [B L], smoothed as the recipe says."""
+        wide = jnp.promote_types(jnp.float32, self.model.param_dtype)
+        pixels = batch.pixels
+        pixel_values = normalize(pixels, self.processor) if pixels.dtype == jnp.uint8 else pixels
+        targets = batch.targets
+        if self.problem_type == SINGLE_LABEL:
+            smoothing = self.recipe.label_smoothing if smoothing is None else smoothing
+            targets = soft_targets(targets, self.model.config.num_labels, smoothing, wide)
+        return pixel_values.astype(wide), targets.astype(wide)
+
+    def _freeze_statistics(self, method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        """Have batch norms use their running statistics, where the recipe freezes them."""
+        module = context.module
+        if not isinstance(module, BatchNorm) or self.recipe.batch_norm == "train":
+            return method(*args, **kwargs)
+        frozen = self.recipe.batch_norm == "freeze" or "/".join((*module.path, "scale")) not in self.trained
+        return method(args[0], False) if frozen else method(*args, **kwargs)
+
+    def _averaged(self, state: State, variables: Variables) -> Variables | None:
+        if state.average is None:
+            return None
+        step = state.step.astype(jnp.float32)
+        decay = jnp.minimum(self.recipe.ema_decay, (1 + step) / (10 + step))
+
+        def blend(old: jax.Array, new: jax.Array) -> jax.Array:
+            return (
+                new if jnp.issubdtype(new.dtype, jnp.integer) else (decay * old + (1 - decay) * new).astype(old.dtype)
+            )
+
+        return jax.tree.map(blend, state.average, variables)
+
+    def evaluate_step(self, variables: Variables, batch: Batch, weights: jax.Array) -> dict[str, jax.Array]:
+        """Return the totals of one batch in evaluation: "loss", "correct" and "pictures".
+
+        Args:
+            variables: the model's.
+            batch: the pictures, with A = 1.
+            weights: [1 B], 1 for a picture that counts and 0 for what fills the batch up.
+        """
+        pixel_values, targets = self.prepare(jax.tree.map(lambda x: x[0], batch), smoothing=0.0)
+        output: Any = self.model.apply(variables, pixel_values)
+        logits = output.logits.astype(targets.dtype)
+        losses = jax.vmap(lambda row, target: label_loss(row[None], target[None], self.problem_type))(logits, targets)
+        hits = count_correct(logits, targets, self.problem_type, weights[0])
+        return {"loss": jnp.sum(losses * weights[0]), "correct": hits, "pictures": weights.sum()}
+
+
+def compute_parts(compute: Any, statistics: Any, batch: Batch, keys: jax.Array) -> tuple[Any, Any]:
+    """Add up what `compute(statistics, part, key)` returns for each part of a batch, and hand the statistics on."""
+    first = jax.tree.map(lambda x: x[0], (batch, keys))
+    if len(keys) == 1:
+        result: tuple[Any, Any] = compute(statistics, *first)
+        return result
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(compute, statistics, *first)[1])
+
+    def add(carry: Any, given: Any) -> Any:
+        statistics, totals = carry
+        statistics, more = compute(statistics, *given)
+        return (statistics, jax.tree.map(jnp.add, totals, more)), None
+
+    return jax.lax.scan(add, (statistics, zeros), (batch, keys))[0]
+
+
+def count_correct(logits: jax.Array, targets: jax.Array, problem_type: str, weights: Any = 1.0) -> jax.Array:
+    """Return how many pictures are right: the likeliest class, or all of a picture's labels; 0 for regression."""
+    if problem_type == SINGLE_LABEL:
+        right = logits.argmax(-1) == targets.argmax(-1)
+    elif problem_type == "multi_label_classification":
+        right = ((logits > 0) == (targets > 0.5)).all(-1)
+    else:
+        right = jnp.zeros(len(logits), bool)
+    return jnp.sum(right * jnp.asarray(weights, jnp.float32))

@@ -1,0 +1,160 @@
+"""The model that is trained: made of a recipe's architecture, or of a checkpoint."""
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from levit_flax import checkpoint
+from levit_flax.configuration import VARIANTS, LevitConfig
+from levit_flax.image_processing import LevitImageProcessor, size_for_edge
+from levit_flax.modeling import (
+    LevitBase,
+    LevitForImageClassification,
+    LevitForImageClassificationWithTeacher,
+    Variables,
+)
+from levit_flax.surgery import change_heads, merge_heads, replace_head, resize_image
+
+from .data import Pictures
+from .losses import SINGLE_LABEL
+from .recipe import Recipe, RecipeError
+
+
+class Student(NamedTuple):
+    """A model ready to be trained.
+
+    Attributes:
+        model: the module.
+        variables: in float32.
+        processor: prepares its pictures.
+    """
+
+    model: LevitBase
+    variables: Variables
+    processor: LevitImageProcessor
+
+
+def make_student(source: str | Path | None, recipe: Recipe, pictures: Pictures, **options: Any) -> Student:
+    """Make the model that a recipe trains on labelled pictures.
+
+    Args:
+        source: a checkpoint, as in `levit_flax.from_pretrained`; None for the recipe's architecture from scratch.
+        recipe: says what becomes of the heads, the image size and stochastic depth.
+        pictures: give the classes. Heads for other classes are fresh, which a warning says.
+        **options: revision, token, cache_dir and local_files_only, as in `levit_flax.from_pretrained`.
+
+    Raises:
+        RecipeError: there is neither a checkpoint nor an architecture, or it is not a legal one.
+        ValueError: the checkpoint cannot be trained.
+        OSError: there is no such checkpoint, or it cannot be read or fetched.
+    """
+    student = load_student(source, recipe, options) if source is not None else new_student(recipe, pictures)
+    model, variables = student.model, student.variables
+    if recipe.image_size is not None:
+        model, variables = resize_image(model, variables, recipe.image_size)
+    model, variables = set_classes(model, variables, pictures, jax.random.key(recipe.seed))
+    changes: dict[str, Any] = {}
+    if pictures.problem_type != SINGLE_LABEL:
+        changes["problem_type"] = pictures.problem_type
+    if recipe.drop_path_rate is not None:
+        changes["drop_path_rate"] = recipe.drop_path_rate
+    dtype = None if recipe.compute_dtype == "float32" else jnp.dtype(recipe.compute_dtype)
+    model = model.clone(config=dataclasses.replace(model.config, **changes), dtype=dtype)
+    return Student(model, variables, checkpoint.resize_processor(student.processor, model.config))
+
+
+def head_class(recipe: Recipe) -> type[LevitBase]:
+    """Return the class of the model that a recipe trains."""
+    two = recipe.heads == "both" or recipe.distillation != "none"
+    return LevitForImageClassificationWithTeacher if two else LevitForImageClassification
+
+
+def new_student(recipe: Recipe, pictures: Pictures) -> Student:
+    """Make a fresh model of the recipe's architecture."""
+    architecture = recipe.architecture
+    if architecture is None:
+        raise RecipeError("There is no model to train: expected --model with a checkpoint, or a recipe's architecture.")
+    if isinstance(architecture, Mapping):
+        try:
+            config = LevitConfig(**architecture)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"architecture: {error}") from None
+    elif architecture in VARIANTS:
+        config = VARIANTS[architecture]
+    else:
+        raise RecipeError(f"architecture is {architecture!r}: expected one of {', '.join(VARIANTS)}, or a table.")
+    config = dataclasses.replace(config, **class_fields(pictures))
+    model = head_class(recipe)(config)
+    height, width = config.image_height_width
+    pixel_values = jnp.zeros((1, height, width, config.num_channels))
+    variables = jax.jit(model.init)(jax.random.key(recipe.seed), pixel_values)
+    if isinstance(architecture, str):
+        return Student(model, variables, checkpoint.load_processor(None, config))
+    # The shorter edge fills the crop: small pictures have no border to spare.
+    size = size_for_edge(max(height, width))
+    return Student(model, variables, LevitImageProcessor(size=size, crop_size=(height, width)))
+
+
+def load_student(source: str | Path, recipe: Recipe, options: Mapping[str, Any]) -> Student:
+    """Load a checkpoint, with the heads that the recipe asks for."""
+    resolved = checkpoint.resolve(source, **options)
+    model, variables = checkpoint.from_pretrained(resolved.directory, dtype="float32")
+    if model.folded:
+        raise ValueError(
+            f"{source} has folded batch norms, which cannot be trained: expected the model before folding."
+        )
+    wanted = head_class(recipe)
+    if isinstance(model, LevitForImageClassificationWithTeacher) and wanted is LevitForImageClassification:
+        if recipe.heads == "merge":
+            model, variables = merge_heads(model, variables)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that the second head is left out is what was asked for
+                model, variables = change_heads(model, variables, wanted)
+    else:
+        model, variables = change_heads(model, variables, wanted, jax.random.key(recipe.seed))
+    return Student(model, variables, checkpoint.load_processor(resolved.directory, model.config))
+
+
+def class_fields(pictures: Pictures) -> dict[str, Any]:
+    """Return the fields of a config that say what the classes of the pictures are."""
+    if pictures.labels:
+        return {"num_labels": len(pictures.labels), "id2label": dict(enumerate(pictures.labels))}
+    return {"num_labels": pictures.targets.shape[1], "id2label": None}
+
+
+def set_classes(
+    model: LevitBase, variables: Variables, pictures: Pictures, key: jax.Array
+) -> tuple[LevitBase, Variables]:
+    """Give the model the classes of the pictures, with fresh heads where it has others."""
+    config = model.config
+    fields = class_fields(pictures)
+    if config.num_labels == fields["num_labels"] and (
+        not pictures.labels or sorted(config.id2label) == sorted(pictures.labels)
+    ):
+        return model, variables
+    warnings.warn(
+        f"The model has {config.num_labels} classes ({', '.join(config.id2label[:3])}, ...) and {pictures.where}"
+        f" {fields['num_labels']} others: its heads are fresh.",
+        stacklevel=2,
+    )
+    model, variables = replace_head(model, variables, fields["num_labels"], key)
+    return model.clone(config=dataclasses.replace(model.config, **fields)), variables
+
+
+def align_classes(pictures: Pictures, config: LevitConfig) -> Pictures:
+    """Return the pictures with their targets in the order of a model's classes, which have the same names."""
+    if not pictures.labels or pictures.labels == config.id2label:
+        return pictures
+    indices = [config.label2id[label] for label in pictures.labels]
+    if pictures.targets.ndim == 1:
+        targets = pictures.targets.dtype.type(indices)[pictures.targets]
+    else:
+        targets = pictures.targets.copy()
+        targets[:, indices] = pictures.targets
+    return dataclasses.replace(pictures, targets=targets, labels=config.id2label)

@@ -1,0 +1,173 @@
+"""The teacher of a distilled model: a model, a function, or logits that were stored before.
+
+Source: Touvron et al. 2021, "Training data-efficient image transformers & distillation through attention".
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from levit_flax import checkpoint
+from levit_flax.classifier import ImageClassifier, prepare
+from levit_flax.configuration import LevitConfig
+from levit_flax.image_processing import LevitImageProcessor
+
+from .data import Pictures
+from .recipe import Recipe, RecipeError
+from .state import Teacher
+
+STORED_SUFFIX = ".npz"
+
+
+class TeacherSource(NamedTuple):
+    """What training asks for the teacher's logits: a function and its variables, or what was stored for each picture.
+
+    Attributes:
+        function: (variables, pixel_values [B H W C] as the student sees them) -> logits [B L]; or None.
+        variables: the function's first argument.
+        logits: [N L], one row for each training picture; or None.
+    """
+
+    function: Teacher | None = None
+    variables: Any = None
+    logits: np.ndarray | None = None
+
+
+def make_teacher(
+    teacher: str | Path | Callable[[jax.Array], jax.Array] | None,
+    recipe: Recipe,
+    config: LevitConfig,
+    processor: LevitImageProcessor,
+    pictures: Pictures,
+    root: Path,
+    **options: Any,
+) -> TeacherSource:
+    """Prepare the teacher.
+
+    Args:
+        teacher: a checkpoint, as in `levit_flax.from_pretrained`; an .npz file of `store_logits`; or a function from
+            pixel values [B H W C], normalised for the student, to logits [B L] in the order of its classes.
+        recipe: says how the student learns from it.
+        config: the student's.
+        processor: the student's.
+        pictures: the ones to train on.
+        root: the directory that stored logits name the pictures relative to.
+        **options: revision, token, cache_dir and local_files_only, as in `levit_flax.from_pretrained`.
+
+    Raises:
+        RecipeError: the recipe distils and there is no teacher, or the other way round, or it mixes pictures that
+            logits were stored for.
+        ValueError: the teacher does not know the student's classes.
+    """
+    if (teacher is None) == (recipe.distillation != "none"):
+        expected = "a teacher (--teacher)" if teacher is None else 'distillation="hard" or "soft"'
+        raise RecipeError(
+            f"distillation is {recipe.distillation!r} and there is {'no' if teacher is None else 'a'} teacher: expected"
+            f" {expected}."
+        )
+    if teacher is None:
+        return TeacherSource()
+    if callable(teacher):
+        function = teacher
+        return TeacherSource(lambda _, pixel_values: function(pixel_values))
+    if Path(teacher).suffix == STORED_SUFFIX:
+        if recipe.mixup or recipe.cutmix:
+            raise RecipeError(
+                f"{teacher} holds logits of whole pictures, and the recipe mixes pictures: expected mixup = 0 and"
+                " cutmix = 0."
+            )
+        return TeacherSource(logits=read_logits(Path(teacher), pictures, root, config))
+    return load_teacher(teacher, config, processor, options)
+
+
+def load_teacher(
+    source: str | Path, config: LevitConfig, processor: LevitImageProcessor, options: dict[str, Any]
+) -> TeacherSource:
+    """Load a model as a teacher; it sees the student's pictures, resized and normalised as it was trained with."""
+    resolved = checkpoint.resolve(source, **options)
+    model, variables = checkpoint.from_pretrained(resolved.directory, dtype="float32")
+    own_processor = checkpoint.load_processor(resolved.directory, model.config)
+    model, variables = prepare(model, variables)
+    order = match_labels(model.config.id2label, config.id2label, str(source))
+    mean, std = (np.asarray(value, np.float32) for value in (processor.image_mean, processor.image_std))
+    own_mean, own_std = (np.asarray(value, np.float32) for value in (own_processor.image_mean, own_processor.image_std))
+    size = model.config.image_height_width
+
+    def teach(variables: Any, pixel_values: jax.Array) -> jax.Array:
+        # As one multiplication and one addition, which are the identity for equal processors.
+        pixel_values = pixel_values * (std / own_std) + (mean - own_mean) / own_std
+        if pixel_values.shape[1:3] != size:
+            shape = (pixel_values.shape[0], *size, pixel_values.shape[3])
+            pixel_values = jax.image.resize(pixel_values, shape, "cubic")
+        output: Any = model.apply(variables, pixel_values)
+        return output.logits[:, jnp.array(order)]
+
+    return TeacherSource(teach, variables)
+
+
+def match_labels(own: Sequence[str], wanted: Sequence[str], where: str) -> list[int]:
+    """Return the teacher's index of each class of the student."""
+    indices = {label: i for i, label in enumerate(own)}
+    missing = [label for label in wanted if label not in indices]
+    if missing:
+        raise ValueError(
+            f"The teacher {where} has {len(own)} classes, and {missing[0]} is none of them: expected one that knows the"
+            f" student's {len(wanted)} classes by name."
+        )
+    return [indices[label] for label in wanted]
+
+
+def store_logits(path: str | Path, classifier: ImageClassifier, data: str | Path, files: Sequence[str | Path]) -> None:
+    """Store a classifier's logits for pictures, for `finetune` to learn from.
+
+    Args:
+        path: the .npz file to write: "files", paths relative to `data`; "labels", the classes; "logits" [N L].
+        classifier: the teacher.
+        data: the directory that training will be given.
+        files: the pictures, below `data`.
+
+    Raises:
+        ImageError: a picture cannot be used.
+        OSError: a file cannot be read, or the result not be written.
+    """
+    rows = []
+    for logits in classifier.stream_logits(files):
+        if isinstance(logits, Exception):
+            raise logits
+        rows.append(logits)
+    names = [Path(file).relative_to(data).as_posix() for file in files]
+    labels = classifier.model.config.id2label
+
+    def write(staging: Path) -> None:
+        with staging.open("wb") as file:
+            np.savez_compressed(file, files=np.array(names), labels=np.array(labels), logits=np.stack(rows))
+
+    checkpoint.write_atomically(Path(path), write)
+
+
+def read_logits(path: Path, pictures: Pictures, root: Path, config: LevitConfig) -> np.ndarray:
+    """Return the stored logits [N L] of the training pictures, in the order of the student's classes.
+
+    Raises:
+        ValueError: the file is not one of `store_logits`, or lacks a picture or a class.
+    """
+    try:
+        with np.load(path) as stored:
+            files, labels, logits = (stored[name] for name in ("files", "labels", "logits"))
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not a file of stored logits: {error}") from None
+    rows = {name: row for row, name in enumerate(files.tolist())}
+    names = [Path(image).relative_to(root).as_posix() for image in pictures.images]
+    missing = [name for name in names if name not in rows]
+    if missing:
+        raise ValueError(
+            f"{path} has no logits for {len(missing)} of the {len(names)} training pictures, the first of which is"
+            f" {missing[0]}: store them for all."
+        )
+    order = match_labels(labels.tolist(), config.id2label, str(path))
+    found: np.ndarray = logits[[rows[name] for name in names]][:, order]
+    return found
