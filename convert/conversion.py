@@ -439,6 +439,7 @@ def save_torch(
     Raises:
         FileExistsError: the file is there and `overwrite` is False.
         ImportError: a pickle is asked for, and PyTorch is not installed.
+        OSError: the file cannot be written.
         ValueError: as in `to_torch`.
     """
     path = Path(path)
@@ -467,4 +468,7 @@ def save_pickle(path: Path, tensors: dict[str, np.ndarray], layout: str) -> None
         return torch.from_numpy(array)
 
     state_dict = {name: tensor(np.array(array)) for name, array in tensors.items()}
-    torch.save({"model": state_dict} if LAYOUTS[layout].name == "facebook" else state_dict, path)
+    try:
+        torch.save({"model": state_dict} if LAYOUTS[layout].name == "facebook" else state_dict, path)
+    except RuntimeError as error:  # of a full disk too
+        raise OSError(f"Cannot write {path}: {error}. Choose a place with room for it.") from None

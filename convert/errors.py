@@ -13,7 +13,7 @@ def understanding(what: str) -> Iterator[None]:
     """Turn what a reader stumbles over in a malformed file into a ConversionError that names the file."""
     try:
         yield
-    except ConversionError:
-        raise
-    except (ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError) as error:
+    except ConversionError as error:
+        raise ConversionError(f"{what}: {error}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise ConversionError(f"{what} is not what it should be: {error}") from error

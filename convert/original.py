@@ -138,8 +138,10 @@ class OriginalLevit(nn.Module):
         self.patch_embed = nn.Sequential(*stem[:-1])
 
         def mlp(width: int, ratio: int) -> list[nn.Module]:
+            if not ratio:
+                return []
             layers = linear(width, ratio * width, fused), nn.Hardswish(), linear(ratio * width, width, fused)
-            return [Residual(nn.Sequential(*layers))] if ratio else []
+            return [Residual(nn.Sequential(*layers))]
 
         blocks: list[nn.Module] = []
         for i, width in enumerate(widths):

@@ -316,7 +316,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object that a JSON file holds, or raise a ConversionError that names the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not JSON ({error}): copy or download it again.") from None
     if not isinstance(value, dict):
         raise ConversionError(f"{path} holds a JSON {type(value).__name__}: expected an object.")

@@ -127,7 +127,7 @@ def read_labels(values: Mapping[str, Any], cfg: Mapping[str, Any], count: int) -
     return tuple(str(descriptions.get(name, name)) for name in names)
 
 
-def read_timm_processor(values: Mapping[str, Any]) -> LevitImageProcessor:
+def read_timm_processor(values: Mapping[str, Any], where: str = "timm's config.json") -> LevitImageProcessor:
     """Build the processor that prepares pictures as timm's evaluation does.
 
     timm resizes the shorter edge to size / crop_pct and crops the centre. `LevitImageProcessor` multiplies its `size`
@@ -136,11 +136,12 @@ def read_timm_processor(values: Mapping[str, Any]) -> LevitImageProcessor:
 
     Args:
         values: the parsed config.json.
+        where: what to call it in messages.
 
     Raises:
         ConversionError: the preprocessing is of a kind that LeViT's processor does not know.
     """
-    with understanding("The preprocessing in timm's config.json"):
+    with understanding(f"The preprocessing in {where}"):
         return _read_processor(pretrained_cfg(values))
 
 

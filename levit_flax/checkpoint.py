@@ -129,7 +129,7 @@ def load_processor(directory: Path | None, config: LevitConfig) -> LevitImagePro
         if "architecture" in values:  # timm's, which has no file of its own for this
             from levit_flax.convert.timm_files import read_timm_processor
 
-            return read_timm_processor(values)
+            return read_timm_processor(values, str(directory / CONFIG_FILE))
     height, width = config.image_height_width
     return LevitImageProcessor(size=max(height, width), crop_size=(height, width))
 
@@ -153,7 +153,8 @@ def read_directory(directory: Path) -> tuple[LevitBase, Variables]:
         values = json.loads(path.read_text(encoding="utf-8"))
         block, architecture = values.get(OWN_BLOCK, {}), values["architectures"][0]
         model_class = {model.__name__: model for model in modeling.MODEL_CLASSES}[architecture]
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        config, folded = LevitConfig.from_dict(values), bool(block.get("folded", False))
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path} is not the config of a saved LeViT model ({error!r}).") from None
     try:
         flat = load_file(directory / WEIGHTS_FILE)
@@ -162,9 +163,7 @@ def read_directory(directory: Path) -> tuple[LevitBase, Variables]:
             f"{directory / WEIGHTS_FILE} is not a whole safetensors file ({error}): copy or download it again."
         ) from None
     param_dtype = next((leaf.dtype for leaf in flat.values() if jnp.issubdtype(leaf.dtype, jnp.floating)), jnp.float32)
-    model = model_class(
-        LevitConfig.from_dict(values), folded=bool(block.get("folded", False)), param_dtype=jnp.dtype(param_dtype)
-    )
+    model = model_class(config, folded=folded, param_dtype=jnp.dtype(param_dtype))
     variables = unflatten_dict(flat, sep="/")
     check_variables(model, variables, str(directory / WEIGHTS_FILE))
     return model, variables

@@ -1,4 +1,4 @@
-"""Small configs, unusual ones, and random variables, that the tests share."""
+"""Small configs, unusual ones, random variables and odd state dicts, that the tests share."""
 
 import jax
 import numpy as np
@@ -50,6 +50,18 @@ UNUSUAL = {
 
 def unusual_config(name: str) -> LevitConfig:
     return LevitConfig(**{**SMALL, **UNUSUAL[name]})
+
+
+def in_another_order(tensors: dict[str, np.ndarray], tables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a state dict with these tables of indices, numbering the distances otherwise, and biases that fit them."""
+    generator = np.random.default_rng(0)
+    result = dict(tensors)
+    for name, table in tables.items():
+        biases = name.replace("attention_bias_idxs", "attention_biases")
+        order = generator.permutation(tensors[biases].shape[1])
+        result[name] = order[table]
+        result[biases] = np.ascontiguousarray(tensors[biases][:, np.argsort(order)])  # as safetensors needs them
+    return result
 
 
 def random_variables(model: LevitBase, seed: int = 0) -> Variables:

@@ -1,7 +1,11 @@
 """The model directory: whole or not there, and ours alone."""
 
+import importlib.util
 import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -92,6 +96,40 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         lf.save_pretrained(tmp_path / "file", model, variables)
 
 
+FULL_DISK = """
+import os, resource, signal, sys
+from pathlib import Path
+import levit_flax as lf
+from levit_flax import convert
+
+folder, limit, suffixes = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+model, variables = lf.from_pretrained("cifar10")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # else the kernel ends the process, which a full disk does not
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+for write in (
+    lambda: lf.save_pretrained(folder / "model", model, variables),
+    *(lambda suffix=suffix: convert.save_torch(folder / f"model.{suffix}", model, variables) for suffix in suffixes),
+):
+    try:
+        write()
+    except OSError as error:
+        print(error)
+print(os.listdir(folder))
+"""
+
+
+@pytest.mark.parametrize("limit", [100_000, 100])  # the weights do not fit, not even config.json does
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, limit):
+    suffixes = ["safetensors", *(["pth"] if importlib.util.find_spec("torch") else [])]
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(limit), *suffixes]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    *sentences, left = done.stdout.splitlines()
+    assert (done.returncode, done.stderr, left) == (0, "", "[]")
+    assert len(sentences) == 1 + len(suffixes)
+    for sentence in sentences:
+        assert re.fullmatch(rf"Cannot write {tmp_path}/.*model.*: .*\. Choose a place .*\.", sentence)
+
+
 def test_variables_must_fit_the_model(tmp_path):
     model, variables = small()
     del variables["params"]["head"]["linear"]["bias"]
@@ -112,8 +150,12 @@ def test_damaged_directories(tmp_path):
     config.write_text(json.dumps({**settings, "num_attention_heads": [1, 1, 3]}))
     with pytest.raises(ValueError, match=r"does not fit LevitForImageClassification in \d+ places"):
         lf.from_pretrained(tmp_path / "model")
-    for broken in ("{", "[]", json.dumps({**settings, "architectures": ["ResNet"]})):
+    for broken in ("{", "[]", "[" * 100_000, json.dumps({**settings, "architectures": ["ResNet"]})):
         config.write_text(broken)
+        with pytest.raises(ValueError, match=r"config\.json is not the config of a saved LeViT model"):
+            lf.from_pretrained(tmp_path / "model")
+    for change in ({"down_ops": 5}, {"id2label": 5}, {"stride": float("inf")}, {"levit_flax": 5}, {"depths": "x"}):
+        config.write_text(json.dumps({**settings, **change}))
         with pytest.raises(ValueError, match=r"config\.json is not the config of a saved LeViT model"):
             lf.from_pretrained(tmp_path / "model")
     config.unlink()

@@ -201,6 +201,27 @@ def test_bad_outputs_are_a_sentence(capsys, torch_directory, tmp_path):
     assert "flax_model.safetensors" in os.listdir(torch_directory)
 
 
+@pytest.mark.parametrize("options", [[], ["--to=hf"]])
+def test_a_full_disk_is_a_sentence(torch_directory, tmp_path, options):
+    source = torch_directory
+    if options:
+        source = tmp_path / "own"
+        lf.save_pretrained(source, *lf.from_pretrained(torch_directory))
+    script = (
+        "import resource, signal, sys\n"
+        "from levit_flax.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    (tmp_path / "disk").mkdir()
+    command = ["convert", str(source), str(tmp_path / "disk" / "out"), "--no-verify", *options]
+    done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: Cannot write ") and len(done.stderr.splitlines()) == 1
+    assert str(tmp_path / "disk") in done.stderr and os.listdir(tmp_path / "disk") == []
+
+
 def test_a_hub_repository_is_converted_and_pinned(torch_directory, tmp_path):
     with HubServer() as hub:
         files = {path.name: path.read_bytes() for path in torch_directory.iterdir()}

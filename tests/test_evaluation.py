@@ -10,6 +10,7 @@ from PIL import Image
 
 import levit_flax as lf
 from configs import SMALL, random_variables
+from levit_flax import convert
 from levit_flax.cli import main
 from levit_flax.evaluation import Data, evaluate, evaluation_processor, match_classes, read_data
 from levit_flax.hub import EMBEDDED_DIRECTORY
@@ -135,6 +136,9 @@ def test_the_other_rules():
     own = lf.LevitImageProcessor(size=70, crop_size=80, image_mean=0.5)
     assert evaluation_processor("model", own) is own
     assert vars(evaluation_processor("hf", own)) == vars(lf.LevitImageProcessor(size=80, crop_size=80, image_mean=0.5))
+    margins = (1, 3, 33, 35)  # pixels around the crop, of which half are to go on the left
+    for rule, offsets in {"hf": [0, 1, 16, 17], "torchvision": [0, 2, 16, 18], "timm": [0, 2, 16, 18]}.items():
+        assert [evaluation_processor(rule, own).crop_offset(margin) for margin in margins] == offsets
     with pytest.raises(ValueError, match="no crop rule 'square': expected model, hf, torchvision or timm"):
         evaluation_processor("square", own)
 
@@ -157,6 +161,39 @@ def test_the_command(capsys, classifier, folder, tmp_path):
     assert "top1" in out and err.startswith("error: ") and "1.png" in err and len(err.splitlines()) == 1
     assert sorted(os.listdir(tmp_path / "out")) == ["confusion.csv", "confusion.png", "metrics.json"]
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["pictures"] == 20
+    assert (tmp_path / "out" / "confusion.csv").read_text().startswith("true \\ named,ant,bee")
+    with Image.open(tmp_path / "out" / "confusion.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_work(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").write_text("mine")
+    for output in ("file", "file/deeper"):
+        # Neither data nor model are there, which would be said first if they were looked for.
+        arguments = ["evaluate", str(tmp_path / "data"), "-m", str(tmp_path / "model"), "--output"]
+        assert main([*arguments, str(tmp_path / output)]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith(f"error: Cannot write {tmp_path / output}: ") and len(err.splitlines()) == 1
+    assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"
+
+
+def test_pictures_follow_the_image_size(capsys, classifier, folder, tmp_path):
+    """Of PyTorch weights too, whose own processor makes pictures of 64 pixels."""
+    config = lf.LevitConfig(**{**SMALL, "num_labels": 7, "id2label": CLASSES})
+    model = lf.LevitForImageClassification(config)
+    directory = tmp_path / "torch"
+    directory.mkdir()
+    convert.save_torch(directory / "model.safetensors", model, random_variables(model))
+    (directory / "config.json").write_text(json.dumps(config.to_dict()))
+    lf.LevitImageProcessor(size=70, crop_size=64).save_pretrained(directory)
+    (folder / "cat" / "1.png").unlink()
+    assert main(["evaluate", str(folder), "-m", str(directory), "--image-size", "48x32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    resized = lf.resize_image(model, random_variables(model), (48, 32))
+    processor = lf.LevitImageProcessor(size=round(70 * 48 / 64), crop_size=(48, 32))
+    wanted = evaluate(lf.ImageClassifier(*resized, processor), read_data(folder, CLASSES))
+    assert found["pictures"] == 20 and found["loss"] == pytest.approx(wanted.loss, rel=1e-5)
 
 
 def test_nothing_to_count(capsys, classifier, tmp_path):

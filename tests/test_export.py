@@ -106,6 +106,19 @@ def test_the_command(capsys, tmp_path):
     assert "[B 96 96 3]" in (out / "README.md").read_text()
 
 
+def test_platforms_that_there_are_not(capsys, tmp_path, monkeypatch):
+    status = main(["export", str(tmp_path / "out"), "-m", "cifar10", "--platforms", "cpu,foo"])
+    out, err = capsys.readouterr()
+    assert (status, out) == (1, "") and len(err.splitlines()) == 1
+    assert "error: There is no platform ['foo']: expected some of cpu, cuda, tpu, rocm." in err
+    monkeypatch.setattr("levit_flax.export.prepare", None)  # nothing is done before
+    model = lf.LevitForImageClassification(lf.LevitConfig(**SMALL))
+    for platforms in ((), ("cpu", "foo"), ("",)):
+        with pytest.raises(ValueError, match="There is no platform"):
+            export_model(tmp_path / "out", model, {}, lf.LevitImageProcessor(), platforms=platforms)
+    assert os.listdir(tmp_path) == []
+
+
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
     model = lf.LevitForImageClassification(lf.LevitConfig(**SMALL))
     arguments = model, random_variables(model), lf.LevitImageProcessor()

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import levit_flax as lf
-from configs import SMALL, random_variables
+from configs import SMALL, in_another_order, random_variables
 from levit_flax import convert
 from levit_flax.convert import ConversionError
 from levit_flax.convert.sources import open_source
@@ -124,14 +124,8 @@ def test_the_hash_in_a_file_s_name(tensors, tmp_path, right):
 def test_index_tables_in_another_order_reorder_the_biases(tensors):
     """A table that numbers the distances otherwise tells where each bias stands; the biases come into our order."""
     expected = convert.from_torch(tensors)[1]
-    reordered = dict(tensors)
-    generator = np.random.default_rng(0)
-    for name in tensors:
-        if name.endswith("attention_bias_idxs"):
-            biases = name.replace("attention_bias_idxs", "attention_biases")
-            order = generator.permutation(tensors[biases].shape[1])
-            reordered[name] = order[tensors[name]]
-            reordered[biases] = tensors[biases][:, np.argsort(order)]
+    tables = {name: array for name, array in tensors.items() if name.endswith("attention_bias_idxs")}
+    reordered = in_another_order(tensors, tables)
     jax.tree.map(np.testing.assert_array_equal, convert.from_torch(reordered)[1], expected)
     from levit_flax.convert import conversion, verification
 
@@ -169,6 +163,45 @@ def test_the_image_size_is_reported_and_overridden(tensors):
     assert conversion.convert(source, image_size=50).notes == ()
     with pytest.raises(ConversionError, match=r"of the wrong shape: blocks.0.m.attention_biases"):
         convert.from_torch(tensors, image_size=96)
+
+
+def damaged_config(**changes):
+    return {**lf.LevitConfig(**SMALL).to_dict(), **changes}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        damaged_config(down_ops=5),
+        damaged_config(down_ops=[["Subsample", None, 2, 2, 2, 2]] * 2),
+        damaged_config(hidden_sizes="x"),
+        damaged_config(hidden_sizes=[16, {}, 48]),
+        damaged_config(depths=None),
+        damaged_config(image_size=float("inf")),
+        damaged_config(num_channels=[]),
+        damaged_config(id2label=5),
+        damaged_config(id2label={"first": "cat"}),
+        {**{key: value for key, value in damaged_config().items() if key != "id2label"}, "num_labels": []},
+        damaged_config(initializer_range=10**400),
+        damaged_config(hidden_act={}),
+        damaged_config(model_type=["levit"]),
+        damaged_config(levit_flax=5),
+    ],
+    ids=lambda values: ",".join(key for key in values if values[key] != damaged_config().get(key)),
+)
+def test_malformed_configs_are_named(tmp_path, tensors, values):
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConversionError, match=rf"^The config\.json of {tmp_path} is not what it should be: "):
+        convert.from_torch(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1]", '{"a": ', ""])
+def test_configs_that_are_no_object_are_named(tmp_path, tensors, text):
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConversionError, match=rf"^{tmp_path}/config\.json (is not JSON|holds a JSON list)"):
+        convert.from_torch(tmp_path)
 
 
 def test_image_size_wins_over_a_config(tensors, tmp_path):

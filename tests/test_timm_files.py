@@ -80,11 +80,49 @@ def test_other_networks_are_refused(values, message):
         read_timm_config(values)
 
 
-def test_old_files_without_a_nested_config():
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_args": [1]},
+        {"model_args": {"embed_dim": 5}},
+        {"model_args": {"drop_path_rate": "x"}},
+        {"pretrained_cfg": 3},
+        {"pretrained_cfg": {"input_size": 5}},
+        {"pretrained_cfg": {"input_size": [3]}},
+        {"pretrained_cfg": {"input_size": [3, 224, None]}},
+        {"num_classes": "many"},
+        {"num_classes": 2, "label_names": 5},
+        {"num_classes": 2, "label_names": {"a": "b"}},
+        {"num_classes": 2, "label_names": ["a", "b"], "label_descriptions": ["c"]},
+        {"architecture": "levit_512"},
+    ],
+    ids=str,
+)
+def test_malformed_configs_are_named(tmp_path, changes):
+    model = lf.LevitForImageClassification(lf.LevitConfig(**SMALL))
+    save_file(convert.to_torch(model, random_variables(model), "timm"), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({**published(), **changes}))
+    with pytest.raises(ConversionError, match=rf"^The config\.json of {tmp_path}( is not what it should be)?: "):
+        convert.from_torch(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [3, *({key: value} for key in ("input_size", "mean", "std", "crop_pct", "interpolation") for value in ({}, "x"))],
+)
+def test_malformed_preprocessing_is_named(tmp_path, cfg):
+    (tmp_path / "config.json").write_text(json.dumps(published(pretrained_cfg=cfg)))
+    with pytest.raises(ConversionError, match=rf"^The preprocessing in {tmp_path}/config\.json"):
+        load_processor(tmp_path, lf.LevitConfig())
+
+
+def test_old_files_without_a_nested_config(tmp_path):
     values = published()
-    flat = {**values.pop("pretrained_cfg"), **values}
+    flat = {**values.pop("pretrained_cfg"), **values, "mean": [0.5, 0.5, 0.5]}
     assert read_timm_config(flat) == read_timm_config(published())
-    assert read_timm_processor(flat).size == {"shortest_edge": 217}
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    for processor in (read_timm_processor(flat), load_processor(tmp_path, lf.LevitConfig())):
+        assert processor.size == {"shortest_edge": 217} and tuple(processor.image_mean) == (0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (640, 480), (250, 248)])

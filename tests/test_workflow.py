@@ -1,5 +1,7 @@
 """What `levit-flax convert` does from end to end: directories that others open, reports that prove, nothing in half."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -10,12 +12,16 @@ import warnings
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import save_file
 
 import levit_flax as lf
-from configs import SMALL, random_variables
+from configs import SMALL, in_another_order, random_variables
 from hub_server import HubServer, run_with_hub
 from levit_flax import checkpoint, convert
-from levit_flax.convert import ConversionError, verification, workflow
+from levit_flax.convert import ConversionError, conversion, verification, workflow
+from levit_flax.convert.layouts import LAYOUTS, Structure
+from levit_flax.convert.sources import open_source
 from levit_flax.convert.timm_files import write_timm_config
 
 KILLS, SHORT_KILLS = 50, 12
@@ -80,6 +86,86 @@ def test_proof_by_pytorch(own, layout, tmp_path):
     assert "| downsample_1 | " in readable and f"logits differ from {peer}" in readable
 
 
+def compared(model, layout, config=None):
+    """Return what PyTorch says of a conversion from a layout."""
+    source = open_source(convert.to_torch(model, random_variables(model), layout))
+    return verification.compare_with_pytorch(source, conversion.convert(source, config=config))
+
+
+@pytest.mark.parametrize(("layout", "folded"), [("hf", False), ("timm", True), ("timm_conv", False)])
+def test_proof_by_pytorch_alone(model, layout, folded, monkeypatch):
+    """Where the layout's own library is not installed, the plain PyTorch model compares as much."""
+    pytest.importorskip("torch")
+    peer = verification.PEERS[layout]._replace(needs=("torch", "not_a_package"), build=lambda _: pytest.fail("built"))
+    monkeypatch.setitem(verification.PEERS, layout, peer)
+    assert peer.missing == ["not_a_package"]
+    result = compared(model.clone(folded=folded), layout)
+    assert result.reference.startswith("torch ") and result.logits.passed
+    assert len(result.blocks) == 8 and all(0 < block.relative < 1e-5 for block in result.blocks.values())
+
+
+@pytest.mark.parametrize(
+    ("layout", "fields"),
+    [("hf", {"image_size": (64, 48)}), ("timm", {"key_dim": (8, 4, 8)}), ("timm_conv", {"mlp_ratio": (2, 0, 2)})],
+)
+def test_proof_of_what_the_layout_s_library_cannot_build(layout, fields):
+    for package in ("torch", "transformers", "timm"):
+        pytest.importorskip(package)
+    config = lf.LevitConfig(**{**SMALL, **fields})
+    result = compared(lf.LevitForImageClassification(config), layout, config)
+    assert result.reference.startswith("torch ") and result.logits.passed and len(result.blocks) == 8
+
+
+@pytest.mark.parametrize("layout", ["hf", "facebook"])
+def test_no_proof_without_pytorch(own, layout, tmp_path, monkeypatch):
+    monkeypatch.setattr(verification, "ORIGINAL", verification.ORIGINAL._replace(needs=("not_a_package",)))
+    proof = run(own, tmp_path / "torch", layout=layout)["proof"]["PyTorch"]
+    assert proof == {
+        "passed": None,
+        "outcome": "not compared with PyTorch",
+        "because": "not_a_package is not installed",
+    }
+
+
+@pytest.mark.parametrize("layout", ["hf", "timm", "facebook"])
+def test_proof_of_biases_in_another_order(model, layout, tmp_path):
+    """The file's own table of indices says how its biases are ordered; PyTorch must be given them as it reads them."""
+    for package in ("torch", "transformers", "timm"):
+        pytest.importorskip(package)
+    tensors = convert.to_torch(model, random_variables(model), layout)
+    names = LAYOUTS[layout].tables(Structure.of(model.config, model.head_names, model.folded))
+    tables = {name: conversion.index_table(model.config, path).astype(np.int64) for name, path in names.items()}
+    save_file(in_another_order(tensors, tables), tmp_path / "levit.safetensors")
+    report = run(tmp_path / "levit.safetensors", tmp_path / "out")
+    # Two of the seven belong to a single token, and have but one order.
+    assert any("5 tables of attention biases are stored in another order" in n for n in report["checkpoint"]["notes"])
+    assert report["proof"]["round trip"]["passed"] and report["proof"]["PyTorch"]["passed"]
+    assert report["proof"]["PyTorch"]["reference"].startswith(verification.PEERS[layout].package)
+    jax.tree.map(np.testing.assert_array_equal, lf.from_pretrained(tmp_path / "out")[1], random_variables(model))
+
+
+@pytest.mark.parametrize("layout", ["hf", "timm_conv", "facebook"])
+def test_one_changed_element_is_found(model, layout):
+    source = open_source(convert.to_torch(model, random_variables(model), layout))
+    converted = conversion.convert(source)
+    assert verification.find_differing_bytes(source, converted) == []
+    flat = flatten_dict(converted.variables, sep="/")
+    for row in converted.rows:
+        changed = np.array(flat[row.flax])
+        last = (-1,) * changed.ndim
+        changed[last] = changed[last] + 1 if changed.dtype == np.int32 else np.nextafter(changed[last], np.float32(9))
+        variables = unflatten_dict({**flat, row.flax: changed}, sep="/")
+        differing = verification.find_differing_bytes(source, dataclasses.replace(converted, variables=variables))
+        assert differing == [row.torch]
+
+
+def test_the_report_s_hashes_are_those_of_the_files(own, tmp_path):
+    for source, out, layout in ((own, tmp_path / "hf", "hf"), (tmp_path / "hf", tmp_path / "back", None)):
+        report = run(source, out, layout=layout, verify=False)
+        [file] = source.glob("*.safetensors")
+        assert report["source"]["files"] == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
 @pytest.mark.parametrize("layout", ["timm", "timm_conv", "facebook"])
 def test_folded_models_go_out_fused(own, layout, tmp_path):
     run(own, tmp_path / "folded", fold=True, merge=True, verify=False)
@@ -87,7 +173,7 @@ def test_folded_models_go_out_fused(own, layout, tmp_path):
     assert config["folded"] and config["provenance"]["merged_heads"]
     loaded, variables = lf.from_pretrained(tmp_path / "folded")
     assert loaded.folded and type(loaded) is lf.LevitForImageClassification
-    report = run(tmp_path / "folded", tmp_path / "fused", layout=layout, verify=not verification.TIMM.missing)
+    report = run(tmp_path / "folded", tmp_path / "fused", layout=layout)
     assert report["proof"]["read back"]["passed"] and report["proof"]["PyTorch"]["passed"] is not False
     back, back_variables = convert.from_torch(tmp_path / "fused")
     assert back.folded
@@ -136,14 +222,28 @@ def test_a_wrong_table_fails_the_proof(own, tmp_path, monkeypatch):
 
 def test_narrow_types(own, tmp_path):
     run(own, tmp_path / "hf", layout="hf", verify=False)
-    verify = not verification.TRANSFORMERS.missing
-    report = run(tmp_path / "hf", tmp_path / "half", dtype="float16", fold=True, verify=verify)
+    report = run(tmp_path / "hf", tmp_path / "half", dtype="float16", fold=True)
+    assert report["proof"]["PyTorch"]["passed"] is not False
     assert report["model"]["dtype"] == "float16"
     assert report["proof"]["round trip"]["with"] == "the source's values as float16"
     assert 1e-5 < report["proof"]["surgery"]["relative"] < report["proof"]["surgery"]["limit"] < 0.1
     again = run(tmp_path / "own", tmp_path / "bf16", dtype="bfloat16", verify=False)
     assert again["model"]["dtype"] == "bfloat16"
     assert lf.from_pretrained(tmp_path / "bf16")[0].param_dtype == jax.numpy.bfloat16
+
+
+def test_the_processor_follows_the_image_size(own, tmp_path):
+    run(own, tmp_path / "hf", layout="hf", verify=False)
+    wanted = {None: (70, 64), 64: (70, 64), 60: (66, 60), (56, 60): (66, (56, 60))}  # 70 / 64 of the longer side
+    for i, (image_size, (size, crop_size)) in enumerate(wanted.items()):
+        run(tmp_path / "hf", tmp_path / f"out{i}", image_size=image_size, verify=False)
+        model, _ = lf.from_pretrained(tmp_path / f"out{i}")
+        processor = checkpoint.load_processor(tmp_path / f"out{i}", model.config)
+        assert vars(processor) == vars(lf.LevitImageProcessor(size=size, crop_size=crop_size))
+        assert tuple(processor.crop_size.values()) == model.config.image_height_width
+    lf.LevitImageProcessor(size=70, crop_size=48).save_pretrained(tmp_path / "hf", overwrite=True)
+    run(tmp_path / "hf", tmp_path / "as it is", verify=False)
+    assert lf.LevitImageProcessor.from_pretrained(tmp_path / "as it is").crop_size == {"height": 48, "width": 48}
 
 
 def test_options_that_a_converted_model_has_no_use_for(own, tmp_path):
