@@ -7,14 +7,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 
-def describe_machine() -> dict[str, str | int | None]:
-    """Return what the numbers depend on."""
+def describe_machine(packages: tuple[str, ...] = ()) -> dict[str, str | int | None]:
+    """Return what the numbers depend on, with the versions of further packages."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], check=False, capture_output=True, text=True).stdout.strip()
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("levit-flax", "jax", "flax", "numpy", "safetensors")},
+        **{name: version(name) for name in ("levit-flax", "jax", "flax", "numpy", "safetensors", *packages)},
         "commit": commit or None,
     }
 

@@ -389,8 +389,8 @@ def finetune(
 
 
 @contextmanager
-def training_progress() -> Iterator[Callable[[Any], None] | None]:
-    """Give a function that shows how far a training is, on stderr: as a bar on a terminal, else a line now and then."""
+def training_progress() -> Iterator[Callable[[Any], None]]:
+    """Give a function that shows on stderr how far a training is: a line for each evaluation, a bar on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -400,21 +400,21 @@ def training_progress() -> Iterator[Callable[[Any], None] | None]:
         TextColumn("{task.completed}/{task.total}  {task.fields[numbers]}"),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("training", total=None, epoch=1, numbers="compiling")
-        said = 0
+        task = bar.add_task("training", total=None, epoch=1, numbers="")
+        last = None
 
         def show(now: Any) -> None:
-            nonlocal said
-            numbers = f"loss {now.loss:.4f}"
-            if now.accuracy is not None:
-                numbers += f"  accuracy {now.accuracy:.2%}"
-            numbers += f"  {now.pictures_per_second:.0f} pictures/s"
+            nonlocal last
+            loss = "" if now.loss is None else f"loss {now.loss:.4f}  "
+            accuracy = "" if now.accuracy is None else f"accuracy {now.accuracy:.2%}  "
+            numbers = f"{loss}{accuracy}{now.pictures_per_second:.0f} pictures/s"
             bar.update(task, completed=now.step, total=now.total, epoch=now.epoch, numbers=numbers)
-            if bar.disable and now.epoch > said:
-                said = now.epoch
-                print(f"epoch {now.epoch}  step {now.step}/{now.total}  {numbers}", file=sys.stderr, flush=True)
+            if now.evaluation is not None and now.evaluation != last:
+                last = now.evaluation
+                values = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in last.items())
+                console.print(f"{values}  {now.pictures_per_second:.0f} pictures/s")
 
         yield show
 

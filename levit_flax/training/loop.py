@@ -14,7 +14,7 @@ import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -78,19 +78,21 @@ class Progress(NamedTuple):
         step: steps done.
         total: steps of the whole training.
         epoch: counted from 1.
-        loss: mean over this epoch so far.
-        accuracy: share of right pictures in this epoch so far, in [0, 1]; None for regression.
+        loss: mean over this epoch so far; None before the first step that is known.
+        accuracy: share of right pictures in this epoch so far, in [0, 1]; None for regression too.
         pictures_per_second: since the start of this process.
         seconds_left: estimate.
+        evaluation: the last row of metrics.csv; None before the first.
     """
 
     step: int
     total: int
     epoch: int
-    loss: float
+    loss: float | None
     accuracy: float | None
     pictures_per_second: float
     seconds_left: float
+    evaluation: Mapping[str, float] | None
 
 
 def finetune(
@@ -306,10 +308,10 @@ class Run:
                 self.collect(IN_FLIGHT)
                 if begin is None:  # once it is compiled
                     begin, first = time.perf_counter(), step
-                elif self.show and step % 5 == 0:
-                    self.show(self.progress(step, first, time.perf_counter() - begin))
                 if step % self.rows.steps_per_epoch == 0:
                     self.end_epoch(manager, state, step)
+                if self.show and step > first:
+                    self.show(self.progress(step, first, time.perf_counter() - begin))
                 if self.should_stop(stop, step) and step < self.total:
                     self.stop(manager, state, step, stop.received or int(signal.SIGTERM))
             seconds = time.perf_counter() - begin if begin else 0.0
@@ -456,15 +458,15 @@ class Run:
         """Return how far the training is."""
         done, totals = step - first, self.totals
         classes = self.task.problem_type != "regression"
-        pictures = max(totals.pictures, 1)
         return Progress(
             step=step,
             total=self.total,
             epoch=(step - 1) // self.rows.steps_per_epoch + 1,
-            loss=totals.loss / pictures,
-            accuracy=totals.correct / pictures if classes else None,
+            loss=totals.loss / totals.pictures if totals.pictures else None,
+            accuracy=totals.correct / totals.pictures if classes and totals.pictures else None,
             pictures_per_second=done * self.recipe.batch_size / seconds,
             seconds_left=(self.total - step) * seconds / done,
+            evaluation=self.history[-1] if self.history else None,
         )
 
     def should_stop(self, stop: "StopSignal", step: int) -> bool:

@@ -139,8 +139,8 @@ def set_classes(
     ):
         return model, variables
     warnings.warn(
-        f"The model has {config.num_labels} classes ({', '.join(config.id2label[:3])}, ...) and {pictures.where}"
-        f" {fields['num_labels']} others: its heads are fresh.",
+        f"The model's {config.num_labels} classes are not the {fields['num_labels']} of {pictures.where}: its heads are"
+        " fresh.",
         stacklevel=2,
     )
     model, variables = replace_head(model, variables, fields["num_labels"], key)

@@ -1,0 +1,209 @@
+"""How fast a model trains here against transformers' PyTorch model, and whether the data keeps up.
+
+Speed: the same model, weights, batch and AdamW on both sides, augmentation off; processes take turns, and the losses of
+the first steps must agree. Data: a folder of 500-pixel JPEGs is read, augmented and batched as in training, first alone
+(the ceiling) and then in a training.
+
+    python benchmarks/training.py [--variant levit-128S] [--batch 32] [--steps 10] [--rounds 5] [--out FILE]
+
+Needs `pip install -e '.[test]'` (torch, transformers).
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from machine import describe_machine
+
+RESULT = "RESULT "
+COMPARED = 3  # first steps whose losses are compared
+TOLERANCE = 1e-3  # relative; AdamW turns rounding into whole steps where a gradient is nothing but noise
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.025
+PICTURES, EDGE = 256, 500
+
+
+def make_batch(batch: int, size: int, labels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return seeded pixel values [B H W C] and labels [B]."""
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(batch, size, size, 3)).astype(np.float32), rng.integers(0, labels, batch)
+
+
+def time_ours(arguments: argparse.Namespace) -> dict:
+    """Time the step that `finetune` takes."""
+    import jax
+
+    import levit_flax as lf
+    from levit_flax.training.recipe import Recipe
+    from levit_flax.training.state import Batch, Task
+
+    model, variables = lf.from_pretrained(arguments.model)
+    recipe = Recipe(
+        batch_size=arguments.batch,
+        epochs=1000,
+        learning_rate=LEARNING_RATE,
+        warmup_epochs=0,
+        weight_decay=WEIGHT_DECAY,
+        adaptive_clip=0.0,
+        label_smoothing=0.0,
+    )
+    task = Task(model, recipe, lf.LevitImageProcessor(), variables["params"], steps_per_epoch=1000)
+    pixels, labels = make_batch(arguments.batch, model.config.image_height_width[0], model.config.num_labels)
+    batch = Batch(*jax.device_put((pixels[None], labels[None].astype(np.int32))))
+    state = task.init(variables)
+    begin = time.perf_counter()
+    step = jax.jit(task.train_step, donate_argnums=0).lower(state, None, batch).compile()
+    compiled = time.perf_counter() - begin
+    losses, seconds = [], []
+    for _ in range(COMPARED + arguments.steps):
+        begin = time.perf_counter()
+        state, metrics = step(state, None, batch)
+        jax.block_until_ready(state)
+        seconds.append(time.perf_counter() - begin)
+        losses.append(float(metrics.loss))
+    return {"seconds": seconds[COMPARED:], "losses": losses[:COMPARED], "compile_seconds": compiled}
+
+
+def time_torch(arguments: argparse.Namespace) -> dict:
+    """Time the usual PyTorch step with transformers' model."""
+    import torch
+    from transformers import LevitForImageClassification
+
+    model = LevitForImageClassification.from_pretrained(arguments.model).train()
+    plain = [p for n, p in model.named_parameters() if p.ndim == 1 or n.endswith("attention_biases")]
+    decayed = [p for n, p in model.named_parameters() if not (p.ndim == 1 or n.endswith("attention_biases"))]
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
+    pixels, labels = make_batch(arguments.batch, model.config.image_size, model.config.num_labels)
+    pixel_values, targets = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+    losses, seconds = [], []
+    for _ in range(COMPARED + arguments.steps):
+        begin = time.perf_counter()
+        loss = torch.nn.functional.cross_entropy(model(pixel_values).logits, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seconds.append(time.perf_counter() - begin)
+        losses.append(loss.item())
+    return {"seconds": seconds[COMPARED:], "losses": losses[:COMPARED]}
+
+
+def time_data(arguments: argparse.Namespace) -> dict:
+    """Measure how fast pictures can be read, and the share of a training that waits for them."""
+    from PIL import Image
+
+    import levit_flax as lf
+    from levit_flax.training import finetune, read_pictures, read_recipe
+    from levit_flax.training.data import TrainingRows, training_batches
+
+    model, _ = lf.from_pretrained(arguments.model)
+    rng = np.random.default_rng(0)
+    result: dict = {"pictures": PICTURES, "edge": EDGE, "ceiling_pictures_per_second": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(PICTURES):
+            path = Path(folder, "data", "ab"[i % 2], f"{i}.jpg")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            coarse = Image.fromarray(rng.integers(0, 256, (EDGE // 8, EDGE // 8, 3), np.uint8))
+            coarse.resize((EDGE, EDGE), Image.Resampling.BICUBIC).save(path, quality=90)
+        recipe = read_recipe("finetune", batch_size=arguments.batch, epochs=3, warmup_epochs=0)
+        train, _ = read_pictures(Path(folder, "data"), recipe)
+        height, width = model.config.image_height_width
+        rows = TrainingRows(train, recipe, lf.LevitImageProcessor(size=height, crop_size=(height, width)))
+        for threads in (1, 2):
+            batches = training_batches(rows, threads)
+            next(batches)
+            count = min(8, recipe.epochs * rows.steps_per_epoch - 1)
+            begin = time.perf_counter()
+            for _ in range(count):
+                next(batches)
+            rate = count * arguments.batch / (time.perf_counter() - begin)
+            result["ceiling_pictures_per_second"][f"{threads} threads"] = rate
+        report = finetune(Path(folder, "data"), Path(folder, "out"), model=arguments.model, recipe=recipe)
+    result["training_pictures_per_second"] = report["pictures_per_second"]
+    result["share_waiting_for_data"] = report["share_waiting_for_data"]
+    return result
+
+
+WORKERS = {"levit-flax": time_ours, "transformers": time_torch, "data": time_data}
+
+
+def run_worker(name: str, model: Path, arguments: argparse.Namespace) -> dict:
+    """Run one worker in a process of its own."""
+    command = [sys.executable, __file__, "--worker", name, "--model", str(model)]
+    command += ["--batch", str(arguments.batch), "--steps", str(arguments.steps)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    line = next(line for line in done.stdout.splitlines() if line.startswith(RESULT))
+    return json.loads(line.removeprefix(RESULT))
+
+
+def write_model(directory: Path, variant: str) -> None:
+    """Write a fresh model of a variant as a directory that both sides load."""
+    import jax
+
+    import levit_flax as lf
+    from levit_flax.convert.workflow import convert_to_directory
+
+    config = lf.VARIANTS[variant]
+    model = lf.LevitForImageClassification(config)
+    height, width = config.image_height_width
+    variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, height, width, 3), np.float32))
+    lf.save_pretrained(directory / "flax", model, variables)
+    convert_to_directory(str(directory / "flax"), directory / "torch", layout="hf", verify=False)
+
+
+def main() -> None:
+    """Measure, print, and write the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--variant", default="levit-128S")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training.json")
+    parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print(RESULT + json.dumps(WORKERS[arguments.worker](arguments)))
+        return
+
+    found: dict[str, list[dict]] = {"levit-flax": [], "transformers": []}
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder), arguments.variant)
+        for _ in range(arguments.rounds):
+            for name, directory in (("levit-flax", "flax"), ("transformers", "torch")):
+                found[name].append(run_worker(name, Path(folder, directory), arguments))
+        data = run_worker("data", Path(folder, "flax"), arguments)
+    ours, theirs = found.values()
+    np.testing.assert_allclose(ours[0]["losses"], theirs[0]["losses"], rtol=TOLERANCE)
+    medians = {name: [statistics.median(run["seconds"]) for run in runs] for name, runs in found.items()}
+    ratios = [there / here for here, there in zip(*medians.values(), strict=True)]
+    result = {
+        "what": "a training step in float32 with AdamW, augmentation off; then a training on JPEGs",
+        "machine": describe_machine(("torch", "transformers", "optax", "grain")),
+        "variant": arguments.variant,
+        "batch": arguments.batch,
+        "seconds_a_step": {
+            name: {"median": statistics.median(times), "least": min(times), "most": max(times)}
+            for name, times in medians.items()
+        },
+        "times_as_fast": {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)},
+        "compile_seconds": statistics.median(run["compile_seconds"] for run in ours),
+        "data": data,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for name, times in result["seconds_a_step"].items():
+        print(f"{name:14} {times['median']:.3f} s a step ({times['least']:.3f} to {times['most']:.3f})")
+    spread = result["times_as_fast"]
+    print(f"levit-flax is {spread['median']:.2f} times as fast ({spread['least']:.2f} to {spread['most']:.2f})")
+    print(f"of a training on JPEGs, {data['share_waiting_for_data']:.1%} was waiting for data")
+
+
+if __name__ == "__main__":
+    main()
