@@ -5,13 +5,14 @@ STAMPS := $(VENV)/stamps
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help demo test test-all lint format docs clean
+.PHONY: help demo test test-all lint format docs notebooks clean
 
 help:
 	@echo "make demo      convert the embedded model, prove it right, name photographs"
 	@echo "make test      run the tests (ten minutes); make test-all runs all of them"
 	@echo "make lint      check style and types; make format mends style"
 	@echo "make docs      build the documentation into site/"
+	@echo "make notebooks run the notebooks of the documentation and keep what they show"
 	@echo "make clean     remove the environment and what was built"
 
 demo: $(STAMPS)/demo
@@ -36,6 +37,9 @@ format: $(STAMPS)/dev
 
 docs: $(STAMPS)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebooks: $(STAMPS)/test
+	JAX_PLATFORMS=cpu $(BIN)/python tools/run_notebooks.py docs/notebooks/*.ipynb
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info

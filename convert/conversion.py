@@ -441,6 +441,14 @@ def save_torch(
         ImportError: a pickle is asked for, and PyTorch is not installed.
         OSError: the file cannot be written.
         ValueError: as in `to_torch`.
+
+    Example:
+        >>> import tempfile
+        >>> from levit_flax import from_pretrained
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_torch(f"{folder}/model.safetensors", *from_pretrained("cifar10"), layout="timm")
+        ...     from_torch(f"{folder}/model.safetensors")[0].config.hidden_sizes
+        (48, 96, 160)
     """
     path = Path(path)
     if path.exists() and not overwrite:

@@ -5,7 +5,21 @@ from collections.abc import Iterator
 
 
 class ConversionError(ValueError):
-    """A checkpoint cannot be converted; the message lists everything that was found wrong with it."""
+    """A checkpoint cannot be converted; the message lists everything that was found wrong with it.
+
+    Example:
+        >>> import levit_flax
+        >>> from levit_flax import convert
+        >>> tensors = convert.to_torch(*levit_flax.from_pretrained("cifar10"))
+        >>> tensors["classifier.batch_norm.gamma"] = tensors.pop("classifier.batch_norm.weight")
+        >>> try:
+        ...     convert.from_torch(tensors)
+        ... except convert.ConversionError as error:
+        ...     print(error)
+        the mapping cannot be converted as LevitForImageClassificationWithTeacher in the hf layout:
+        1 missing: classifier.batch_norm.weight
+        1 unexpected: classifier.batch_norm.gamma
+    """
 
 
 @contextlib.contextmanager

@@ -237,6 +237,12 @@ def push_to_hub(
     Raises:
         ValueError: the variables do not fit the model.
         HubError: the Hub did not take the files.
+
+    Example:
+        >>> model, variables = from_pretrained("cifar10")
+        >>> address = push_to_hub("someone/levit", model, variables)  # with the token of `hf auth login` or HF_TOKEN
+        >>> address.endswith("/someone/levit")
+        True
     """
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), model, variables, processor, None)

@@ -86,6 +86,11 @@ class ImageClassifier:
         Raises:
             ValueError: the files do not hold what they should.
             OSError: there is no such source, or it cannot be read or fetched.
+
+        Example:
+            >>> classifier = ImageClassifier.from_pretrained("cifar10", batch_size=8, image_size=96)
+            >>> classifier.model.config.image_size, classifier.processor.crop_size
+            (96, {'height': 96, 'width': 96})
         """
         dtype, image_size = options.pop("dtype", None), options.pop("image_size", None)
         resolved = resolve(source, **options)
@@ -109,6 +114,12 @@ class ImageClassifier:
         Raises:
             ImageError: a picture cannot be used; the message says which.
             OSError: a file cannot be read.
+
+        Example:
+            >>> classifier = ImageClassifier.from_pretrained("cifar10")
+            >>> answers = classifier([np.zeros((32, 32, 3), np.uint8)] * 3, top_k=2)
+            >>> len(answers), len(answers[0]), sorted(answers[0][0])
+            (3, 2, ['label', 'score'])
         """
         return list(self.stream(flatten_images(images), top_k))
 
@@ -125,6 +136,12 @@ class ImageClassifier:
         Raises:
             ImageError: a picture cannot be used; the message says which.
             OSError: a file cannot be read.
+
+        Example:
+            >>> classifier = ImageClassifier.from_pretrained("cifar10")
+            >>> pictures = (np.full((32, 32, 3), level, np.uint8) for level in range(256))  # made as they are needed
+            >>> sum(len(answer) for answer in classifier.stream(pictures, top_k=1))
+            256
         """
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}.")
@@ -143,6 +160,13 @@ class ImageClassifier:
 
         Yields:
             For each picture, in order, its logits [num_labels], or the error that says why it cannot be used.
+
+        Example:
+            >>> classifier = ImageClassifier.from_pretrained("cifar10")
+            >>> for result in classifier.stream_logits([np.zeros((32, 32, 3), np.uint8), "nowhere.jpg"]):
+            ...     print(result if isinstance(result, Exception) else result.shape)
+            (10,)
+            There is no picture at nowhere.jpg.
         """
         waiting: tuple[list[Any], Any] | None = None
         for batch in self._read_batches(images):
@@ -155,7 +179,13 @@ class ImageClassifier:
             yield from self._finish(*waiting)
 
     def name(self, logits: np.ndarray, top_k: int) -> list[dict[str, Any]]:
-        """Turn the logits [num_labels] of one picture into its likeliest classes."""
+        """Turn the logits [num_labels] of one picture into its likeliest classes, as a call returns them.
+
+        Example:
+            >>> classifier = ImageClassifier.from_pretrained("cifar10")
+            >>> classifier.name(np.eye(10)[3] * 100, top_k=1)
+            [{'label': 'cat', 'score': 1.0}]
+        """
         row = scores(logits, self.model.config)
         labels = self.model.config.id2label
         return [{"label": labels[i], "score": float(row[i])} for i in np.argsort(-row, kind="stable")[:top_k]]
@@ -165,6 +195,11 @@ class ImageClassifier:
 
         Args:
             pixels: [B H W C], either uint8 levels or prepared by the processor.
+
+        Example:
+            >>> classifier = ImageClassifier.from_pretrained("cifar10")
+            >>> classifier.logits(np.zeros((3, 80, 80, 3), np.uint8)).shape
+            (3, 10)
         """
         parts = [pixels[i : i + self.batch_size] for i in range(0, len(pixels), self.batch_size)]
         return np.concatenate([np.asarray(self._dispatch(part))[: len(part)] for part in parts])

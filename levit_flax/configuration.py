@@ -66,6 +66,10 @@ class FeatureInfo(NamedTuple):
         channels: C.
         stride: pixels from one feature to the next, along each axis.
         grid: (H, W).
+
+    Example:
+        >>> LevitConfig(image_size=(64, 96)).feature_info[-1]
+        FeatureInfo(channels=384, stride=64, grid=(1, 2))
     """
 
     channels: int
@@ -250,22 +254,42 @@ class LevitConfig:
 
     @property
     def num_stages(self) -> int:
-        """Number of stages."""
+        """Number of stages.
+
+        Example:
+            >>> LevitConfig().num_stages
+            3
+        """
         return len(self.hidden_sizes)
 
     @property
     def label2id(self) -> dict[str, int]:
-        """Class indices by name; of two classes with the same name, the last."""
+        """Class indices by name; of two classes with the same name, the last.
+
+        Example:
+            >>> LevitConfig(id2label=("cat", "dog")).label2id
+            {'cat': 0, 'dog': 1}
+        """
         return {label: i for i, label in enumerate(self.id2label)}
 
     @property
     def image_height_width(self) -> tuple[int, int]:
-        """Input size in pixels as (height, width)."""
+        """Input size in pixels as (height, width).
+
+        Example:
+            >>> LevitConfig(image_size=80).image_height_width
+            (80, 80)
+        """
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
-        """Token grid (height, width) of every stage."""
+        """Token grid (height, width) of every stage.
+
+        Example:
+            >>> LevitConfig(image_size=224).grids
+            ((14, 14), (7, 7), (4, 4))
+        """
         height, width = self.image_height_width
         for _ in range(4):
             height, width = ((n + 2 * self.padding - self.kernel_size) // self.stride + 1 for n in (height, width))
@@ -279,7 +303,12 @@ class LevitConfig:
 
     @property
     def feature_info(self) -> tuple[FeatureInfo, ...]:
-        """What the feature maps of the stages are, from the finest to the coarsest."""
+        """What the feature maps of the stages are, from the finest to the coarsest.
+
+        Example:
+            >>> [(info.channels, info.stride) for info in LevitConfig().feature_info]
+            [(128, 16), (256, 32), (384, 64)]
+        """
         strides = itertools.accumulate((op.stride for op in self.down_ops), operator.mul, initial=self.stride**4)
         return tuple(map(FeatureInfo, self.hidden_sizes, strides, self.grids))
 
@@ -296,6 +325,11 @@ class LevitConfig:
 
         Raises:
             ValueError: the model type is another, a value is illegal, or a key would change the architecture.
+
+        Example:
+            >>> config = LevitConfig.from_dict({"model_type": "levit", "id2label": {"0": "cat", "1": "dog"}})
+            >>> config.num_labels, config.hidden_sizes
+            (2, (128, 256, 384))
         """
         values = dict(values)
         if values.get("model_type", "levit") != "levit":
@@ -333,6 +367,11 @@ class LevitConfig:
         Returns:
             JSON-ready values. `drop_path_rate` is the integer 0, the only value that transformers' strict config
             accepts; a true rate above 0 stands in the `levit_flax` block.
+
+        Example:
+            >>> values = LevitConfig(drop_path_rate=0.1).to_dict()
+            >>> values["model_type"], values["drop_path_rate"], values["levit_flax"]
+            ('levit', 0, {'drop_path_rate': 0.1})
         """
         values: dict[str, Any] = {"model_type": "levit"}
         for name in ("image_size", *self._SCALARS, *self._PER_STAGE):
@@ -393,6 +432,20 @@ UNTRAINED_TIMM_VARIANTS = ("levit_384_s8", "levit_512_s8", "levit_512", "levit_2
 
 
 class _Variants(dict[str, LevitConfig]):
+    """The configs of the published variants, 1000 classes with ImageNet's names, by their published names.
+
+    Raises:
+        KeyError: there is no such variant.
+
+    Example:
+        >>> list(VARIANTS)
+        ['levit-128S', 'levit-128', 'levit-192', 'levit-256', 'levit-384']
+        >>> VARIANTS["levit-128S"].depths
+        (2, 3, 4)
+
+    Source: Graham et al. 2021, table 1.
+    """
+
     def __missing__(self, name: str) -> LevitConfig:
         if str(name).replace("-", "_").replace("levit_conv_", "levit_") in UNTRAINED_TIMM_VARIANTS:
             raise KeyError(

@@ -22,6 +22,9 @@ class Data(NamedTuple):
     Attributes:
         images: paths or PIL images, taken from one by one.
         labels: the class index of each, as the model counts.
+
+    Example:
+        >>> data = Data(images=["cat.jpg", "dog.jpg"], labels=[3, 5])
     """
 
     images: Iterable[Any]
@@ -29,10 +32,22 @@ class Data(NamedTuple):
 
 
 class HalfEvenProcessor(LevitImageProcessor):
-    """Crop as torchvision's CenterCrop does, which rounds half an odd margin to even where transformers rounds down."""
+    """Crop as torchvision's CenterCrop does, which rounds half an odd margin to even where transformers rounds down.
+
+    Example:
+        >>> HalfEvenProcessor(size=224).resize_and_crop(np.zeros((300, 259, 3), np.uint8)).shape
+        (224, 224, 3)
+
+    Source: torchvision transforms/functional.py (`center_crop`).
+    """
 
     def crop_offset(self, margin: int) -> int:
-        """Return where the crop begins in an edge that is `margin` pixels longer."""
+        """Return where the crop begins in an edge that is `margin` pixels longer.
+
+        Example:
+            >>> HalfEvenProcessor().crop_offset(35), LevitImageProcessor().crop_offset(35)
+            (18, 17)
+        """
         return round(margin / 2)
 
 
@@ -49,6 +64,11 @@ class Evaluation:
         labels: class names.
         seconds: time from the first picture to the last, compilation left out.
         broken: what is wrong with the pictures that could not be read, which count nowhere.
+
+    Example:
+        >>> result = Evaluation(4, 0.75, 1.0, 0.5, np.array([[2, 1], [0, 1]]), ("cat", "dog"), seconds=0.5)
+        >>> result.top1, result.confusion[0, 1].item()  # a cat was taken for a dog
+        (0.75, 1)
     """
 
     pictures: int
@@ -61,7 +81,13 @@ class Evaluation:
     broken: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the numbers, JSON-ready, without the confusion matrix."""
+        """Return the numbers, JSON-ready, without the confusion matrix.
+
+        Example:
+            >>> result = Evaluation(4, 0.75, 1.0, 0.5, np.array([[2, 1], [0, 1]]), ("cat", "dog"), seconds=0.5)
+            >>> result.to_dict()["pictures_per_second"]
+            8.0
+        """
         return {
             "pictures": self.pictures,
             "top1": self.top1,
@@ -72,7 +98,16 @@ class Evaluation:
         }
 
     def confusion_csv(self) -> str:
-        """Return the confusion matrix as CSV: a row for each true class, a column for each class named."""
+        """Return the confusion matrix as CSV: a row for each true class, a column for each class named.
+
+        Example:
+            >>> result = Evaluation(4, 0.75, 1.0, 0.5, np.array([[2, 1], [0, 1]]), ("cat", "dog"), seconds=0.5)
+            >>> print(result.confusion_csv().replace(chr(92), "/"))
+            true / named,cat,dog
+            cat,2,1
+            dog,0,1
+            <BLANKLINE>
+        """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["true \\ named", *self.labels])
@@ -89,6 +124,13 @@ def evaluate(classifier: ImageClassifier, data: Data) -> Evaluation:
 
     Raises:
         ValueError: there is no picture that can be read.
+
+    Example:
+        >>> classifier = ImageClassifier.from_pretrained("cifar10")
+        >>> black, white = np.zeros((32, 32, 3), np.uint8), np.full((32, 32, 3), 255, np.uint8)
+        >>> result = evaluate(classifier, Data([black, white, "nowhere.jpg"], [0, 1, 2]))
+        >>> result.pictures, result.confusion.shape, result.broken
+        (2, (10, 10), ['There is no picture at nowhere.jpg.'])
     """
     labels = classifier.model.config.id2label
     config = classifier.model.config
@@ -133,6 +175,14 @@ def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> Lev
 
     Raises:
         ValueError: there is no such rule.
+
+    Example:
+        >>> for rule in ("hf", "torchvision", "timm"):
+        ...     processor = evaluation_processor(rule, LevitImageProcessor())
+        ...     print(rule, int(256 / 224 * processor.size["shortest_edge"]), processor.crop_offset(35))
+        hf 256 17
+        torchvision 256 18
+        timm 248 18
     """
     height, width = model_processor.crop_size["height"], model_processor.crop_size["width"]
     side = max(height, width)
@@ -157,6 +207,17 @@ def read_data(source: str | Path, labels: Sequence[str], split: str = "test") ->
     Raises:
         ValueError: there are no pictures, or the classes are not the model's.
         ImportError: a dataset is asked for, and `datasets` is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("dog", "cat"):
+        ...         Path(folder, name).mkdir()
+        ...         Image.new("RGB", (32, 32)).save(Path(folder, name, "1.png"))
+        ...     images, labels = read_data(folder, labels=("ant", "cat", "dog"))
+        >>> [path.parent.name for path in images], labels
+        (['cat', 'dog'], [1, 2])
     """
     directory = Path(source).expanduser()
     if directory.is_dir():
@@ -165,32 +226,96 @@ def read_data(source: str | Path, labels: Sequence[str], split: str = "test") ->
 
 
 def read_folder(directory: Path, labels: Sequence[str]) -> Data:
-    """Find the pictures in a directory with a folder for each class."""
-    folders = sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not folders:
-        raise ValueError(f"{directory} has no folders: expected one for each class, with the class's pictures in it.")
-    indices = match_classes([folder.name for folder in folders], labels, str(directory))
-    suffixes = picture_suffixes()
-    found = [
-        (path, index)
-        for folder, index in zip(folders, indices, strict=True)
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in suffixes and path.is_file()
-    ]
+    """Find the pictures in a directory with a folder for each class; `read_data` says how they are matched.
+
+    Raises:
+        ValueError: there are no folders, no pictures, or the classes are not the model's.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Path(folder, "cat").mkdir()
+        ...     Path(folder, "cat", "1.jpg").touch()  # looked for by name, and not opened yet
+        ...     len(read_folder(Path(folder), labels=("cat", "dog")).images)
+        1
+    """
+    folders = class_folders(directory)
+    indices = match_classes(list(folders), labels, str(directory))
+    found = [(path, index) for paths, index in zip(folders.values(), indices, strict=True) for path in paths]
     if not found:
         raise ValueError(f"The folders of {directory} hold no pictures.")
     return Data([path for path, _ in found], [index for _, index in found])
 
 
-def read_dataset(name: str, labels: Sequence[str], split: str) -> Data:
-    """Open a Hugging Face dataset with an image and a class label."""
+def class_folders(directory: Path) -> dict[str, list[Path]]:
+    """Return the pictures in each folder of a directory, by the folder's name, both in order.
+
+    Raises:
+        ValueError: there are no folders.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Path(folder, "cat").mkdir()
+        ...     Path(folder, "cat", "1.jpg").touch()
+        ...     {name: [path.name for path in paths] for name, paths in class_folders(Path(folder)).items()}
+        {'cat': ['1.jpg']}
+    """
+    folders = sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not folders:
+        raise ValueError(f"{directory} has no folders: expected one for each class, with the class's pictures in it.")
+    suffixes = picture_suffixes()
+    return {
+        folder.name: [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes and path.is_file()]
+        for folder in folders
+    }
+
+
+def load_dataset(name: str, **options: Any) -> Any:
+    """Load a Hugging Face dataset; the options are those of `datasets.load_dataset`.
+
+    Raises:
+        ImportError: `datasets` is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:  # which `datasets` opens as well as a name
+        ...     for name in ("dog", "cat"):
+        ...         Path(folder, name).mkdir()
+        ...         Image.new("RGB", (32, 32)).save(Path(folder, name, "1.png"))
+        ...     load_dataset(folder, split="train").features["label"].names
+        ['cat', 'dog']
+    """
     try:
         import datasets
     except ImportError:
         raise ImportError(
             f"There is no directory {name}. If it is a Hugging Face dataset: pip install 'levit-flax[datasets]'."
         ) from None
-    data = datasets.load_dataset(name, split=split)
+    return datasets.load_dataset(name, **options)
+
+
+def read_dataset(name: str, labels: Sequence[str], split: str) -> Data:
+    """Open a Hugging Face dataset with an image and a class label; `read_data` says how they are matched.
+
+    Raises:
+        ValueError: the dataset has no image or no class, or its classes are not the model's.
+        ImportError: `datasets` is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:  # which `datasets` opens as well as a name
+        ...     for name in ("dog", "cat"):
+        ...         Path(folder, name).mkdir()
+        ...         Image.new("RGB", (32, 32)).save(Path(folder, name, "1.png"))
+        ...     read_dataset(folder, labels=("ant", "cat", "dog"), split="train").labels
+        [1, 2]
+    """
+    data = load_dataset(name, split=split)
+    import datasets
+
     pictures = [key for key, kind in data.features.items() if isinstance(kind, datasets.Image)]
     classes = [key for key, kind in data.features.items() if isinstance(kind, datasets.ClassLabel)]
     if not pictures or not classes:
@@ -200,7 +325,17 @@ def read_dataset(name: str, labels: Sequence[str], split: str) -> Data:
 
 
 def match_classes(names: Sequence[str], labels: Sequence[str], where: str) -> list[int]:
-    """Return the model's index of each class of the data."""
+    """Return the model's index of each class of the data, by name or, where the names are others, by order.
+
+    Raises:
+        ValueError: the names are others, and not as many.
+
+    Example:
+        >>> match_classes(["dog", "cat"], labels=["ant", "cat", "dog"], where="data")
+        [2, 1]
+        >>> match_classes(["n01", "n02"], labels=["cat", "dog"], where="data")
+        [0, 1]
+    """
     by_name = {label: i for i, label in enumerate(labels)}
     if all(name in by_name for name in names):
         return [by_name[name] for name in names]

@@ -87,6 +87,15 @@ def export_model(
         ValueError: the model has no classifier, or there is no such format or platform.
         ImportError: the format's package is not installed.
         FileExistsError: the directory has content and `overwrite` is False.
+
+    Example:
+        >>> import tempfile
+        >>> from levit_flax import from_pretrained
+        >>> processor = LevitImageProcessor.from_pretrained("cifar10")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_model(f"{folder}/out", *from_pretrained("cifar10"), processor, platforms=["cpu"])
+        ...     sorted(path.name for path in Path(folder, "out").iterdir())
+        ['README.md', 'model.json', 'model.stablehlo']
     """
     if format not in FORMATS:
         raise ValueError(f"There is no format {format!r}: the formats are {', '.join(FORMATS)}.")
@@ -131,7 +140,22 @@ def export_model(
 
 
 def to_stablehlo(classify: Any, shape: Sequence[int], platforms: Sequence[str]) -> bytes:
-    """Return a function of pixel values as a serialized `jax.export` artefact with a symbolic batch."""
+    """Return a function of pixel values as a serialized `jax.export` artefact with a symbolic batch.
+
+    Args:
+        classify: maps float32 [B H W C] to an array; JAX must be able to trace it.
+        shape: (H, W, C).
+        platforms: as in `export_model`.
+
+    Raises:
+        ImportError: flatbuffers is not installed.
+
+    Example:
+        >>> from jax import export
+        >>> artefact = to_stablehlo(lambda pixel_values: pixel_values.mean((1, 2)), shape=(8, 8, 3), platforms=["cpu"])
+        >>> export.deserialize(bytearray(artefact)).call(jnp.ones((5, 8, 8, 3))).shape
+        (5, 3)
+    """
     try:
         import flatbuffers  # noqa: F401  # which jax.export imports only at the end
     except ImportError:
@@ -146,7 +170,23 @@ def to_stablehlo(classify: Any, shape: Sequence[int], platforms: Sequence[str]) 
 
 
 def to_onnx(classify: Any, shape: Sequence[int]) -> bytes:
-    """Return a function of pixel values as a serialized ONNX model with a symbolic batch."""
+    """Return a function of pixel values as a serialized ONNX model with a symbolic batch.
+
+    Args:
+        classify: maps float32 [B H W C] to an array; JAX must be able to trace it.
+        shape: (H, W, C).
+
+    Raises:
+        ImportError: jax2onnx is not installed.
+
+    Example:
+        >>> import onnxruntime
+        >>> artefact = to_onnx(lambda pixel_values: pixel_values.mean((1, 2)), shape=(8, 8, 3))
+        >>> session = onnxruntime.InferenceSession(artefact)
+        >>> [means] = session.run(None, {"pixel_values": jax.device_get(jnp.ones((5, 8, 8, 3)))})
+        >>> means.shape
+        (5, 3)
+    """
     try:
         import jax2onnx
     except ImportError:

@@ -32,7 +32,13 @@ class ModelOutput:
     """What the output classes share."""
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """Return the fields that are not None, in transformers' order."""
+        """Return the fields that are not None, in transformers' order.
+
+        Example:
+            >>> output = LevitModelOutput(last_hidden_state=jnp.ones((1, 4, 8)), pooler_output=jnp.ones((1, 8)))
+            >>> [value.shape for value in output.to_tuple()]
+            [(1, 4, 8), (1, 8)]
+        """
         values = (getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
         return tuple(value for value in values if value is not None)
 
@@ -47,6 +53,14 @@ class LevitModelOutput(ModelOutput):
         hidden_states: the stem's tokens, then those after each stage and its downsampling, each [B N C]; or None.
         attentions: one [B H Q K] per attention in order, downsampling included, rows summing to 1; or None.
         features: the map [B H W C] of each stage before its downsampling; or None.
+
+    Example:
+        >>> model = LevitModel(LevitConfig(image_size=64))
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+        >>> compute = lambda v, x: model.apply(v, x, output_attentions=True)
+        >>> output = jax.eval_shape(compute, variables, jnp.zeros((1, 64, 64, 3)))
+        >>> output.last_hidden_state.shape, len(output.attentions), output.attentions[0].shape, output.features
+        ((1, 1, 384), 14, (1, 4, 16, 16), None)
     """
 
     last_hidden_state: jax.Array
@@ -66,6 +80,12 @@ class LevitForImageClassificationOutput(ModelOutput):
         hidden_states: as in `LevitModelOutput`.
         attentions: as in `LevitModelOutput`.
         features: as in `LevitModelOutput`.
+
+    Example:
+        >>> output = LevitForImageClassificationOutput(logits=jnp.array([[0.0, 2.0, 1.0]]))
+        >>> [logits] = output.to_tuple()  # without labels there is no loss
+        >>> int(logits.argmax(-1)[0])
+        1
     """
 
     loss: jax.Array | None = None
@@ -86,6 +106,13 @@ class LevitForImageClassificationWithTeacherOutput(ModelOutput):
         hidden_states: as in `LevitModelOutput`.
         attentions: as in `LevitModelOutput`.
         features: as in `LevitModelOutput`.
+
+    Example:
+        >>> first, second = jnp.array([[0.0, 2.0]]), jnp.array([[4.0, 0.0]])
+        >>> output = LevitForImageClassificationWithTeacherOutput((first + second) / 2, first, second)
+        >>> logits, cls_logits, distillation_logits = output.to_tuple()
+        >>> logits.tolist()
+        [[2.0, 1.0]]
     """
 
     logits: jax.Array
@@ -250,6 +277,13 @@ def classification_loss(logits: jax.Array, labels: jax.Array, problem_type: str 
     Returns:
         A scalar: squared error, cross entropy of the softmax, or binary cross entropy of the sigmoids.
 
+    Example:
+        >>> logits = jnp.array([[2.0, 0.0], [0.0, 2.0]])
+        >>> round(float(classification_loss(logits, jnp.array([0, 1]))), 4)  # in nats
+        0.1269
+        >>> round(float(classification_loss(logits, jnp.array([[1.0, 0.0], [0.0, 1.0]]))), 4)  # a sigmoid per class
+        0.41
+
     Source: `ForSequenceClassificationLoss` in transformers loss/loss_utils.py, but nothing is written into the config.
     """
     if problem_type is None:
@@ -303,6 +337,11 @@ class LevitBase(nn.Module):
         Raises:
             ValueError: the files do not hold what they should.
             OSError: there is no such source, or it cannot be read or fetched.
+
+        Example:
+            >>> backbone, variables = LevitModel.from_pretrained("cifar10")
+            >>> "head" in variables["params"]
+            False
         """
         from .checkpoint import from_pretrained
         from .surgery import change_heads
@@ -311,14 +350,28 @@ class LevitBase(nn.Module):
 
     @nn.nowrap
     def save_pretrained(self, directory: str | Path, variables: Mapping[str, Any], **options: Any) -> None:
-        """Write this model and its variables to a directory; the options are those of `levit_flax.save_pretrained`."""
+        """Write this model and its variables to a directory; the options are those of `levit_flax.save_pretrained`.
+
+        Example:
+            >>> import tempfile
+            >>> backbone, variables = LevitModel.from_pretrained("cifar10")
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     backbone.save_pretrained(f"{folder}/backbone", variables)
+            ...     type(LevitModel.from_pretrained(f"{folder}/backbone")[0]).__name__
+            'LevitModel'
+        """
         from .checkpoint import save_pretrained
 
         save_pretrained(directory, self, variables, **options)
 
     @nn.nowrap
     def push_to_hub(self, repo_id: str, variables: Mapping[str, Any], **options: Any) -> str:
-        """Upload this model and its variables to the Hub; the options are those of `levit_flax.push_to_hub`."""
+        """Upload this model and its variables to the Hub; the options are those of `levit_flax.push_to_hub`.
+
+        Example:
+            >>> backbone, variables = LevitModel.from_pretrained("cifar10")
+            >>> address = backbone.push_to_hub("someone/backbone", variables)  # with the token of `hf auth login`
+        """
         from .checkpoint import push_to_hub
 
         return push_to_hub(repo_id, self, variables, **options)

@@ -20,10 +20,15 @@ DPI = 120
 
 
 def new_figure(rows: int, columns: int, cell: float = CELL) -> "tuple[Figure, np.ndarray]":
-    """Return a figure and its axes [rows columns], without frames.
+    """Return a figure and its axes [rows columns], without frames; `cell` is the width of one of them in inches.
 
     Raises:
         ImportError: matplotlib is not installed.
+
+    Example:
+        >>> figure, axes = new_figure(2, 3)
+        >>> axes.shape
+        (2, 3)
     """
     try:
         from matplotlib.figure import Figure
@@ -37,7 +42,13 @@ def new_figure(rows: int, columns: int, cell: float = CELL) -> "tuple[Figure, np
 
 
 def attention_names(model: LevitBase) -> list[str]:
-    """Return the path of every attention in the order of `output_attentions`, such as "stage_0/block_1"."""
+    """Return the path of every attention in the order of `output_attentions`, such as "stage_0/block_1".
+
+    Example:
+        >>> from levit_flax import VARIANTS, LevitModel
+        >>> attention_names(LevitModel(VARIANTS["levit-128S"]))[:4]
+        ['stage_0/block_0', 'stage_0/block_1', 'downsample_0', 'stage_1/block_0']
+    """
     names = []
     for stage, depth in enumerate(model.config.depths):
         names += [f"stage_{stage}/block_{block}" for block in range(depth)]
@@ -60,6 +71,12 @@ def attention_maps(
     Returns:
         For each attention, by its path ("stage_0/block_0", "downsample_0"), how much of the attention falls on each
         token, [H gh gw], with gh and gw the grid of the keys; each head's map sums to 1.
+
+    Example:
+        >>> from levit_flax import from_pretrained
+        >>> maps = attention_maps(*from_pretrained("cifar10"), np.zeros((1, 80, 80, 3), np.float32), query=(0.5, 0.5))
+        >>> maps["stage_0/block_0"].shape, maps["stage_2/block_0"].shape
+        ((3, 5, 5), (10, 2, 2))
     """
     config = model.config
     output: Any = jax.jit(lambda v, x: model.apply(v, x, output_attentions=True))(variables, pixel_values)
@@ -85,6 +102,11 @@ def bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> dict[str, np.
     Args:
         model: any model.
         variables: its variables.
+
+    Example:
+        >>> from levit_flax import from_pretrained
+        >>> bias_tables(*from_pretrained("cifar10"))["stage_0/block_0"].shape  # of a grid of 5 x 5 tokens
+        (3, 9, 9)
     """
     flat = flatten_dict(variables, sep="/")
     pictures = {}
@@ -109,6 +131,11 @@ def saliency(
 
     Returns:
         [B H W], 0 or more.
+
+    Example:
+        >>> from levit_flax import from_pretrained
+        >>> saliency(*from_pretrained("cifar10"), jnp.zeros((1, 80, 80, 3)), label=3).shape
+        (1, 80, 80)
 
     Source: Simonyan et al. 2013, "Deep inside convolutional networks".
     """
@@ -139,6 +166,11 @@ def class_activation_map(
     Returns:
         [B gh gw], whose mean over the tokens is the class's logit.
 
+    Example:
+        >>> from levit_flax import from_pretrained
+        >>> class_activation_map(*from_pretrained("cifar10"), jnp.zeros((1, 80, 80, 3)), label=3).shape
+        (1, 2, 2)
+
     Source: Zhou et al. 2016, "Learning deep features for discriminative localization".
     """
     if isinstance(model, LevitForImageClassificationWithTeacher):
@@ -167,6 +199,12 @@ def explain(classifier: ImageClassifier, image: Any, label: str | None = None) -
     Raises:
         ValueError: the model knows no such class.
         ImageError: the picture cannot be used.
+
+    Example:
+        >>> classifier = ImageClassifier.from_pretrained("cifar10")
+        >>> figure = explain(classifier, np.zeros((60, 90, 3), np.uint8), label="cat")
+        >>> figure.get_suptitle().partition(":")[0]
+        'cat'
     """
     model, processor = classifier.model, classifier.processor
     names = model.config.id2label
@@ -198,7 +236,18 @@ def explain(classifier: ImageClassifier, image: Any, label: str | None = None) -
 
 
 def overlay(ax: Any, picture: np.ndarray, heat: np.ndarray, title: str) -> None:
-    """Draw a coarse map over a picture, in one colour scale from its least to its largest value."""
+    """Draw a coarse map over a picture, in one colour scale from its least to its largest value.
+
+    Args:
+        ax: matplotlib's axes.
+        picture: [H W C], uint8 levels or floats in [0, 1].
+        heat: [gh gw], stretched over the picture.
+        title: what stands above it.
+
+    Example:
+        >>> figure, [[ax]] = new_figure(1, 1)
+        >>> overlay(ax, np.zeros((80, 80, 3), np.uint8), heat=np.arange(25).reshape(5, 5), title="attention")
+    """
     height, width = picture.shape[:2]
     ax.imshow(picture.mean(-1), cmap="gray", vmin=0, vmax=255 if picture.dtype == np.uint8 else 1)
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
@@ -207,7 +256,20 @@ def overlay(ax: Any, picture: np.ndarray, heat: np.ndarray, title: str) -> None:
 
 
 def draw_scores(ax: Any, row: Any, names: Sequence[str], count: int = 5) -> None:
-    """Draw the likeliest classes as bars."""
+    """Draw the likeliest classes as bars.
+
+    Args:
+        ax: matplotlib's axes.
+        row: scores [N].
+        names: the names of the N classes.
+        count: how many to draw.
+
+    Example:
+        >>> figure, [[ax]] = new_figure(1, 1)
+        >>> draw_scores(ax, np.array([0.2, 0.7, 0.1]), ["ant", "bee", "cat"], count=2)
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['bee', 'ant']
+    """
     order = np.argsort(row)[::-1][:count]
     ax.set_axis_on()
     ax.barh(range(len(order)), row[order], color="tab:blue")
@@ -219,7 +281,21 @@ def draw_scores(ax: Any, row: Any, names: Sequence[str], count: int = 5) -> None
 
 
 def draw_bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> "Figure":
-    """Draw the attention biases: a row for each attention, a column for each head; red attracts, blue repels."""
+    """Draw the attention biases: a row for each attention, a column for each head; red attracts, blue repels.
+
+    Args:
+        model: any model.
+        variables: its variables.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from levit_flax import from_pretrained
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     draw_bias_tables(*from_pretrained("cifar10")).savefig(f"{folder}/biases.png")
+    """
     pictures = bias_tables(model, variables)
     figure, axes = new_figure(len(pictures), max(map(len, pictures.values())), cell=1.0)
     for row, (name, heads) in zip(axes, pictures.items(), strict=True):
@@ -231,7 +307,20 @@ def draw_bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> "Figure"
 
 
 def draw_confusion(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
-    """Draw a confusion matrix [N N]: a row for each true class, as shares of its pictures."""
+    """Draw a confusion matrix [N N]: a row for each true class, as shares of its pictures.
+
+    Args:
+        confusion: number of pictures by true and by named class [N N], as in `evaluation.Evaluation`.
+        labels: the names of the N classes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> figure = draw_confusion(np.array([[2, 1], [0, 1]]), ["cat", "dog"])
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['67%', '33%', '0%', '100%']
+    """
     figure, axes = new_figure(1, 1, cell=min(3.5 + 0.2 * len(labels), 24))
     [[ax]] = axes
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
@@ -246,4 +335,43 @@ def draw_confusion(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
         for (y, x), share in np.ndenumerate(shares):
             ax.text(x, y, f"{share:.0%}", ha="center", va="center", fontsize=6, color="white" if share > 0.5 else "0.3")
     figure.colorbar(image, ax=ax, shrink=0.8)
+    return figure
+
+
+def draw_curves(history: Sequence[Mapping[str, float]]) -> "Figure":
+    """Draw the course of a training: loss, accuracy where there is one, and learning rate, by epoch.
+
+    Args:
+        history: one row for each evaluation, with "epoch" and the columns of metrics.csv.
+
+    Returns:
+        A figure.
+
+    Example:
+        >>> rows = [{"epoch": i, "train_loss": 1 / i, "validation_loss": 2 / i, "learning_rate": 1e-3} for i in (1, 2)]
+        >>> len(draw_curves(rows).axes)
+        2
+    """
+    panels = {
+        title: [name for name in names if name in history[0]]
+        for title, names in {
+            "loss": ("train_loss", "validation_loss"),
+            "accuracy": ("train_accuracy", "validation_accuracy"),
+            "learning rate": ("learning_rate",),
+        }.items()
+    }
+    panels = {title: names for title, names in panels.items() if names}
+    figure, axes = new_figure(1, len(panels), cell=3.4)
+    epochs = [row["epoch"] for row in history]
+    for ax, (title, names) in zip(axes[0], panels.items(), strict=True):
+        ax.set_axis_on()
+        for name in names:
+            ax.plot(epochs, [row[name] for row in history], marker=".", label=name.partition("_")[0])
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel("epoch", fontsize=8)
+        ax.tick_params(labelsize=7)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+        if len(names) > 1:
+            ax.legend(fontsize=7, frameon=False)
     return figure

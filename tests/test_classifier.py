@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import levit_flax as lf
 from configs import SMALL, random_variables
@@ -16,6 +18,38 @@ from levit_flax.classifier import normalize
 from levit_flax.convert import conversion, sources, verification
 from levit_flax.hub import EMBEDDED_DIRECTORY
 from levit_flax.image_processing import ImageError
+
+# MiB that the peak of memory may grow by over 1,000 pictures or 4,000. It grew by 1 to 3, over either. As the
+# model takes them pictures are 19 KiB each, so that even the 1,000 would be 18 MiB, if they were kept.
+GROWTH = 8
+
+STREAM = """
+import sys
+from pathlib import Path
+
+import numpy as np
+import levit_flax as lf
+
+method, path, warm, total = *sys.argv[1:3], int(sys.argv[3]), int(sys.argv[4])
+peaks = []
+
+
+def peak():
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def pictures():
+    generator = np.random.default_rng(0)
+    for i in range(total):
+        if i == warm:
+            peaks.append(peak())
+        yield path if i % 4 == 0 else generator.integers(0, 256, (96, 128, 3), np.uint8)
+
+
+results = getattr(lf.ImageClassifier.from_pretrained("cifar10"), method)(pictures())
+assert sum(1 for _ in results) == total
+print(peaks[0], peak())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +144,37 @@ def test_streaming_reads_no_further_than_it_must(classifier):
     first = [next(stream) for _ in range(10)]
     assert len({answer[0]["label"] for answer in first}) == 1 and len(taken) <= 10 + 4 * classifier.batch_size
     stream.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from Linux")
+@pytest.mark.parametrize(
+    ("method", "warm", "total"),
+    [
+        ("stream_logits", 480, 1504),  # whole batches, so that nothing is compiled at the end
+        pytest.param("stream_logits", 992, 4992, marks=pytest.mark.measurement),
+        pytest.param("stream", 992, 4992, marks=pytest.mark.measurement),
+    ],
+)
+def test_memory_stays_flat_over_a_long_stream(method, warm, total, tmp_path):
+    Image.fromarray(pictures(1, 100)[0]).save(tmp_path / "one.jpg")
+    arguments = [method, str(tmp_path / "one.jpg"), str(warm), str(total)]
+    done = subprocess.run([sys.executable, "-c", STREAM, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    before, after = map(float, done.stdout.split())
+    print(f"{before:.1f} MiB after {warm} pictures, {after:.1f} MiB after {total}")
+    assert after - before < GROWTH
+
+
+@pytest.mark.parametrize("batch_size", [6, 8])
+def test_any_number_of_pictures_makes_the_same_few_shapes(batch_size):
+    model = lf.LevitForImageClassification(lf.LevitConfig(**SMALL))
+    classifier = lf.ImageClassifier(
+        model, random_variables(model), batch_size=batch_size, devices=jax.local_devices()[:1]
+    )
+    for count in range(1, 2 * batch_size + 1):
+        assert classifier.logits(np.zeros((count, 64, 64, 3), np.uint8)).shape == (count, 5)
+        assert sum(1 for _ in classifier.stream_logits(pictures(count))) == count
+    assert classifier._logits._cache_size() == 4  # 1, 2, 4 and the whole batch
 
 
 def test_broken_pictures_in_a_stream(classifier, tmp_path):

@@ -2,26 +2,50 @@
 
 import doctest
 import importlib
+import inspect
 import os
+import pkgutil
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from PIL import Image
+
+import levit_flax
+from hub_server import HubServer
+from levit_flax import convert
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LONG = ("classify.md", "understand.md", "from_transformers.md", "features.md")  # they compile several models
 NEEDS = {"understand.md": "matplotlib", "export.md": "flatbuffers"}
-MODULES = ["configuration", "modeling", "checkpoint", "surgery", "image_processing", "classifier", "convert.conversion"]
+OBJECT = re.compile(r"^::: (\S+)$", re.MULTILINE)  # as mkdocstrings marks them
 
-pytestmark = pytest.mark.skipif(not PAGES, reason="the documentation does not come with the wheel")
+# The modules whose examples run, and what those of a package, a module or a function need.
+MODULES = [
+    *("configuration", "modeling", "checkpoint", "surgery", "image_processing", "classifier"),
+    *("evaluation", "visualize", "export", "convert.conversion", "convert.errors"),
+    *("training.data", "training.optimizer"),
+]
+EXAMPLES_NEED = {
+    "levit_flax.visualize": "matplotlib",
+    "levit_flax.export": "flatbuffers",
+    "levit_flax.export.to_onnx": "jax2onnx",
+    "levit_flax.evaluation.load_dataset": "datasets",
+    "levit_flax.evaluation.read_dataset": "datasets",
+    "levit_flax.training": "grain",
+}
+
+needs_pages = pytest.mark.skipif(not PAGES, reason="the documentation does not come with the wheel")
 
 
+@needs_pages
 @pytest.mark.parametrize(
     "page",
     [pytest.param(page, marks=pytest.mark.slow if page.name in LONG else ()) for page in PAGES],
@@ -48,7 +72,76 @@ def test_examples_of_a_page(page, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.fixture
+def _own_hub(monkeypatch):
+    """Let the examples that upload do so on this machine."""
+    with HubServer() as hub:
+        hub.tokens.add("hf_writer")
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("HF_TOKEN", "hf_writer")
+        yield
+
+
+def lacking(name):
+    """Return the packages that the examples of this name need and that are not installed."""
+    needed = [package for home, package in EXAMPLES_NEED.items() if f"{name}.".startswith(f"{home}.")]
+    return [package for package in needed if find_spec(package) is None]
+
+
+@pytest.mark.usefixtures("_own_hub")
+@pytest.mark.parametrize(
+    "module", [pytest.param(module, marks=pytest.mark.slow if module == "visualize" else ()) for module in MODULES]
+)
 def test_examples_of_docstrings(module):
-    result = doctest.testmod(importlib.import_module(f"levit_flax.{module}"))
-    assert result.attempted and not result.failed
+    name = f"levit_flax.{module}"
+    if lacking(name):
+        pytest.skip(f"not installed: {lacking(name)}")
+    runner = doctest.DocTestRunner()
+    for examples in doctest.DocTestFinder().find(importlib.import_module(name)):
+        if not lacking(examples.name):
+            runner.run(examples)
+    assert runner.tries and not runner.failures
+
+
+def public_objects():
+    """Yield name and object of all that is public: what the packages export and what the reference lists."""
+    names = [f"levit_flax.{name}" for name in levit_flax.__all__]
+    names += [f"levit_flax.convert.{name}" for name in convert.__all__]
+    reference = (DOCS / "reference.md").read_text(encoding="utf-8")
+    names += [re.sub(r"^convert\b", "levit_flax.convert", name) for name in OBJECT.findall(reference)]
+    for name in names:
+        found = pkgutil.resolve_name(name)
+        yield from members(name, found) if inspect.ismodule(found) or inspect.isclass(found) else [(name, found)]
+
+
+def members(name, owner):
+    """Yield a class and its public methods and properties, or what is public in a module."""
+    if inspect.isclass(owner):
+        yield name, owner
+    for key, value in vars(owner).items():
+        value = getattr(value, "fget", None) or getattr(value, "__func__", value)  # of properties and class methods
+        home = owner.__name__ if inspect.ismodule(owner) else owner.__module__
+        if key.startswith("_") or getattr(value, "__module__", None) != home:
+            continue  # private, inherited, imported, or made by a decorator
+        if inspect.isclass(value):
+            yield from members(f"{name}.{key}", value)
+        elif inspect.isfunction(value):
+            yield f"{name}.{key}", value
+
+
+@needs_pages
+def test_everything_public_has_an_example_that_runs():
+    checked, without = 0, []
+    for name, found in public_objects():
+        if type(found) in (str, tuple):  # plain values have no docstrings
+            continue
+        described = found if inspect.isclass(found) or inspect.isfunction(found) else type(found)
+        text = described.__doc__ or ""
+        example = text.partition("Example:")[2]
+        module = described.__module__.removeprefix("levit_flax.")
+        if not doctest.DocTestParser().get_examples(example) or module not in MODULES:
+            without.append(name)
+        checked += 1
+    assert checked > 80 and not without
