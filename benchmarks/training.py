@@ -26,7 +26,15 @@ RESULT = "RESULT "
 COMPARED = 3  # first steps whose losses are compared
 TOLERANCE = 1e-3  # relative; AdamW turns rounding into whole steps where a gradient is nothing but noise
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.025
-PICTURES, EDGE = 256, 500
+EDGE = 500  # pixels of the JPEGs
+TINY = {
+    "image_size": 32,
+    "hidden_sizes": [16, 32, 48],
+    "num_attention_heads": [1, 2, 3],
+    "depths": [1, 1, 1],
+    "key_dim": [8, 8, 8],
+    "num_labels": 4,
+}
 
 
 def make_batch(batch: int, size: int, labels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,9 +112,9 @@ def time_data(arguments: argparse.Namespace) -> dict:
 
     model, _ = lf.from_pretrained(arguments.model)
     rng = np.random.default_rng(0)
-    result: dict = {"pictures": PICTURES, "edge": EDGE, "ceiling_pictures_per_second": {}}
+    result: dict = {"pictures": arguments.pictures, "edge": EDGE, "ceiling_pictures_per_second": {}}
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(PICTURES):
+        for i in range(arguments.pictures):
             path = Path(folder, "data", "ab"[i % 2], f"{i}.jpg")
             path.parent.mkdir(parents=True, exist_ok=True)
             coarse = Image.fromarray(rng.integers(0, 256, (EDGE // 8, EDGE // 8, 3), np.uint8))
@@ -136,7 +144,8 @@ WORKERS = {"levit-flax": time_ours, "transformers": time_torch, "data": time_dat
 def run_worker(name: str, model: Path, arguments: argparse.Namespace) -> dict:
     """Run one worker in a process of its own."""
     command = [sys.executable, __file__, "--worker", name, "--model", str(model)]
-    command += ["--batch", str(arguments.batch), "--steps", str(arguments.steps)]
+    for option in ("batch", "steps", "pictures"):
+        command += [f"--{option}", str(getattr(arguments, option))]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     line = next(line for line in done.stdout.splitlines() if line.startswith(RESULT))
     return json.loads(line.removeprefix(RESULT))
@@ -149,7 +158,7 @@ def write_model(directory: Path, variant: str) -> None:
     import levit_flax as lf
     from levit_flax.convert.workflow import convert_to_directory
 
-    config = lf.VARIANTS[variant]
+    config = lf.LevitConfig(**TINY) if variant == "tiny" else lf.VARIANTS[variant]
     model = lf.LevitForImageClassification(config)
     height, width = config.image_height_width
     variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, height, width, 3), np.float32))
@@ -160,10 +169,11 @@ def write_model(directory: Path, variant: str) -> None:
 def main() -> None:
     """Measure, print, and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--variant", default="levit-128S")
+    parser.add_argument("--variant", default="levit-128S", help="a published one, or tiny")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pictures", type=int, default=256, help="JPEGs to train on")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training.json")
     parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)

@@ -27,6 +27,15 @@ def test_conversion_at_small_size(tmp_path):
     assert result["machine"]["jax"] and result["layout"] == "timm"
 
 
+def test_training_at_tiny_size(tmp_path):
+    for module in ("grain", "orbax.checkpoint", "tensorboardX", "torch", "transformers"):
+        pytest.importorskip(module)
+    options = {"--variant": "tiny", "--batch": 8, "--steps": 2, "--rounds": 1, "--pictures": 24}
+    result = run("training.py", tmp_path / "out.json", *(part for option in options.items() for part in option))
+    assert result["times_as_fast"]["median"] > 0 and result["machine"]["torch"]
+    assert 0 <= result["data"]["share_waiting_for_data"] < 1 and result["data"]["ceiling_pictures_per_second"]
+
+
 @pytest.mark.measurement
 def test_the_largest_model_converts_in_two_seconds_and_twice_its_size(tmp_path):
     result = run("conversion.py", tmp_path / "out.json", "--variants", "levit-384", "--runs", 3)
