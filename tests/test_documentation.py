@@ -11,6 +11,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from huggingface_hub import constants
@@ -23,16 +24,23 @@ from levit_flax import convert
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LONG = ("classify.md", "understand.md", "from_transformers.md", "features.md")  # they compile several models
-NEEDS = {"understand.md": "matplotlib", "export.md": "flatbuffers"}
+LONG = (
+    "classify.md",
+    "understand.md",
+    "from_transformers.md",
+    "features.md",
+    "finetune.md",
+)  # they compile several models
+NEEDS = {"understand.md": "matplotlib", "export.md": "flatbuffers", "finetune.md": "grain"}
 OBJECT = re.compile(r"^::: (\S+)$", re.MULTILINE)  # as mkdocstrings marks them
 
 # The modules whose examples run, and what those of a package, a module or a function need.
 MODULES = [
     *("configuration", "modeling", "checkpoint", "surgery", "image_processing", "classifier"),
     *("evaluation", "visualize", "export", "convert.conversion", "convert.errors"),
-    *("training.data", "training.optimizer"),
+    *("training.recipe", "training.data", "training.losses", "training.optimizer", "training.teacher", "training.loop"),
 ]
+COMPILING = ("visualize", "training.loop")  # whose examples take long
 EXAMPLES_NEED = {
     "levit_flax.visualize": "matplotlib",
     "levit_flax.export": "flatbuffers",
@@ -92,16 +100,18 @@ def lacking(name):
 
 @pytest.mark.usefixtures("_own_hub")
 @pytest.mark.parametrize(
-    "module", [pytest.param(module, marks=pytest.mark.slow if module == "visualize" else ()) for module in MODULES]
+    "module", [pytest.param(module, marks=pytest.mark.slow if module in COMPILING else ()) for module in MODULES]
 )
 def test_examples_of_docstrings(module):
     name = f"levit_flax.{module}"
     if lacking(name):
         pytest.skip(f"not installed: {lacking(name)}")
     runner = doctest.DocTestRunner()
-    for examples in doctest.DocTestFinder().find(importlib.import_module(name)):
-        if not lacking(examples.name):
-            runner.run(examples)
+    promotion = "standard" if "training" in module else "strict"  # optax needs the standard one
+    with jax.numpy_dtype_promotion(promotion):
+        for examples in doctest.DocTestFinder().find(importlib.import_module(name)):
+            if not lacking(examples.name):
+                runner.run(examples)
     assert runner.tries and not runner.failures
 
 

@@ -28,7 +28,17 @@ NAMED = 5  # unusable pictures that a message names
 
 
 class DataError(ValueError):
-    """The training data cannot be used; the message says what was found and what is expected."""
+    """The training data cannot be used; the message says what was found and what is expected.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     try:
+        ...         read_pictures(folder, Recipe())
+        ...     except DataError as error:
+        ...         print(str(error).removeprefix(folder))
+         has no folders: expected one for each class, with the class's pictures in it.
+    """
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,12 @@ class Pictures:
         labels: the names of the L classes; empty for regression.
         where: what they are called in messages.
         problem_type: as in `LevitConfig`.
+
+    Example:
+        >>> red = Image.new("RGB", (8, 8), "red")
+        >>> pictures = Pictures([red, red], np.array([0, 1], np.int32), ("cat", "dog"), "two pictures")
+        >>> len(pictures)
+        2
     """
 
     images: Any
@@ -53,7 +69,12 @@ class Pictures:
         return len(self.targets)
 
     def name(self, index: int) -> str:
-        """Return what one picture is called in messages."""
+        """Return what one picture is called in messages.
+
+        Example:
+            >>> Pictures([Path("a.jpg")], np.zeros(1, np.int32), ("cat",), "the data").name(0)
+            'a.jpg'
+        """
         image = self.images[index] if isinstance(self.images, list) else None
         return str(image) if isinstance(image, str | Path) else f"picture {index} of {self.where}"
 
@@ -62,6 +83,10 @@ class Pictures:
 
         Raises:
             DataError: it cannot be decoded.
+
+        Example:
+            >>> Pictures([Image.new("L", (8, 4))], np.zeros(1, np.int32), ("cat",), "the data").load(0).mode
+            'RGB'
         """
         try:
             image = self.images[index]
@@ -70,7 +95,13 @@ class Pictures:
             raise DataError(f"{self.name(index)} cannot be used: {error}") from error
 
     def select(self, indices: Any, where: str) -> "Pictures":
-        """Return some of the pictures, under another name."""
+        """Return some of the pictures, under another name.
+
+        Example:
+            >>> pictures = Pictures(["a.jpg", "b.jpg"], np.array([0, 1], np.int32), ("cat", "dog"), "the data")
+            >>> pictures.select([1], "the dogs").images
+            ['b.jpg']
+        """
         listed = isinstance(self.images, list)
         chosen = [self.images[i] for i in indices] if listed else Chosen(self.images, indices)
         return Pictures(chosen, self.targets[indices], self.labels, where, self.problem_type)

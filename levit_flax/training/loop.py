@@ -60,6 +60,10 @@ class TrainingStopped(RuntimeError):
 
     Attributes:
         signal: the number of the signal that asked, such as `signal.SIGTERM`.
+
+    Example:
+        >>> TrainingStopped("Stopped at step 10 of 100.", signal.SIGTERM).signal == signal.SIGTERM
+        True
     """
 
     def __init__(self, message: str, signal: int) -> None:
@@ -68,7 +72,12 @@ class TrainingStopped(RuntimeError):
 
 
 class NotFiniteError(ValueError):
-    """A loss or a gradient is not finite; the message says what was seen."""
+    """A loss or a gradient is not finite; the message says what was seen.
+
+    Example:
+        >>> issubclass(NotFiniteError, ValueError)
+        True
+    """
 
 
 class Progress(NamedTuple):
@@ -83,6 +92,11 @@ class Progress(NamedTuple):
         pictures_per_second: since the start of this process.
         seconds_left: estimate.
         evaluation: the last row of metrics.csv; None before the first.
+
+    Example:
+        >>> now = Progress(50, 200, 1, 0.7, 0.5, 300.0, 60.0, None)
+        >>> f"{now.step / now.total:.0%}, {now.seconds_left:.0f} s left"
+        '25%, 60 s left'
     """
 
     step: int
@@ -141,6 +155,23 @@ def finetune(
         TrainingStopped: SIGTERM or SIGINT came; the state is saved.
         FileExistsError: the directory holds a run, and neither `resume` nor `overwrite` is set.
         OSError: something cannot be read or written.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> shape = {"image_size": 32, "hidden_sizes": [8, 16], "num_attention_heads": [1, 1], "depths": [1, 1]}
+        >>> shape |= {"key_dim": [8, 8], "attention_ratio": [2, 2], "mlp_ratio": [2, 2]}
+        >>> recipe = Recipe(architecture=shape, epochs=1, warmup_epochs=0, batch_size=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for i in range(8):
+        ...         path = Path(folder, "data", ("cat", "dog")[i % 2], f"{i}.png")
+        ...         path.parent.mkdir(parents=True, exist_ok=True)
+        ...         Image.new("RGB", (32, 32)).save(path)
+        ...     report = finetune(f"{folder}/data", f"{folder}/run", recipe=recipe)
+        ...     sorted(path.name for path in Path(folder, "run", "model").iterdir())[:3]
+        ['README.md', 'config.json', 'flax_model.safetensors']
+        >>> sorted(report["best"])[:3]
+        ['epoch', 'learning_rate', 'step']
     """
     output = Path(output).expanduser().absolute()
     if not isinstance(recipe, Recipe):

@@ -29,7 +29,8 @@ def label_loss(logits: jax.Array, targets: jax.Array, problem_type: str) -> jax.
         A scalar: cross entropy of the softmax, binary cross entropy of the sigmoids, or squared error.
 
     Example:
-        >>> float(label_loss(jnp.zeros((1, 2)), jnp.array([[0.9, 0.1]]), SINGLE_LABEL).round(4))
+        >>> loss = label_loss(jnp.zeros((1, 2)), jnp.array([[0.9, 0.1]]), SINGLE_LABEL)
+        >>> print(f"{loss:.4f}")
         0.6931
     """
     if problem_type == SINGLE_LABEL:

@@ -21,13 +21,30 @@ CHOICES = {
     "interpolation": ("bicubic", "bilinear", "random"),
 }
 
-POSITIVE = ("epochs", "batch_size", "accumulation", "repeats", "distillation_temperature", "checkpoint_every")
+POSITIVE = (
+    "epochs",
+    "batch_size",
+    "accumulation",
+    "repeats",
+    "learning_rate",
+    "epsilon",
+    "distillation_temperature",
+    "checkpoint_every",
+)
 SHARES = ("label_smoothing", "flip", "erase", "mix_probability", "mix_switch", "distillation_alpha", "validation_share")
 BELOW_ONE = ("label_smoothing", "drop_path_rate", "ema_decay", "beta1", "beta2", "validation_share")
 
 
 class RecipeError(ValueError):
-    """A recipe cannot be used; the message says which key, what was found and what is expected."""
+    """A recipe cannot be used; the message says which key, what was found and what is expected.
+
+    Example:
+        >>> try:
+        ...     Recipe(epochs=0)
+        ... except RecipeError as error:
+        ...     print(error)
+        epochs is 0: expected more than 0.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +179,12 @@ class Recipe:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}.")
         for entry in dataclasses.fields(self):
             self._check_range(entry.name, getattr(self, entry.name))
+        for pattern, factor in self.learning_rates.items():
+            number = isinstance(factor, int | float) and not isinstance(factor, bool)
+            if not (number and math.isfinite(factor) and factor >= 0):
+                raise RecipeError(
+                    f"learning_rates gives {pattern!r} the factor {factor!r}: expected a number that is not negative."
+                )
         if self.batch_size % self.accumulation:
             raise RecipeError(
                 f"batch_size {self.batch_size} cannot be computed in {self.accumulation} equal parts (accumulation)."
@@ -183,13 +206,23 @@ class Recipe:
 
     @property
     def peak_learning_rate(self) -> float:
-        """The learning rate at the end of the warm-up, scaled for the batch."""
+        """The learning rate at the end of the warm-up, scaled for the batch.
+
+        Example:
+            >>> Recipe(learning_rate=5e-4, learning_rate_batch=512, batch_size=1024).peak_learning_rate
+            0.001
+        """
         if not self.learning_rate_batch:
             return self.learning_rate
         return self.learning_rate * self.batch_size / self.learning_rate_batch
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values, JSON-ready."""
+        """Return the values, JSON-ready.
+
+        Example:
+            >>> Recipe(crop_scale=(0.5, 1.0)).to_dict()["crop_scale"]
+            [0.5, 1.0]
+        """
         values = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -205,8 +238,8 @@ def read_recipe(name: str | Path = "finetune", **changes: Any) -> Recipe:
         RecipeError: there is no such recipe, it is not TOML, a key is none of `Recipe`'s, or a value is out of range.
 
     Example:
-        >>> read_recipe("small_images", epochs=3).epochs
-        3
+        >>> read_recipe("small_images", epochs=10).epochs
+        10
     """
     path = Path(name).expanduser()
     known = recipe_names()

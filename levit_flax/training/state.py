@@ -215,9 +215,10 @@ class Task:
         decay = jnp.minimum(self.recipe.ema_decay, (1 + step) / (10 + step))
 
         def blend(old: jax.Array, new: jax.Array) -> jax.Array:
-            return (
-                new if jnp.issubdtype(new.dtype, jnp.integer) else (decay * old + (1 - decay) * new).astype(old.dtype)
-            )
+            if jnp.issubdtype(new.dtype, jnp.integer):
+                return new
+            # Not decay * old + (1 - decay) * new, whose rounding changes what is frozen.
+            return (old + (1 - decay) * (new - old)).astype(old.dtype)
 
         return jax.tree.map(blend, state.average, variables)
 

@@ -133,6 +133,16 @@ def store_logits(path: str | Path, classifier: ImageClassifier, data: str | Path
     Raises:
         ImageError: a picture cannot be used.
         OSError: a file cannot be read, or the result not be written.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from PIL import Image
+        >>> with TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (80, 80)).save(f"{folder}/1.png")
+        ...     classifier = ImageClassifier.from_pretrained("cifar10")
+        ...     store_logits(f"{folder}/teacher.npz", classifier, folder, [f"{folder}/1.png"])
+        ...     np.load(f"{folder}/teacher.npz")["logits"].shape
+        (1, 10)
     """
     rows = []
     for logits in classifier.stream_logits(files):
