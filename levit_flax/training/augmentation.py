@@ -222,9 +222,9 @@ def mix(key: jax.Array, pixel_values: jax.Array, targets: jax.Array, recipe: Rec
 
     side = jnp.sqrt(1 - kept_by_cut)
     centre = jnp.floor(jax.random.uniform(place_key, (2,)) * jnp.array([height, width]))
-    half = jnp.floor(side * jnp.array([height, width])) // 2
-    low = jnp.clip(centre - half, 0, jnp.array([height, width]))
-    high = jnp.clip(centre + half, 0, jnp.array([height, width]))
+    extent = jnp.floor(side * jnp.array([height, width]))
+    low = jnp.clip(centre - extent // 2, 0, jnp.array([height, width]))
+    high = jnp.clip(centre + (extent + 1) // 2, 0, jnp.array([height, width]))
     rows, columns = jnp.arange(height), jnp.arange(width)
     inside = ((rows >= low[0]) & (rows < high[0]))[:, None] & ((columns >= low[1]) & (columns < high[1]))[None, :]
     kept_by_cut = 1 - inside.mean()  # what was clipped at the border stays

@@ -19,16 +19,15 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import grain
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from levit_flax import checkpoint
 from levit_flax.visualize import new_figure
 
+from .checkpoints import Checkpoints
 from .data import DataError, Pictures, Shard, TrainingRows, evaluation_batches, read_pictures, training_batches
 from .optimizer import learning_rate_schedule
 from .outputs import (
@@ -177,7 +176,8 @@ def finetune(
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe)
     new_figure(1, 1)  # what is missing for the curves is said before the work, not after it
-    check_output(output, resume, overwrite)
+    if jax.process_index() == 0:
+        check_output(output, resume, overwrite)
     train, validation = read_pictures(data, recipe, skip, check_data)
     check_batch(recipe, train)
     student = make_student(model, recipe, train, **options)
@@ -194,7 +194,9 @@ def finetune(
         "teacher": str(teacher) if isinstance(teacher, str | Path) else bool(teacher),
         "data": fingerprint(train, validation),
     }
-    prepare_output(output, asked, resume)
+    if jax.process_index() == 0:
+        prepare_output(output, asked, resume)
+    agree(asked)
     run = Run(output, recipe, student, source, train, validation, threads, processes, show, asked)
     report = run.train()
     if export_torch and jax.process_index() == 0:
@@ -242,7 +244,7 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
 
 
 def prepare_output(output: Path, asked: dict[str, Any], resume: bool) -> None:
-    """Write what was asked for; when resuming, refuse another thing than the run was begun with."""
+    """Write what was asked for, in an empty directory; when resuming, refuse another thing than the run began with."""
     path = output / RUN_FILE
     if resume and path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -256,10 +258,22 @@ def prepare_output(output: Path, asked: dict[str, Any], resume: bool) -> None:
                 " anew with --force."
             )
         return
-    if jax.process_index() == 0:
-        for entry in output.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        write_text(path, json.dumps(asked, indent=2) + "\n")
+    for entry in output.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    write_text(path, json.dumps(asked, indent=2) + "\n")
+
+
+def agree(asked: dict[str, Any]) -> None:
+    """Wait for all hosts, and raise RecipeError unless they were asked for the same and see the same data."""
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).digest()
+    others = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    if (others != others[0]).any():
+        raise RecipeError(
+            "The hosts were not asked for the same, or do not see the same pictures: expected one command, and the same"
+            f" data at one path on all {jax.process_count()} of them."
+        )
 
 
 def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -327,12 +341,13 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Go on to the end, from the last checkpoint if there is one; return the report."""
-        with closing(self.board), self.checkpoints() as manager, stop_signals() as stop:
-            state = self.restore(manager)
+        directory = self.output / CHECKPOINT_DIRECTORY
+        with closing(self.board), closing(Checkpoints(directory)) as checkpoints, stop_signals() as stop:
+            state = self.restore(checkpoints)
             step = first = int(state.step)
             begin = None
             while step < self.total:
-                batch = self.next_batch(manager, state, step)
+                batch = self.next_batch(checkpoints, state, step)
                 state, metrics = self.train_step(state, self.teacher_variables, batch)
                 step += 1
                 self.pending.append((step, metrics))
@@ -340,89 +355,40 @@ class Run:
                 if begin is None:  # once it is compiled
                     begin, first = time.perf_counter(), step
                 if step % self.rows.steps_per_epoch == 0:
-                    self.end_epoch(manager, state, step)
+                    self.end_epoch(checkpoints, state, step)
                 if self.show and step > first:
                     self.show(self.progress(step, first, time.perf_counter() - begin))
                 if self.should_stop(stop, step) and step < self.total:
-                    self.stop(manager, state, step, stop.received or int(signal.SIGTERM))
+                    self.stop(checkpoints, state, step, stop.received or int(signal.SIGTERM))
             seconds = time.perf_counter() - begin if begin else 0.0
-            manager.wait_until_finished()
+            checkpoints.wait()
         return self.finish(step - first, seconds)
 
-    @contextmanager
-    def checkpoints(self) -> Iterator[ocp.CheckpointManager]:
-        """Open the checkpoints, and say what holds where one cannot be written."""
-        policy = ocp.checkpoint_managers.AnyPreservationPolicy(
-            [
-                ocp.checkpoint_managers.preservation_policy.LatestN(1),
-                ocp.checkpoint_managers.preservation_policy.BestN(
-                    get_metric_fn=lambda metrics: metrics["goodness"], n=1, keep_checkpoints_without_metrics=False
-                ),
-            ]
-        )
-        directory = self.output / CHECKPOINT_DIRECTORY
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
-        manager = ocp.CheckpointManager(directory, options=options)
-        try:
-            yield manager
-        except (OSError, ValueError) as error:
-            if isinstance(error, DataError | NotFiniteError | RecipeError):
-                raise
-            raise self.cannot_save(manager, error) from error
-        finally:
-            try:
-                manager.close()
-            except Exception as error:
-                raise self.cannot_save(manager, error) from error
-
-    def cannot_save(self, manager: ocp.CheckpointManager, error: Exception) -> OSError:
-        """Return the error to raise where a checkpoint cannot be written."""
-        last = manager.latest_step()
-        held = f"The last whole checkpoint is that of step {last}" if last else "There is no whole checkpoint yet"
-        return OSError(f"Cannot save in {self.output}: {error}. {held}: make room and go on with --resume.")
-
-    def restore(self, manager: ocp.CheckpointManager) -> State:
+    def restore(self, checkpoints: Checkpoints) -> State:
         """Return the state to go on from, and set the data and the history to it."""
         state = jax.device_put(self.task.init(self.student.variables), self.replicated)
-        step = manager.latest_step()
-        if step is None:
+        if checkpoints.latest is None:
             return state
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), state)
-        restored = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(shapes),
-                data=grain.checkpoint.CheckpointRestore(self.batches),
-                progress=ocp.args.JsonRestore(),
-            ),
-        )
-        self.history = restored["progress"]["history"]
-        self.totals = Totals(**restored["progress"]["totals"])
-        return cast(State, restored["state"])
+        restored = checkpoints.restore(state, self.batches)
+        self.history = restored.progress["history"]
+        self.totals = Totals(**restored.progress["totals"])
+        return restored.state
 
-    def save(self, manager: ocp.CheckpointManager, state: State, step: int) -> None:
-        """Begin to save a checkpoint; the step goes on while it is written."""
+    def save(self, checkpoints: Checkpoints, state: State, step: int) -> None:
+        """Begin to save a checkpoint."""
         self.collect(0)
-        here = self.history and self.history[-1]["step"] == step
-        manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=grain.checkpoint.CheckpointSave(self.batches),
-                progress=ocp.args.JsonSave({"history": self.history, "totals": dataclasses.asdict(self.totals)}),
-            ),
-            metrics={"goodness": goodness(self.history[-1])} if here else None,
-            force=True,
-        )
+        progress = {"history": self.history, "totals": dataclasses.asdict(self.totals)}
+        evaluated = bool(self.history) and self.history[-1]["step"] == step
+        checkpoints.save(step, state, self.batches, progress, goodness(self.history[-1]) if evaluated else None)
 
-    def next_batch(self, manager: ocp.CheckpointManager, state: State, step: int) -> Batch:
+    def next_batch(self, checkpoints: Checkpoints, state: State, step: int) -> Batch:
         """Read the next batch and send it to the devices."""
         begin = time.perf_counter()
         try:
             arrays = next(self.batches)
         except DataError:
-            self.save(manager, state, step)
-            manager.wait_until_finished()
+            self.save(checkpoints, state, step)
+            checkpoints.wait()
             raise
         if not self.pending or cast(Any, self.pending[-1][1].loss).is_ready():  # else the device had work all the while
             self.waited += time.perf_counter() - begin
@@ -446,7 +412,7 @@ class Run:
                 )
             self.totals.add(loss, float(metrics.correct), self.recipe.batch_size)
 
-    def end_epoch(self, manager: ocp.CheckpointManager, state: State, step: int) -> None:
+    def end_epoch(self, checkpoints: Checkpoints, state: State, step: int) -> None:
         """Evaluate and save, where it is time for that."""
         self.collect(0)
         epoch = step // self.rows.steps_per_epoch
@@ -468,7 +434,7 @@ class Run:
                 write_best(
                     self.output, self.student.model, jax.device_get(variables), self.student.processor, row, self.asked
                 )
-        self.save(manager, state, step)
+        self.save(checkpoints, state, step)
 
     def evaluate(self, variables: Any) -> "Totals":
         """Return the totals over the validation pictures."""
@@ -506,11 +472,11 @@ class Run:
             return stop.received is not None
         return bool(multihost_utils.reached_preemption_sync_point(step))
 
-    def stop(self, manager: ocp.CheckpointManager, state: State, step: int, number: int) -> None:
+    def stop(self, checkpoints: Checkpoints, state: State, step: int, number: int) -> None:
         """Save the state and leave."""
-        if manager.latest_step() != step:
-            self.save(manager, state, step)
-        manager.wait_until_finished()
+        if checkpoints.latest != step:
+            self.save(checkpoints, state, step)
+        checkpoints.wait()
         raise TrainingStopped(
             f"Stopped at step {step} of {self.total}. The state is saved: go on with --resume.", number
         )
