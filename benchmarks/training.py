@@ -123,15 +123,15 @@ def time_data(arguments: argparse.Namespace) -> dict:
         train, _ = read_pictures(Path(folder, "data"), recipe)
         height, width = model.config.image_height_width
         rows = TrainingRows(train, recipe, lf.LevitImageProcessor(size=height, crop_size=(height, width)))
-        for threads in (1, 2):
-            batches = training_batches(rows, threads)
+        for threads, processes in ((1, 0), (2, 0), (1, 2)):
+            batches = training_batches(rows, threads, processes)
             next(batches)
             count = min(8, recipe.epochs * rows.steps_per_epoch - 1)
             begin = time.perf_counter()
             for _ in range(count):
                 next(batches)
             rate = count * arguments.batch / (time.perf_counter() - begin)
-            result["ceiling_pictures_per_second"][f"{threads} threads"] = rate
+            result["ceiling_pictures_per_second"][f"{threads} threads, {processes} processes"] = rate
         report = finetune(Path(folder, "data"), Path(folder, "out"), model=arguments.model, recipe=recipe)
     result["training_pictures_per_second"] = report["pictures_per_second"]
     result["share_waiting_for_data"] = report["share_waiting_for_data"]

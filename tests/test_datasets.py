@@ -1,0 +1,62 @@
+"""Hugging Face datasets, by the real package."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+datasets = pytest.importorskip("datasets")
+pytest.importorskip("grain")
+pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("tensorboardX")
+
+from levit_flax.training import DataError, data  # noqa: E402
+
+NAMES = ["ant", "bee", "cat"]
+CLASS = datasets.ClassLabel(names=NAMES)
+PICTURES = [Image.new("RGB", (8, 6), (i, 0, 0)) for i in range(4)]
+
+
+def make(column, kind, values):
+    features = datasets.Features({"note": datasets.Value("string"), "image": datasets.Image(), column: kind})
+    rows = {"note": ["x"] * len(values), "image": PICTURES[: len(values)], column: values}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+@pytest.mark.parametrize(
+    "column, kind, values, targets, problem_type",
+    [
+        ("label", CLASS, [2, 0, 1, 2], np.array([2, 0, 1, 2], np.int32), "single_label_classification"),
+        (
+            "labels",
+            datasets.List(CLASS),
+            [[0, 2], [], [1]],
+            np.array([[1, 0, 1], [0, 0, 0], [0, 1, 0]], np.float32),
+            "multi_label_classification",
+        ),
+        ("age", datasets.Value("float32"), [0.5, 2.0], np.array([[0.5], [2.0]], np.float32), "regression"),
+        ("point", datasets.List(datasets.Value("float64"), length=2), [[1.0, 2.0]], [[1.0, 2.0]], "regression"),
+    ],
+)
+def test_rows_of_every_kind(column, kind, values, targets, problem_type):
+    pictures = data.read_rows(make(column, kind, values), "the data, train")
+    np.testing.assert_array_equal(pictures.targets, targets)
+    assert pictures.targets.dtype == (np.int32 if problem_type.startswith("single") else np.float32)
+    assert pictures.problem_type == problem_type
+    assert pictures.labels == (() if problem_type == "regression" else tuple(NAMES))
+    assert [pictures.load(i).getpixel((0, 0))[0] for i in range(len(pictures))] == list(range(len(values)))
+    assert pictures.select([len(values) - 1], "one").load(0).getpixel((0, 0))[0] == len(values) - 1
+
+
+def test_rows_without_a_target():
+    with pytest.raises(DataError, match="the columns note, image, count: expected an image, and a class"):
+        data.read_rows(make("count", datasets.Value("int64"), [1, 2]), "the data, train")
+
+
+def test_splits_of_a_dataset(monkeypatch):
+    part = make("label", CLASS, [0, 1, 2, 0])
+    both = datasets.DatasetDict({"train": part, "test": part.select([1, 2])})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"whole": both}[name])
+    assert {name: len(found) for name, found in data.read_dataset("whole").items()} == {"train": 4, "test": 2}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict({"test": part}))
+    with pytest.raises(DataError, match="has the splits test: expected one named train"):
+        data.read_dataset("part")
