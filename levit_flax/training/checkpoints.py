@@ -1,11 +1,15 @@
 """The states of a training on disk, through Orbax: written while it goes on, the best and the last kept."""
 
+import logging
+import os
+import re
+import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 
@@ -46,6 +50,8 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self.directory = directory
+        self._quiet = ExitStack()
+        self._quiet.enter_context(quiet())
         self._manager = ocp.CheckpointManager(directory, options=options)
 
     @property
@@ -54,59 +60,78 @@ class Checkpoints:
         step: int | None = self._manager.latest_step()
         return step
 
-    def save(self, step: int, state: State, batches: Any, progress: dict[str, Any], goodness: float | None) -> None:
+    def save(self, step: int, state: State, progress: dict[str, Any], goodness: float | None) -> None:
         """Begin to save a checkpoint; it is written while the training goes on.
 
         Args:
             step: its number.
             state: of the training.
-            batches: Grain's iterator, at the place to go on from.
             progress: JSON-ready values.
             goodness: by which the best one is found, more is better; None where it was not measured.
         """
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            batches=grain.checkpoint.CheckpointSave(batches),
-            progress=ocp.args.JsonSave(progress),
-        )
-        with self._writing():
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
+        with self.writing():
             self._manager.save(step, args=args, metrics=None if goodness is None else {GOODNESS: goodness}, force=True)
 
     def wait(self) -> None:
         """Wait until all that was begun is written."""
-        with self._writing():
+        with self.writing():
             self._manager.wait_until_finished()
 
-    def restore(self, example: State, batches: Any) -> Restored:
+    def restore(self, example: State) -> Restored:
         """Read the last checkpoint.
 
         Args:
             example: a state of the same shapes, types and shardings.
-            batches: Grain's iterator, which is set to the place to go on from.
         """
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), example)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(shapes),
-            batches=grain.checkpoint.CheckpointRestore(batches),
-            progress=ocp.args.JsonRestore(),
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), progress=ocp.args.JsonRestore())
         restored = self._manager.restore(self.latest, args=args)
         return Restored(restored["state"], restored["progress"])
 
     def close(self) -> None:
         """Wait, and let go of the directory."""
-        with self._writing():
+        with self.writing():
             self._manager.close()
+        self._quiet.close()
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
         """Say what holds where something cannot be written, whatever Orbax and its storage call that."""
         try:
             yield
         except Exception as error:
-            last = self.latest
-            held = f"The last whole checkpoint is that of step {last}" if last else "There is no whole checkpoint yet"
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            self._quiet.pop_all()  # for good: what failed goes on failing for a while
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            steps = ocp.utils.checkpoint_steps(self.directory)  # the manager counts those that are being written, too
+            held = f"The last whole checkpoint is that of step {max(steps)}" if steps else "There is no checkpoint yet"
             raise OSError(
-                f"Cannot save in {self.directory}: {reason}. {held}: make room and go on with --resume."
+                f"Cannot save in {self.directory.parent}: {reason(error)}. {held}: make room and go on with --resume."
             ) from error
+
+
+def reason(error: Exception) -> str:
+    """Return why something could not be written, without the pages that TensorStore says about it."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    text = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    return text.rstrip(".") or type(error).__name__
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what fails in the background from being printed, in hundreds of tracebacks: it is raised as well."""
+    loggers = {name: logging.getLogger(name) for name in ("absl", "asyncio")}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    print_unraisable = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):  # from TensorStore's threads
+            print_unraisable(unraisable)
+
+    for logger in loggers.values():
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = hook
+    yield
+    for name, logger in loggers.items():
+        logger.setLevel(levels[name])
+    sys.unraisablehook = print_unraisable

@@ -4,10 +4,13 @@ The order of the pictures and all randomness follow from the recipe's seed and t
 threads, processes or hosts: whatever reads them, a step sees the same pictures.
 """
 
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,8 @@ from .recipe import Recipe
 TRAIN_FOLDER = "train"
 VALIDATION_FOLDERS = ("validation", "val", "valid", "test")
 NAMED = 5  # unusable pictures that a message names
+
+READER = LevitImageProcessor(do_resize=False, do_center_crop=False)  # makes RGB of a dataset's pictures
 
 
 class DataError(ValueError):
@@ -90,8 +95,10 @@ class Pictures:
         """
         try:
             image = self.images[index]
-            return load_image(image) if isinstance(image, str | Path) else image.convert("RGB")
-        except (ImageError, OSError) as error:
+            if isinstance(image, str | Path):
+                return load_image(image)
+            return Image.fromarray(READER.resize_and_crop(image))
+        except (ImageError, OSError, TypeError) as error:
             raise DataError(f"{self.name(index)} cannot be used: {error}") from error
 
     def select(self, indices: Any, where: str) -> "Pictures":
@@ -163,6 +170,14 @@ def read_pictures(
         >>> len(train), len(validation), train.labels
         (18, 2, ('cat', 'dog'))
     """
+    parts = find_pictures(source, recipe, skip)
+    for part in parts:
+        check_pictures(part, decode=check)
+    return parts
+
+
+def find_pictures(source: str | Path, recipe: Recipe, skip: Collection[str]) -> tuple[Pictures, Pictures]:
+    """Do what `read_pictures` does, but for looking into the files."""
     directory = Path(source).expanduser()
     parts = read_folders(directory, skip) if directory.is_dir() else read_dataset(str(source))
     train = parts[TRAIN_FOLDER]
@@ -178,8 +193,6 @@ def read_pictures(
                 f"{train.where} has {len(train.labels)} classes and {validation.where} {len(validation.labels)}:"
                 f" expected the same, but {', '.join(odd[:NAMED])} is in one only."
             )
-    for part in (train, validation):
-        check_pictures(part, decode=check)
     return train, validation
 
 
@@ -261,11 +274,44 @@ def split(pictures: Pictures, recipe: Recipe) -> tuple[Pictures, Pictures]:
                 f"{pictures.where} has {len(members)} picture{of}: expected at least two, one to train on and one to"
                 " validate on."
             )
-        held.append(rng.permutation(members)[: max(1, round(recipe.validation_share * len(members)))])
+        share = min(max(1, round(recipe.validation_share * len(members))), len(members) - 1)
+        held.append(rng.permutation(members)[:share])
     back = np.sort(np.concatenate(held))
     rest = np.setdiff1d(np.arange(len(pictures)), back)
     where = pictures.where
     return pictures.select(rest, f"{where}, for training"), pictures.select(back, f"{where}, for validation")
+
+
+def leave_out(train: Pictures, validation: Pictures, root: Path, skip: Collection[str]) -> tuple[Pictures, Pictures]:
+    """Leave pictures out of a training that has begun, while all others keep their places in it.
+
+    Args:
+        train: the pictures to train on; one that is left out gives its place to another one of its class.
+        validation: the pictures to validate on.
+        root: the directory that the paths are relative to.
+        skip: paths of the pictures to leave out.
+
+    Raises:
+        DataError: a class would be left without pictures to train on, or nothing would be left to validate on.
+    """
+    if not (isinstance(train.images, list) and isinstance(validation.images, list)):
+        return train, validation  # the rows of a dataset have no paths
+    kept, kept_back = (
+        np.array([Path(image).relative_to(root).as_posix() not in skip for image in part.images])
+        for part in (train, validation)
+    )
+    images = list(train.images)
+    for index in np.flatnonzero(~kept):
+        others = np.flatnonzero(kept & (train.targets == train.targets[index]))
+        if not len(others):
+            raise DataError(
+                f"{train.where} would have no picture of the class {train.labels[train.targets[index]]} left: leave out"
+                " fewer."
+            )
+        images[index] = images[others[index % len(others)]]
+    if not kept_back.any():
+        raise DataError(f"{validation.where} would have no picture left: leave out fewer.")
+    return replace(train, images=images), validation.select(np.flatnonzero(kept_back), validation.where)
 
 
 def check_pictures(pictures: Pictures, decode: bool) -> None:
@@ -358,22 +404,23 @@ class TrainingRows:
         return epoch, step * self.recipe.batch_size + place
 
 
-def training_batches(rows: TrainingRows, threads: int, processes: int = 0) -> Any:
+def training_batches(rows: TrainingRows, threads: int, processes: int = 0, first: int = 0) -> Any:
     """Return an iterator over a host's batches: dictionaries of arrays [A B ...], one for each step of the training.
 
-    It is Grain's: its state can be saved and restored.
+    It is Grain's. The step is all of its state: Grain's own would bind a training to the number of its processes.
 
     Args:
         rows: what to read.
         threads: that decode and augment pictures, in each process.
         processes: that do so beside this one; 0 for none.
+        first: the step to begin with.
     """
     parts = rows.recipe.accumulation
 
     def in_parts(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {name: array.reshape(parts, -1, *array.shape[1:]) for name, array in batch.items()}
 
-    dataset = grain.MapDataset.source(rows).batch(rows.local_size, drop_remainder=True).map(in_parts)
+    dataset = grain.MapDataset.source(rows).batch(rows.local_size, drop_remainder=True)[first:].map(in_parts)
     # One thread makes one batch; twice as many batches wait as there are threads.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     batches = dataset.to_iter_dataset(options)
@@ -382,8 +429,21 @@ def training_batches(rows: TrainingRows, threads: int, processes: int = 0) -> An
 
         if not flags.FLAGS.is_parsed():  # Grain's processes read a flag of absl's, which this program does not use
             flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=processes))
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=processes), follow_parent)
     return iter(batches)
+
+
+def follow_parent(*_: int) -> None:
+    """Have this process end when the one that it reads pictures for does, and leave the signals to that one."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+    def wait() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def evaluation_batches(

@@ -10,8 +10,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -28,11 +30,24 @@ from levit_flax import checkpoint
 from levit_flax.visualize import new_figure
 
 from .checkpoints import Checkpoints
-from .data import DataError, Pictures, Shard, TrainingRows, evaluation_batches, read_pictures, training_batches
+from .data import (
+    DataError,
+    Pictures,
+    Shard,
+    TrainingRows,
+    check_pictures,
+    evaluation_batches,
+    find_pictures,
+    leave_out,
+    training_batches,
+)
 from .optimizer import learning_rate_schedule
 from .outputs import (
+    CURVES_FILE,
+    METRICS_FILE,
     MODEL_DIRECTORY,
     REPORT_FILE,
+    TENSORBOARD_DIRECTORY,
     TORCH_DIRECTORY,
     History,
     TensorBoard,
@@ -45,10 +60,22 @@ from .outputs import (
 from .recipe import Recipe, RecipeError, read_recipe
 from .state import Batch, Metrics, State, Task
 from .student import Student, align_classes, make_student
-from .teacher import TeacherSource, make_teacher
+from .teacher import TeacherSource, check_teacher, make_teacher
 
 RUN_FILE = "run.json"
 CHECKPOINT_DIRECTORY = "checkpoints"
+
+# What a run leaves in its directory. Nothing else that is there is touched.
+OWN_NAMES = (
+    RUN_FILE,
+    REPORT_FILE,
+    METRICS_FILE,
+    CURVES_FILE,
+    CHECKPOINT_DIRECTORY,
+    MODEL_DIRECTORY,
+    TORCH_DIRECTORY,
+    TENSORBOARD_DIRECTORY,
+)
 
 IN_FLIGHT = 4  # steps that may wait for the device; more would only hold their pictures in memory
 DEFAULT_THREADS = 2
@@ -176,28 +203,34 @@ def finetune(
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe)
     new_figure(1, 1)  # what is missing for the curves is said before the work, not after it
-    if jax.process_index() == 0:
-        check_output(output, resume, overwrite)
-    train, validation = read_pictures(data, recipe, skip, check_data)
-    check_batch(recipe, train)
-    student = make_student(model, recipe, train, **options)
-    if export_torch:
-        from levit_flax.convert.conversion import check_layout  # only whoever wants PyTorch weights pays for it
-
-        check_layout(student.model, export_torch)
-    train, validation = (align_classes(part, student.model.config) for part in (train, validation))
-    root = Path(data).expanduser()
-    source = make_teacher(teacher, recipe, student.model.config, student.processor, train, root, **options)
+    on_first_host(lambda: check_output(output, resume, overwrite))
+    begun = read_run(output) if resume else None
+    train, validation = find_pictures(data, recipe, begun["skip"] if begun else skip)
     asked = {
         "recipe": recipe.to_dict(),
         "model": str(model) if model is not None else None,
         "teacher": str(teacher) if isinstance(teacher, str | Path) else bool(teacher),
         "data": fingerprint(train, validation),
     }
-    if jax.process_index() == 0:
-        prepare_output(output, asked, resume)
     agree(asked)
+    if begun:
+        check_same(output, begun, asked)
+    check_batch(recipe, train)
+    check_teacher(teacher, recipe)
+    root = Path(data).expanduser()
+    if begun:
+        train, validation = leave_out(train, validation, root, skip)
+    for part in (train, validation):
+        check_pictures(part, decode=check_data)
+    student = make_student(model, recipe, train, **options)
+    if export_torch:
+        from levit_flax.convert.conversion import check_layout  # only whoever wants PyTorch weights pays for it
+
+        check_layout(student.model, export_torch)
+    train, validation = (align_classes(part, student.model.config) for part in (train, validation))
+    source = make_teacher(teacher, recipe, student.model.config, student.processor, train, root, **options)
     run = Run(output, recipe, student, source, train, validation, threads, processes, show, asked)
+    on_first_host(lambda: prepare_output(output, None if begun else {**asked, "skip": sorted(skip)}))
     report = run.train()
     if export_torch and jax.process_index() == 0:
         from levit_flax.convert.workflow import convert_to_directory
@@ -230,7 +263,8 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
     """Raise FileExistsError unless a run may be written here, and OSError unless it can be."""
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output} is a file: expected a directory to write, or a name that is free.")
-    held = output.is_dir() and any(output.iterdir())
+    names = [entry.name for entry in output.iterdir()] if output.is_dir() else []
+    held = any(not name.startswith(f".{RUN_FILE}.") for name in names)  # by more than a run that was killed at once
     if held and not (output / RUN_FILE).is_file():
         raise FileExistsError(f"{output} holds something else than a training: choose another name.")
     if held and not resume and not overwrite:
@@ -239,28 +273,62 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
             " (overwrite=True), or choose another name."
         )
     checkpoint.make_directory(output)
-    checkpoint.write_atomically(output / ".writable", lambda file: file.touch())
-    (output / ".writable").unlink(missing_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise checkpoint.cannot_write(output, error) from None
 
 
-def prepare_output(output: Path, asked: dict[str, Any], resume: bool) -> None:
-    """Write what was asked for, in an empty directory; when resuming, refuse another thing than the run began with."""
-    path = output / RUN_FILE
-    if resume and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        differing = [
-            f"{name} (was {old!r}, is {new!r})"
-            for name, old, new in _differences(before, json.loads(json.dumps(asked)))
-        ]
-        if differing:
-            raise RecipeError(
-                f"{output} was begun with something else: {'; '.join(differing[:5])}. Resume with the same, or begin"
-                " anew with --force."
-            )
-        return
+def read_run(output: Path) -> dict[str, Any] | None:
+    """Return what the run in a directory was begun with, or None where there is none."""
+    try:
+        text = (output / RUN_FILE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    begun: dict[str, Any] = json.loads(text)
+    return begun
+
+
+def check_same(output: Path, begun: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raise RecipeError where something else is asked for than what a run was begun with."""
+    before = {name: begun.get(name) for name in asked}
+    differing = [
+        f"{name} (was {old!r}, is {new!r})" for name, old, new in _differences(before, json.loads(json.dumps(asked)))
+    ]
+    if differing:
+        raise RecipeError(
+            f"{output} was begun with something else: {'; '.join(differing[:5])}. Resume with the same, or begin"
+            " anew with --force."
+        )
+
+
+def prepare_output(output: Path, asked: Mapping[str, Any] | None) -> None:
+    """Remove what a run that was killed left half-written; for a new one, which is `asked` for, all of an older one."""
     for entry in output.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    write_text(path, json.dumps(asked, indent=2) + "\n")
+        half = entry.name.startswith(tuple(f".{name}." for name in OWN_NAMES))
+        old = asked is not None and entry.name in OWN_NAMES and entry.name != RUN_FILE
+        if half or old:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    if asked is not None:
+        write_text(output / RUN_FILE, json.dumps(asked, indent=2) + "\n")
+
+
+def on_first_host(work: Callable[[], None]) -> None:
+    """Do something on host 0 while the others wait; where it fails there, all of them stop."""
+    error = None
+    if jax.process_index() == 0:
+        try:
+            work()
+        except (ValueError, OSError) as found:
+            error = found
+    failed = error is not None
+    if jax.process_count() > 1:
+        failed = bool(multihost_utils.broadcast_one_to_all(np.array(failed)))
+    if error:
+        raise error
+    if failed:
+        raise OSError("Host 0 cannot begin; what it prints says why.")
 
 
 def agree(asked: dict[str, Any]) -> None:
@@ -324,7 +392,8 @@ class Run:
         self.shard = Shard(jax.process_index(), jax.process_count())
         self.rows = TrainingRows(train, recipe, student.processor, teacher.logits, self.shard)
         self.total = recipe.epochs * self.rows.steps_per_epoch
-        self.batches = training_batches(self.rows, threads, processes)
+        self.threads, self.processes = threads, processes
+        self.batches: Any = None  # from the step on that training goes on with
 
         params = student.variables["params"]
         self.task = Task(student.model, recipe, student.processor, params, self.rows.steps_per_epoch, teacher.function)
@@ -342,10 +411,17 @@ class Run:
     def train(self) -> dict[str, Any]:
         """Go on to the end, from the last checkpoint if there is one; return the report."""
         directory = self.output / CHECKPOINT_DIRECTORY
-        with closing(self.board), closing(Checkpoints(directory)) as checkpoints, stop_signals() as stop:
+        with (
+            closing(Checkpoints(directory)) as checkpoints,
+            closing(self.board),
+            closing(self),
+            stop_signals(self.shard.count > 1) as stop,
+        ):
             state = self.restore(checkpoints)
             step = first = int(state.step)
             begin = None
+            if self.evaluation_due(step):  # which a picture that could not be used had put off
+                self.end_epoch(checkpoints, state, step)
             while step < self.total:
                 batch = self.next_batch(checkpoints, state, step)
                 state, metrics = self.train_step(state, self.teacher_variables, batch)
@@ -354,7 +430,7 @@ class Run:
                 self.collect(IN_FLIGHT)
                 if begin is None:  # once it is compiled
                     begin, first = time.perf_counter(), step
-                if step % self.rows.steps_per_epoch == 0:
+                if self.evaluation_due(step):
                     self.end_epoch(checkpoints, state, step)
                 if self.show and step > first:
                     self.show(self.progress(step, first, time.perf_counter() - begin))
@@ -367,32 +443,48 @@ class Run:
     def restore(self, checkpoints: Checkpoints) -> State:
         """Return the state to go on from, and set the data and the history to it."""
         state = jax.device_put(self.task.init(self.student.variables), self.replicated)
-        if checkpoints.latest is None:
-            return state
-        restored = checkpoints.restore(state, self.batches)
-        self.history = restored.progress["history"]
-        self.totals = Totals(**restored.progress["totals"])
-        return restored.state
+        if checkpoints.latest is not None:
+            state, progress = checkpoints.restore(state)
+            self.history, self.totals = progress["history"], Totals(**progress["totals"])
+        if int(state.step) < self.total:
+            self.batches = training_batches(self.rows, self.threads, self.processes, first=int(state.step))
+        return state
+
+    def close(self) -> None:
+        """End the threads and processes that read pictures."""
+        if self.batches is not None:
+            self.batches.close()
 
     def save(self, checkpoints: Checkpoints, state: State, step: int) -> None:
         """Begin to save a checkpoint."""
         self.collect(0)
+        if checkpoints.latest == step:
+            return  # which it was restored from
         progress = {"history": self.history, "totals": dataclasses.asdict(self.totals)}
         evaluated = bool(self.history) and self.history[-1]["step"] == step
-        checkpoints.save(step, state, self.batches, progress, goodness(self.history[-1]) if evaluated else None)
+        checkpoints.save(step, state, progress, goodness(self.history[-1]) if evaluated else None)
 
     def next_batch(self, checkpoints: Checkpoints, state: State, step: int) -> Batch:
         """Read the next batch and send it to the devices."""
         begin = time.perf_counter()
         try:
             arrays = next(self.batches)
-        except DataError:
-            self.save(checkpoints, state, step)
-            checkpoints.wait()
-            raise
+        except DataError as error:
+            raise self.unusable(checkpoints, state, step, error) from error
         if not self.pending or cast(Any, self.pending[-1][1].loss).is_ready():  # else the device had work all the while
             self.waited += time.perf_counter() - begin
         return Batch(**self.place(arrays))
+
+    def unusable(self, checkpoints: Checkpoints, state: State, step: int, error: DataError) -> DataError:
+        """Save the state, and return what to raise where a picture cannot be used."""
+        if self.shard.count > 1:  # the other hosts know nothing of it, and all have to take part in saving
+            return error
+        self.save(checkpoints, state, step)
+        checkpoints.wait()
+        return DataError(
+            f"{error} The state after step {step} of {self.total} is saved: mend the picture, or list its path in a"
+            " file for --skip, and go on with --resume."
+        )
 
     def place(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Make global arrays of this host's rows."""
@@ -412,29 +504,40 @@ class Run:
                 )
             self.totals.add(loss, float(metrics.correct), self.recipe.batch_size)
 
+    def evaluation_due(self, step: int) -> bool:
+        """Return whether it is time to evaluate and save, and that has not been done."""
+        epoch, within = divmod(step, self.rows.steps_per_epoch)
+        done = self.history[-1]["step"] if self.history else 0
+        return not within and step != done and (not epoch % self.recipe.checkpoint_every or step == self.total)
+
     def end_epoch(self, checkpoints: Checkpoints, state: State, step: int) -> None:
-        """Evaluate and save, where it is time for that."""
+        """Evaluate and save."""
         self.collect(0)
         epoch = step // self.rows.steps_per_epoch
-        if epoch % self.recipe.checkpoint_every and step < self.total:
-            return
         variables = state.variables if state.average is None else state.average
         classes = self.task.problem_type != "regression"
         row = {"epoch": epoch, "step": step, "learning_rate": float(self.learning_rate(step - 1))}
-        for name, totals in (("train", self.totals), ("validation", self.evaluate(variables))):
+        try:
+            validation = self.evaluate(variables)
+        except DataError as error:
+            raise self.unusable(checkpoints, state, step, error) from error
+        for name, totals in (("train", self.totals), ("validation", validation)):
             row[f"{name}_loss"] = totals.loss / totals.pictures
             if classes:
                 row[f"{name}_accuracy"] = totals.correct / totals.pictures
         self.totals = Totals()
         self.history.append(row)
         if jax.process_index() == 0:
-            write_history(self.output, self.history)
-            self.board.log(row)
-            if best_row(self.history) is row:
-                write_best(
-                    self.output, self.student.model, jax.device_get(variables), self.student.processor, row, self.asked
-                )
+            with checkpoints.writing():
+                self.write(row, jax.device_get(variables))
         self.save(checkpoints, state, step)
+
+    def write(self, row: dict[str, Any], variables: Any) -> None:
+        """Write the metrics and, where they are the best so far, the model."""
+        write_history(self.output, self.history)
+        self.board.log(row)
+        if best_row(self.history) is row:
+            write_best(self.output, self.student.model, variables, self.student.processor, row, self.asked)
 
     def evaluate(self, variables: Any) -> "Totals":
         """Return the totals over the validation pictures."""
@@ -474,8 +577,7 @@ class Run:
 
     def stop(self, checkpoints: Checkpoints, state: State, step: int, number: int) -> None:
         """Save the state and leave."""
-        if checkpoints.latest != step:
-            self.save(checkpoints, state, step)
+        self.save(checkpoints, state, step)
         checkpoints.wait()
         raise TrainingStopped(
             f"Stopped at step {step} of {self.total}. The state is saved: go on with --resume.", number
@@ -526,17 +628,22 @@ class StopSignal:
 
 
 @contextmanager
-def stop_signals() -> Iterator[StopSignal]:
-    """Note SIGTERM and SIGINT instead of dying of them; a second one is not held back."""
+def stop_signals(several: bool) -> Iterator[StopSignal]:
+    """Note SIGTERM and SIGINT instead of dying of them; a second one is not held back.
+
+    Where there are `several` hosts, SIGTERM is left to JAX, which has all of them agree on a step; SIGINT is made one.
+    """
     stop = StopSignal()
     before: dict[int, Any] = {}
 
     def note(number: int, frame: Any) -> None:
         stop.received = number
         signal.signal(number, before[number])
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     try:
-        for number in (int(signal.SIGTERM), int(signal.SIGINT)):
+        for number in map(int, (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)):
             before[number] = signal.signal(number, note)
     except ValueError:  # not in the main thread, where Python knows no signals
         pass

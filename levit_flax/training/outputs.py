@@ -3,11 +3,15 @@
 import csv
 import io
 import json
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from levit_flax import checkpoint
 from levit_flax.image_processing import LevitImageProcessor
@@ -44,7 +48,8 @@ def write_history(directory: Path, history: History) -> None:
 class TensorBoard:
     """Event files for TensorBoard, opened at the first evaluation of this process.
 
-    What a run that died had logged from that step on is dropped.
+    What a run that died had logged from that step on is dropped. Everything is written at once, not by tensorboardX's
+    thread, which a full disk kills without a word.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -55,15 +60,22 @@ class TensorBoard:
         """Add the metrics of one evaluation."""
         step = int(row["step"])
         if self._writer is None:
-            self._writer = SummaryWriter(str(self.directory), purge_step=step)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            # Named by the second, which a short run that goes on at once would share.
+            self._writer = EventsWriter(str(self.directory / "events"), filename_suffix=f".{step}")
+            self._add(step, session_log=SessionLog(status=SessionLog.START))
         for name in row.keys() - {"step"}:
-            self._writer.add_scalar(name, row[name], step)
+            self._add(step, summary=scalar(name, row[name]))
         self._writer.flush()
+
+    def _add(self, step: int, **what: Any) -> None:
+        self._writer.write_event(Event(step=step, wall_time=time.time(), **what))
 
     def close(self) -> None:
         """Close the files."""
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):  # there is something left to write only where that has failed before
+                self._writer.close()
 
 
 def write_best(

@@ -3,6 +3,7 @@
 Source: Touvron et al. 2021, "Training data-efficient image transformers & distillation through attention".
 """
 
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,25 +64,31 @@ def make_teacher(
             logits were stored for.
         ValueError: the teacher does not know the student's classes.
     """
-    if (teacher is None) == (recipe.distillation != "none"):
-        expected = "a teacher (--teacher)" if teacher is None else 'distillation="hard" or "soft"'
-        raise RecipeError(
-            f"distillation is {recipe.distillation!r} and there is {'no' if teacher is None else 'a'} teacher: expected"
-            f" {expected}."
-        )
+    check_teacher(teacher, recipe)
     if teacher is None:
         return TeacherSource()
     if callable(teacher):
         function = teacher
         return TeacherSource(lambda _, pixel_values: function(pixel_values))
     if Path(teacher).suffix == STORED_SUFFIX:
-        if recipe.mixup or recipe.cutmix:
-            raise RecipeError(
-                f"{teacher} holds logits of whole pictures, and the recipe mixes pictures: expected mixup = 0 and"
-                " cutmix = 0."
-            )
         return TeacherSource(logits=read_logits(Path(teacher), pictures, root, config))
     return load_teacher(teacher, config, processor, options)
+
+
+def check_teacher(teacher: str | Path | Callable[[jax.Array], jax.Array] | None, recipe: Recipe) -> None:
+    """Raise RecipeError where a recipe and a teacher do not fit each other; nothing is read."""
+    if (teacher is None) == (recipe.distillation != "none"):
+        expected = "a teacher (--teacher)" if teacher is None else 'distillation="hard" or "soft"'
+        raise RecipeError(
+            f"distillation is {recipe.distillation!r} and there is {'no' if teacher is None else 'a'} teacher: expected"
+            f" {expected}."
+        )
+    stored = isinstance(teacher, str | Path) and Path(teacher).suffix == STORED_SUFFIX
+    if stored and (recipe.mixup or recipe.cutmix):
+        raise RecipeError(
+            f"{teacher} holds logits of whole pictures, and the recipe mixes pictures: expected mixup = 0 and"
+            " cutmix = 0."
+        )
 
 
 def load_teacher(
@@ -165,10 +172,12 @@ def read_logits(path: Path, pictures: Pictures, root: Path, config: LevitConfig)
     Raises:
         ValueError: the file is not one of `store_logits`, or lacks a picture or a class.
     """
+    if not isinstance(pictures.images, list):
+        raise ValueError(f"{path} names pictures by their paths, which those of {pictures.where} do not have.")
     try:
         with np.load(path) as stored:
             files, labels, logits = (stored[name] for name in ("files", "labels", "logits"))
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a file of stored logits: {error}") from None
     rows = {name: row for row, name in enumerate(files.tolist())}
     names = [Path(image).relative_to(root).as_posix() for image in pictures.images]

@@ -1,0 +1,627 @@
+"""One step of training, against PyTorch and against arithmetic by hand.
+
+The models are tiny, because the time of these tests is the compiler's; steps that are compiled are shared.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("timm")
+pytest.importorskip("grain")
+pytest.importorskip("orbax.checkpoint")
+
+from timm.data.mixup import mixup_target  # noqa: E402
+from timm.loss import SoftTargetCrossEntropy  # noqa: E402
+from timm.utils.agc import adaptive_clip_grad  # noqa: E402
+from transformers.loss.loss_utils import ForSequenceClassificationLoss  # noqa: E402
+
+import levit_flax as lf  # noqa: E402
+from configs import random_variables, unusual_config  # noqa: E402
+from levit_flax import LevitConfig, convert  # noqa: E402
+from levit_flax.convert.layouts import LAYOUTS, Structure  # noqa: E402
+from levit_flax.training.losses import SINGLE_LABEL, distillation_loss, label_loss, soft_targets  # noqa: E402
+from levit_flax.training.optimizer import (  # noqa: E402
+    clip_adaptively,
+    decays,
+    learning_rate_schedule,
+    make_optimizer,
+    match_patterns,
+)
+from levit_flax.training.recipe import Recipe, RecipeError  # noqa: E402
+from levit_flax.training.state import Batch, State, Task  # noqa: E402
+from oracles import state_dict, torch_config, torch_model  # noqa: E402
+
+# Float64, after five steps. AdamW divides a gradient by its own size, which would turn one that is zero but for noise
+# (the biases that the next batch norm subtracts) into full steps of a random sign; in float64 that noise is 1e-17, far
+# below AdamW's epsilon of 1e-8, so that every tensor is compared and none is left out.
+PARAMETERS_LIMIT = 1e-8
+LOSS_LIMIT = 1e-5  # float32, relative: rounding of the forward pass and of five steps
+SAME_SUM = 1e-12  # float64: the same terms added in another order
+FLOAT32_ROUNDING = 1e-6  # a few operations
+SCHEDULE_LIMIT = 1e-5  # float32: optax takes the start as a difference from the peak
+BFLOAT16_LIMIT = 0.05  # relative, of a loss: 8 bits of precision through a small model
+
+ONE_HEAD, TWO_HEADS = lf.LevitForImageClassification, lf.LevitForImageClassificationWithTeacher
+STEPS, STEPS_PER_EPOCH, BATCH = 5, 2, 6
+
+TINY = LevitConfig(
+    image_size=48,
+    hidden_sizes=(16, 24),
+    num_attention_heads=(1, 2),
+    depths=(0, 1),
+    key_dim=(8, 8),
+    mlp_ratio=(0, 2),
+    attention_ratio=(2, 2),
+    down_ops=(("Subsample", 8, 2, 2, 0, 2),),
+    num_labels=5,
+)
+# Numbers so large that each of them shows after five steps.
+RECIPE = Recipe(
+    epochs=4,
+    batch_size=BATCH,
+    learning_rate=3e-3,
+    warmup_epochs=1,
+    warmup_learning_rate=1e-3,
+    min_learning_rate=1e-4,
+    weight_decay=0.2,
+    adaptive_clip=0.0,
+    label_smoothing=0.1,
+)
+# Without optimisation, which takes longer than these models take to run.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):  # optax needs it
+        yield
+
+
+def compiled(function):
+    return jax.jit(function, compiler_options=QUICK)
+
+
+def make_task(model, variables, teacher=None, **changes):
+    recipe = dataclasses.replace(RECIPE, **changes)
+    return Task(model, recipe, lf.LevitImageProcessor(), variables["params"], STEPS_PER_EPOCH, teacher)
+
+
+def random_model(model_class=ONE_HEAD, dtype=jnp.float32, **changes):
+    model = model_class(dataclasses.replace(TINY, **changes), param_dtype=dtype, precision="highest")
+    return model, random_variables(model)
+
+
+def random_batch(seed=0, dtype=np.float32, parts=1, config=TINY, teacher_logits=False):
+    """Return a batch of pictures that the processor has already prepared."""
+    generator = np.random.default_rng(seed)
+    shape = (parts, BATCH // parts)
+    return Batch(
+        generator.standard_normal((*shape, *config.image_height_width, 3)).astype(dtype),
+        generator.integers(0, config.num_labels, shape),
+        generator.standard_normal((*shape, config.num_labels)).astype(dtype) if teacher_logits else None,
+    )
+
+
+def same_bits(one, other):
+    return jax.tree.all(jax.tree.map(np.array_equal, one, other))
+
+
+def cross_entropy(logits, targets):
+    logits = np.asarray(logits, np.float64)
+    return -(targets * (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))).sum(-1).mean()
+
+
+# The same steps in PyTorch
+
+
+def teacher(weights, pixel_values):
+    return pixel_values.mean((1, 2)) @ weights
+
+
+def pytorch_loss(reference, batch, recipe, teacher_logits):
+    out = reference(torch.from_numpy(batch.pixels[0]).permute(0, 3, 1, 2))
+    labels = torch.from_numpy(batch.targets[0])
+    if recipe.distillation == "none":
+        return torch.nn.functional.cross_entropy(out.logits, labels, label_smoothing=recipe.label_smoothing)
+    base = torch.nn.functional.cross_entropy(out.cls_logits, labels, label_smoothing=recipe.label_smoothing)
+    taught = torch.nn.functional.cross_entropy(out.distillation_logits, torch.from_numpy(teacher_logits).argmax(1))
+    return (1 - recipe.distillation_alpha) * base + recipe.distillation_alpha * taught
+
+
+def pytorch_adamw(reference, recipe):
+    """Return AdamW with the reference's groups, without and with weight decay."""
+    groups = [], []
+    for name, parameter in reference.named_parameters():
+        spared = parameter.ndim == 1 or name.endswith((".bias", "attention_biases"))
+        groups[not spared].append(parameter)
+    return torch.optim.AdamW(
+        [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1], "weight_decay": recipe.weight_decay}],
+        betas=(recipe.beta1, recipe.beta2),
+        eps=recipe.epsilon,
+    )
+
+
+def clip_pytorch(reference, factor):
+    """Clip the gradients as timm does, and return what share of the parameters' gradients that changed."""
+    before = [parameter.grad.clone() for parameter in reference.parameters()]
+    adaptive_clip_grad(reference.parameters(), factor)
+    changed = [(p.grad != grad).double().mean() for p, grad in zip(reference.parameters(), before, strict=True)]
+    return float(sum(changed)) / len(changed)
+
+
+class Trained(NamedTuple):
+    """Five steps on both sides; index 0 of `states` is before the first."""
+
+    task: Task
+    step: Any
+    states: list[State]
+    metrics: list[Any]
+    batches: list[Batch]
+    teacher_variables: Any
+    reference: Any
+
+
+def train(config, model_class, **changes):
+    """Take five steps of AdamW in float64 from the same weights on the same batches, here and in PyTorch."""
+    recipe = dataclasses.replace(RECIPE, distillation="hard" if model_class is TWO_HEADS else "none", **changes)
+    distils = recipe.distillation != "none"
+    reference = torch_model(config, model_class.__name__).train()
+    start = state_dict(reference)
+    weights = np.random.default_rng(9).standard_normal((3, config.num_labels)) if distils else None
+    batches = [random_batch(seed, np.float64, config=config) for seed in range(STEPS)]
+
+    with jax.enable_x64(True):
+        model, variables = convert.from_torch(start, jnp.float64, config=config)
+        task = Task(
+            model.clone(precision="highest"),
+            recipe,
+            lf.LevitImageProcessor(),
+            variables["params"],
+            STEPS_PER_EPOCH,
+            teacher if distils else None,
+        )
+        step = compiled(task.train_step)
+        states, metrics = [jax.device_get(task.init(variables))], []
+        for batch in batches:
+            state, seen = jax.device_get(step(states[-1], weights, batch))
+            states.append(state)
+            metrics.append(seen)
+
+    optimizer, losses, clipped = pytorch_adamw(reference, recipe), [], []
+    # The same numbers, not the same formula: optax computes them in float32, which five steps turn into 1e-7.
+    schedule = learning_rate_schedule(recipe, STEPS_PER_EPOCH)
+    for number, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = float(schedule(number))
+        optimizer.zero_grad()
+        loss = pytorch_loss(reference, batch, recipe, distils and teacher(weights, batch.pixels[0]))
+        loss.backward()
+        if recipe.adaptive_clip:
+            clipped.append(clip_pytorch(reference, recipe.adaptive_clip))
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(0.1 < share < 0.9 for share in clipped)
+    np.testing.assert_allclose([seen.loss for seen in metrics], losses, rtol=PARAMETERS_LIMIT)
+    return Trained(task, step, states, metrics, batches, weights, reference)
+
+
+def check_parity(trained):
+    before, after = (convert.to_torch(trained.task.model, trained.states[i].variables, layout="hf") for i in (0, STEPS))
+    wanted = state_dict(trained.reference)
+    assert after.keys() == wanted.keys()
+    parameters = [name for name, _ in trained.reference.named_parameters()]
+    for name, tensor in wanted.items():
+        assert np.abs(after[name] - tensor).max() < PARAMETERS_LIMIT, name
+    moved = [np.abs(after[name] - before[name]).max() for name in parameters]
+    assert np.median(moved) > 1e5 * PARAMETERS_LIMIT  # else the comparison would say little
+
+
+@pytest.fixture(scope="module")
+def trained(_standard_promotion):
+    return train(TINY, TWO_HEADS, adaptive_clip=0.03, ema_decay=0.2)
+
+
+def test_five_steps_with_hard_distillation_and_clipping_equal_pytorchs(trained):
+    check_parity(trained)
+
+
+def test_five_steps_with_one_head_equal_pytorchs():
+    check_parity(train(TINY, ONE_HEAD))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clip", [0.0, 0.03])
+@pytest.mark.parametrize("model_class", [ONE_HEAD, TWO_HEADS])
+def test_five_steps_of_a_larger_model_equal_pytorchs(model_class, clip):
+    check_parity(train(unusual_config("odd grids"), model_class, adaptive_clip=clip, distillation_alpha=0.3))
+
+
+@pytest.mark.parametrize("model_class", [pytest.param(ONE_HEAD, marks=pytest.mark.slow), TWO_HEADS])
+def test_losses_of_five_float32_steps_of_gradient_descent_equal_pytorchs(model_class):
+    # Not AdamW: in float32 it would make steps of noise, see above.
+    rate, distils = 0.02, model_class is TWO_HEADS
+    reference = torch_model(TINY, model_class.__name__).float().train()
+    model, variables = convert.from_torch(state_dict(reference), jnp.float32, config=TINY)
+    model = model.clone(precision="highest")
+    task = make_task(model, variables, distillation="hard" if distils else "none", distillation_alpha=0.3)
+    trained, statistics = flatten_dict(variables["params"], sep="/"), variables["batch_stats"]
+
+    @compiled
+    def step(trained, statistics, batch):
+        (loss, (statistics, _)), gradients = jax.value_and_grad(task._loss, has_aux=True)(
+            trained, {}, statistics, None, batch, jax.random.key(0)
+        )
+        return jax.tree.map(lambda x, gradient: x - rate * gradient, trained, gradients), statistics, loss
+
+    optimizer, found, wanted = torch.optim.SGD(reference.parameters(), rate), [], []
+    for seed in range(STEPS):
+        batch = random_batch(seed % 2, teacher_logits=distils)
+        trained, statistics, loss = step(trained, statistics, jax.tree.map(lambda x: x[0], batch))
+        found.append(float(loss))
+        optimizer.zero_grad()
+        loss = pytorch_loss(reference, batch, task.recipe, distils and batch.teacher_logits[0])
+        loss.backward()
+        optimizer.step()
+        wanted.append(loss.item())
+    np.testing.assert_allclose(found, wanted, rtol=LOSS_LIMIT)
+    assert wanted[4] < 0.9 * wanted[0]
+
+
+# What the steps above did
+
+
+def test_all_running_statistics_move(trained):
+    before, after = (flatten_dict(trained.states[i].variables["batch_stats"], sep="/") for i in (0, 1))
+    for path in before:
+        assert (after[path] != before[path]).all(), path
+        if path.endswith("/count"):
+            assert after[path] == before[path] + 1
+
+
+def test_attention_biases_are_trained(trained):
+    # The reference's fine-tuning runs in evaluation mode, where a cache keeps them as they were.
+    before, after = (flatten_dict(trained.states[i].variables["params"], sep="/") for i in (0, STEPS))
+    biases = [path for path in before if path.endswith("/attention_biases")]
+    assert len(biases) == 2
+    for path in biases:
+        assert (np.abs(after[path] - before[path]) > 1e-4).all(), path
+
+
+def test_averaged_weights_follow_the_recurrence(trained):
+    averages = [flatten_dict(state.average, sep="/") for state in trained.states]
+    variables = [flatten_dict(state.variables, sep="/") for state in trained.states]
+    assert same_bits(averages[0], variables[0])
+    for step in range(STEPS):
+        decay = min(0.2, (1 + step) / (10 + step))
+        for path, average in averages[step + 1].items():
+            if path.endswith("/count"):
+                assert average.dtype == np.int32 and average == variables[step + 1][path]
+            else:
+                wanted = decay * averages[step][path] + (1 - decay) * variables[step + 1][path]
+                np.testing.assert_allclose(average, wanted, rtol=FLOAT32_ROUNDING, atol=1e-7, err_msg=path)
+    assert min(0.2, 3 / 12) == 0.2 > 2 / 11  # both branches were taken
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_step_that_is_not_finite_changes_nothing_and_neither_do_later_ones(trained, bad):
+    state, batch = trained.states[2], trained.batches[2]
+    pixels = batch.pixels.copy()
+    pixels[0, 0, 0, 0, 0] = bad
+    with jax.enable_x64(True):
+        broken, seen = jax.device_get(trained.step(state, trained.teacher_variables, batch._replace(pixels=pixels)))
+        later, finite = jax.device_get(trained.step(broken, trained.teacher_variables, batch))
+    assert not np.isfinite(seen.loss) and np.isfinite(finite.loss)
+    for after in (broken, later):
+        assert after.broken and not state.broken
+        assert same_bits(dataclasses.replace(after, broken=state.broken), state)
+    assert not same_bits(trained.states[3].variables, state.variables)
+
+
+HEADS_ONLY = {"(head|head_dist)/.*": 1.0, ".*": 0.0}
+
+
+@pytest.mark.parametrize("table", [HEADS_ONLY, pytest.param({".*": 1.0}, marks=pytest.mark.slow)], ids=["heads", "all"])
+def test_bfloat16_computes_nearly_the_same_loss_and_keeps_float32(trained, table):
+    start = convert.to_torch(trained.task.model, trained.states[0].variables, layout="hf")
+    model, variables = convert.from_torch(start, jnp.float32, config=TINY)
+    recipe = dataclasses.replace(trained.task.recipe, learning_rates=table)
+    task = Task(
+        model.clone(dtype=jnp.bfloat16), recipe, lf.LevitImageProcessor(), variables["params"], STEPS_PER_EPOCH, teacher
+    )
+    batch = random_batch(0)
+    weights = trained.teacher_variables.astype(np.float32)
+    before = task.init(variables)
+    state, seen = compiled(task.train_step)(before, weights, batch)
+    assert float(seen.loss) == pytest.approx(float(trained.metrics[0].loss), rel=BFLOAT16_LIMIT)
+    assert float(seen.loss) != pytest.approx(float(trained.metrics[0].loss), rel=LOSS_LIMIT)
+    assert seen.loss.dtype == jnp.float32
+    for path, leaf in flatten_dict(state.variables, sep="/").items():
+        assert leaf.dtype == (jnp.int32 if path.endswith("/count") else jnp.float32), path
+        assert np.isfinite(leaf).all(), path
+    assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, before)
+    assert not same_bits(state.variables["params"]["head"], before.variables["params"]["head"])
+
+
+# Freezing
+
+
+def test_a_frozen_backbone_keeps_every_bit():
+    model, variables = random_model()
+    task = make_task(
+        model, variables, learning_rates={"head/.*": 1.0, ".*": 0.0}, batch_norm="freeze_with_parameters", ema_decay=0.9
+    )
+    step, start = compiled(task.train_step), task.init(variables)
+    state = start
+    for seed in range(3):
+        state, _ = step(state, None, random_batch(seed))
+    for before, after in ((start.variables, state.variables), (start.average, state.average)):
+        before, after = (jax.device_get(flatten_dict(tree, sep="/")) for tree in (before, after))
+        for path in before:
+            if path.split("/")[1] == "head":
+                assert (before[path] != after[path]).any(), path
+            else:
+                np.testing.assert_array_equal(after[path], before[path], err_msg=path)
+
+
+def test_frozen_statistics_are_used_and_kept_and_parts_of_a_batch_add_up_to_it():
+    with jax.enable_x64(True):
+        model, variables = random_model(TWO_HEADS, jnp.float64)
+        batch, results = random_batch(0, np.float64), []
+        for parts in (1, 3):
+            task = make_task(
+                model,
+                variables,
+                batch_norm="freeze",
+                accumulation=parts,
+                learning_rates=HEADS_ONLY,
+            )
+            split = Batch(*(x.reshape(parts, -1, *x.shape[2:]) for x in batch[:2]))
+            results.append(jax.device_get(compiled(task.train_step)(task.init(variables), None, split)))
+        out = jax.device_get(compiled(model.apply)(variables, batch.pixels[0]))
+    (whole, seen), (parted, seen_in_parts) = results
+
+    targets = np.eye(5)[batch.targets[0]] * 0.9 + 0.1 / 5
+    wanted = (cross_entropy(out.cls_logits, targets) + cross_entropy(out.distillation_logits, targets)) / 2
+    assert seen.loss == pytest.approx(wanted, rel=SAME_SUM)
+    assert seen.correct == (out.logits.argmax(-1) == batch.targets[0]).sum()
+    assert same_bits(whole.variables["batch_stats"], variables["batch_stats"])
+    assert same_bits(parted.variables["batch_stats"], variables["batch_stats"])
+
+    assert (seen_in_parts.loss, seen_in_parts.correct) == (pytest.approx(seen.loss, rel=SAME_SUM), seen.correct)
+    assert seen_in_parts.gradient == pytest.approx(seen.gradient, rel=SAME_SUM)
+    start, once, parts = (
+        flatten_dict(tree, sep="/")
+        for tree in (variables["params"], whole.variables["params"], parted.variables["params"])
+    )
+    for path in start:
+        np.testing.assert_allclose(parts[path], once[path], rtol=0, atol=SAME_SUM, err_msg=path)
+        assert not path.startswith("head") or (once[path] != start[path]).any(), path
+
+
+def test_each_part_of_a_batch_updates_the_statistics_and_drops_other_branches():
+    model, variables = random_model(drop_path_rate=0.5)
+    task = make_task(model, variables, learning_rates={"head/.*": 1.0, ".*": 0.0}, accumulation=3, weight_decay=0.0)
+    step, start = compiled(task.train_step), task.init(variables)
+    batch = random_batch(0, parts=3)
+    state, seen = step(start, None, batch)
+    before, after = (
+        jax.device_get(flatten_dict(tree["batch_stats"], sep="/")) for tree in (start.variables, state.variables)
+    )
+    for path in before:
+        if path.endswith("/count"):
+            assert after[path] == before[path] + 3, path
+    assert same_bits(step(start, None, batch), (state, seen))
+    # Without drop path neither the step's number nor the order of the parts would matter.
+    in_another_order = Batch(*(np.roll(x, 1, axis=0) for x in batch[:2]))
+    for given, pictures in ((dataclasses.replace(start, step=jnp.int32(1)), batch), (start, in_another_order)):
+        _, other = step(given, None, pictures)
+        assert abs(float(other.loss - seen.loss)) > LOSS_LIMIT
+
+
+# The optimizer
+
+
+def test_factors_scale_the_whole_update():
+    generator = np.random.default_rng(1)
+    names = ("stem/kernel", "stem/bias", "stage_0/kernel", "head/kernel")
+    params, gradients = (
+        {name: generator.standard_normal((2, 3) if "kernel" in name else 3).astype(np.float32) for name in names}
+        for _ in range(2)
+    )
+    table = {"stem/.*": 0.25, "stage_0/.*": 0.5, ".*": 1.0}
+    factors = match_patterns(table, params, "learning_rates")
+    updates = []
+    for given in (factors, dict.fromkeys(params, 1.0)):
+        optimizer = make_optimizer(RECIPE, given, STEPS_PER_EPOCH)
+        updates.append(jax.device_get(optimizer.update(gradients, optimizer.init(params), params)[0]))
+    for path in params:
+        factor = 0.25 if path.startswith("stem") else 0.5 if path.startswith("stage_0") else 1.0
+        np.testing.assert_array_equal(updates[0][path], np.float32(factor) * updates[1][path], err_msg=path)
+        assert (updates[1][path] != 0).all()
+
+
+def test_weight_decay_spares_what_the_reference_spares():
+    _, variables = random_model(TWO_HEADS)
+    params = flatten_dict(variables["params"], sep="/")
+    decayed = {path for path, x in params.items() if decays(path, x)}
+    assert decayed == {path for path in params if path.endswith("/kernel")}
+    assert not decays("stage_0/block_0/attention/attention_biases", np.zeros((9, 2)))
+    assert not decays("downsample_0/attention/attention_biases", np.zeros((1, 2)))
+    assert not decays("head/linear/bias", np.zeros(5))
+
+
+def test_clipping_equals_timms_on_every_tensor():
+    config, factor = dataclasses.replace(TINY, image_size=32), 0.02  # one token in the second stage
+    reference = torch_model(config, TWO_HEADS.__name__)
+    generator = torch.Generator().manual_seed(1)
+
+    def unit_norm(x):
+        return x.norm() if x.ndim == 1 else x.flatten(1).norm(dim=1).reshape(-1, *[1] * (x.ndim - 1))
+
+    with torch.no_grad():
+        dict(reference.named_parameters())["classifier.linear.bias"].zero_()  # taken for CLIP_EPSILON
+        dict(reference.named_parameters())["classifier.linear.weight"][0] = 0
+        for parameter in reference.parameters():
+            gradient = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            norm = unit_norm(gradient)
+            size = 10 ** (2 * torch.rand(norm.shape, generator=generator, dtype=torch.float64) - 1)
+            parameter.grad = gradient / norm * size * factor * unit_norm(parameter).clamp(min=1e-3)
+        dict(reference.named_parameters())["classifier.linear.weight"].grad[1] = 0
+    rows = {
+        row.torch: row
+        for row in LAYOUTS["hf"].rows(Structure.of(config, TWO_HEADS.head_names))
+        if row.flax.startswith("params/")
+    }
+    parameters = dict(reference.named_parameters())
+    assert rows.keys() == parameters.keys()
+    before = {name: parameter.grad.clone() for name, parameter in parameters.items()}
+    adaptive_clip_grad(parameters.values(), factor)
+
+    with jax.enable_x64(True):
+        params, gradients = (
+            {name: jnp.asarray(row.permutation.to_flax(tensors[name].detach().numpy())) for name, row in rows.items()}
+            for tensors in (parameters, before)
+        )
+        clip = compiled(lambda given, params: clip_adaptively(factor).update(given, None, params)[0])
+        found = jax.device_get(clip(gradients, params))
+    shapes = set()
+    for name, row in rows.items():
+        wanted = parameters[name].grad
+        np.testing.assert_allclose(
+            found[name], row.permutation.to_flax(wanted.numpy()), rtol=SAME_SUM, atol=0, err_msg=name
+        )
+        if wanted.ndim > 1 and len(wanted) > 4:
+            clipped = (wanted != before[name]).flatten(1).any(1)
+            assert clipped.any() and not clipped.all(), name
+        if name.endswith("attention_biases"):
+            shapes.add(tuple(wanted.shape))
+    assert shapes == {(2, 1), (2, 4)}
+    assert not all(same_bits(x.grad, before[name]) for name, x in parameters.items() if x.ndim == 1)
+
+
+def test_learning_rates_rise_in_a_line_and_fall_in_a_cosine():
+    recipe = Recipe(
+        epochs=10,
+        warmup_epochs=2,
+        learning_rate=4e-3,
+        warmup_learning_rate=1e-5,
+        min_learning_rate=1e-4,
+        batch_size=64,
+        learning_rate_batch=512,
+    )
+    peak = 4e-3 * 64 / 512
+    schedule = learning_rate_schedule(recipe, 7)
+    rates = [float(schedule(step)) for step in range(71)]
+    line = [1e-5 + (peak - 1e-5) * step / 14 for step in range(14)]
+    cosine = [1e-4 + (peak - 1e-4) * (1 + math.cos(math.pi * step / 56)) / 2 for step in range(57)]
+    np.testing.assert_allclose(rates, line + cosine, rtol=SCHEDULE_LIMIT)
+    assert (rates[14], rates[70]) == (pytest.approx(peak), pytest.approx(1e-4))
+
+
+def test_learning_rates_without_warmup_begin_at_the_peak():
+    schedule = learning_rate_schedule(Recipe(warmup_epochs=0, learning_rate=1e-3), 5)
+    assert float(schedule(0)) == pytest.approx(1e-3)
+    assert float(schedule(1)) < 1e-3
+
+
+def test_small_epochs_round_the_warmup():
+    schedule = learning_rate_schedule(Recipe(epochs=2, warmup_epochs=0.5, learning_rate=1e-3), 3)
+    assert float(schedule(1)) < 1e-3 == pytest.approx(float(schedule(2)))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"head/.*": 1.0}, r'learning_rates does not cover .*/attention_biases: every parameter .* end with "\.\*"'),
+        (
+            {".*": 1.0, "head/.*": 2.0},
+            r"learning_rates: 'head/\.\*' matches no parameter that an earlier pattern leaves",
+        ),
+        ({"(": 1.0, ".*": 1.0}, r"learning_rates: '\(' is not a regular expression \(missing \)"),
+        ({"head": 0.0, ".*": 1.0}, r"learning_rates: 'head' matches no parameter"),  # the whole path must match
+    ],
+)
+def test_tables_that_do_not_fit_are_refused(table, message):
+    model, variables = random_model()
+    with pytest.raises(RecipeError, match=message):
+        make_task(model, variables, learning_rates=table)
+
+
+@pytest.mark.parametrize("factor", [-0.1, float("nan"), "fast", True])
+def test_factors_that_are_no_numbers_are_refused(factor):
+    with pytest.raises(RecipeError, match=r"learning_rates gives '\.\*' the factor .*: expected a number"):
+        Recipe(learning_rates={".*": factor})
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "epsilon"])
+def test_zeros_that_would_divide_are_refused(name):
+    with pytest.raises(RecipeError, match=rf"{name} is 0\.0: expected more than 0"):
+        Recipe(**{name: 0.0})
+
+
+# The losses
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_soft_distillation_is_the_references(temperature):
+    generator = np.random.default_rng(0)
+    student, teacher_logits = generator.standard_normal((2, 6, 5)).astype(np.float32) * 3
+    leaf = torch.from_numpy(student).requires_grad_()
+    wanted = (
+        torch.nn.functional.kl_div(
+            torch.nn.functional.log_softmax(leaf / temperature, 1),
+            torch.nn.functional.log_softmax(torch.from_numpy(teacher_logits) / temperature, 1),
+            reduction="sum",
+            log_target=True,
+        )
+        * temperature**2
+        / leaf.numel()
+    )
+    wanted.backward()
+    loss, (gradient, teachers) = jax.value_and_grad(distillation_loss, argnums=(0, 1))(
+        student, teacher_logits, "soft", temperature
+    )
+    assert float(loss) == pytest.approx(wanted.item(), rel=FLOAT32_ROUNDING)
+    np.testing.assert_allclose(gradient, leaf.grad.numpy(), rtol=LOSS_LIMIT, atol=1e-7)
+    assert not teachers.any()
+
+
+def test_hard_distillation_is_cross_entropy_with_the_teachers_class():
+    generator = np.random.default_rng(0)
+    student, teacher_logits = generator.standard_normal((2, 6, 5)).astype(np.float32)
+    wanted = torch.nn.functional.cross_entropy(torch.from_numpy(student), torch.from_numpy(teacher_logits).argmax(1))
+    loss = distillation_loss(student, teacher_logits, "hard")
+    assert float(loss) == pytest.approx(wanted.item(), rel=FLOAT32_ROUNDING)
+
+
+@pytest.mark.parametrize("num_labels", [1, 4])
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_losses_of_other_problems_are_those_of_transformers(problem_type, num_labels):
+    generator = np.random.default_rng(0)
+    logits = generator.standard_normal((6, num_labels)).astype(np.float32)
+    targets = generator.integers(0, 2, (6, num_labels)).astype(np.float32)
+    if problem_type == "regression":
+        targets = generator.standard_normal((6, num_labels)).astype(np.float32)
+    config = torch_config(LevitConfig(num_labels=num_labels, problem_type=problem_type))
+    wanted = ForSequenceClassificationLoss(torch.from_numpy(targets), torch.from_numpy(logits), config)
+    assert float(label_loss(logits, targets, problem_type)) == pytest.approx(wanted.item(), rel=FLOAT32_ROUNDING)
+
+
+def test_smoothed_targets_and_their_loss_are_timms():
+    labels = np.array([0, 3, 3, 1, 2, 4])
+    wanted = mixup_target(torch.from_numpy(labels), 5, lam=1.0, smoothing=0.1)
+    targets = soft_targets(labels, 5, 0.1, jnp.float32)
+    np.testing.assert_allclose(targets, wanted.numpy(), rtol=FLOAT32_ROUNDING)
+    np.testing.assert_allclose(targets.sum(-1), 1, rtol=FLOAT32_ROUNDING)
+    logits = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
+    loss = SoftTargetCrossEntropy()(torch.from_numpy(logits), wanted)
+    assert float(label_loss(logits, targets, SINGLE_LABEL)) == pytest.approx(loss.item(), rel=FLOAT32_ROUNDING)
