@@ -264,16 +264,14 @@ def map_ahead(pool: ThreadPoolExecutor, function: Any, items: Iterable[Any], ahe
             future.cancel()
 
 
-def normalize(pixels: jax.Array, processor: LevitImageProcessor) -> jax.Array:
-    """Do on the device, in float32, what `LevitImageProcessor.rescale_and_normalize` does with levels [... C]."""
-    values = pixels.astype(jnp.float32)
+def normalize(pixels: jax.Array, processor: LevitImageProcessor, dtype: Any = jnp.float32) -> jax.Array:
+    """Do on the device, in `dtype`, what `LevitImageProcessor.rescale_and_normalize` does with levels [... C]."""
+    values = pixels.astype(dtype)
     if processor.do_rescale:
-        values = values * np.float32(processor.rescale_factor)
+        values = values * np.asarray(processor.rescale_factor, dtype)
     if processor.do_normalize:
         shape = (1,) * (pixels.ndim - 1) + (-1,)
-        mean, std = (
-            np.asarray(value, np.float32).reshape(shape) for value in (processor.image_mean, processor.image_std)
-        )
+        mean, std = (np.asarray(value, dtype).reshape(shape) for value in (processor.image_mean, processor.image_std))
         values = (values - mean) / std
     return values
 

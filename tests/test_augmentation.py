@@ -33,6 +33,8 @@ from levit_flax.training.augmentation import (
 from levit_flax.training.recipe import Recipe, read_recipe, recipe_names
 
 FLOAT32_ROUNDING = 1e-6  # a few operations on numbers of size 1
+# Without optimisation, which takes longer than these functions take to run.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 FILL = (124, 116, 104)
 
 TIMM_NAMES = {
@@ -187,29 +189,31 @@ def test_a_random_filter_is_one_of_both():
     assert seen[0] / 200 == pytest.approx(0.5, abs=four_deviations(0.5, 200))
 
 
-def test_crops_from_a_reflected_border_take_every_place():
-    given, border = picture(6, 5), 2
-    levels, generator = np.asarray(given), np.random.default_rng(0)
+def bordered(given, border):
+    """Return the place of every window of a picture's own size in the picture with a reflected border."""
+    levels = np.asarray(given)
 
     def reflected(start, size):
         places = np.abs(np.arange(start, start + size))
         return np.minimum(places, 2 * (size - 1) - places)
 
-    windows = {
-        levels[reflected(top, 5)][:, reflected(left, 6)].tobytes(): (top, left)
-        for top in range(-border, border + 1)
-        for left in range(-border, border + 1)
+    starts = range(-border, border + 1)
+    return {
+        levels[reflected(top, given.height)][:, reflected(left, given.width)].tobytes(): (top, left)
+        for top in starts
+        for left in starts
     }
-    assert len(windows) == 25
-    results = [crop_with_border(given, generator, border) for _ in range(400)]
-    assert all(result.size == given.size for result in results)
+
+
+# The border is no wider than there is to reflect on the shorter side.
+@pytest.mark.parametrize(("size", "border", "count"), [((6, 5), 2, 25), ((1, 1), 0, 1), ((1, 9), 0, 1), ((2, 3), 1, 6)])
+def test_crops_from_a_reflected_border_take_every_place(size, border, count):
+    given, generator = picture(*size), np.random.default_rng(0)
+    windows = bordered(given, border)
+    results = [crop_with_border(given, generator, max(border, 2)) for _ in range(400)]
+    assert all(result.size == size for result in results)
     assert {windows[np.asarray(result).tobytes()] for result in results} == set(windows.values())
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 9), (2, 3)])
-def test_borders_are_no_wider_than_there_is_to_reflect(size):
-    for seed in range(10):
-        assert crop_with_border(picture(*size), np.random.default_rng(seed), 4).size == size
+    assert len(windows) == count
 
 
 @pytest.mark.parametrize("strength", [0.2, 1.5])
@@ -226,9 +230,9 @@ def test_brightness_changes_within_its_bounds(strength):
 def test_jitter_changes_saturation_and_contrast_too():
     generator = np.random.default_rng(0)
     coloured = Image.new("RGB", (3, 3), (140, 100, 60))
-    spreads = [float(np.ptp(np.asarray(color_jitter(coloured, generator, 0.2))[0, 0])) for _ in range(200)]
-    # 1.2 by brightness times 1.2 by saturation, and nothing by contrast, whose grey is near.
-    assert max(spreads) > 80 * 1.3 and min(spreads) < 80 / 1.3
+    spreads = [float(np.ptp(np.asarray(color_jitter(coloured, generator, 0.2))[0, 0])) for _ in range(800)]
+    # Each of the three spreads an even colour by up to 1.2, so that two of them do by 1.44 at most.
+    assert max(spreads) > 80 * 1.48 and min(spreads) < 80 * 0.61
     grey = Image.fromarray(np.repeat(np.array([[60], [140]], np.uint8)[..., None], 3, 2))
     ratios = []
     for _ in range(200):
@@ -286,14 +290,14 @@ def test_posterising_keeps_one_bit_at_full_strength():
 
 def test_what_comes_from_outside_has_the_colour_of_the_mean():
     recipe = Recipe(**{**NOTHING, "rand_augment": 1, "rand_augment_magnitude": 10.0, "rand_augment_deviation": 0.0})
-    processor = untouched_size(image_mean=(0.1, 0.5, 0.9))
+    processor = untouched_size(image_mean=(0.1, 0.5, 0.8))
     given, colours = Image.new("RGB", (20, 20), (200, 200, 200)), set()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(augmentation, "OPERATIONS", {"translate_x": OPERATIONS["translate_x"]})
         for seed in range(20):
             result = augment(given, np.random.default_rng(seed), recipe, processor)
             colours |= {tuple(map(int, colour)) for colour in result.reshape(-1, 3)}
-    assert {(26, 128, 230), (200, 200, 200)} <= colours  # bicubic edges lie between them
+    assert {(26, 128, 204), (200, 200, 200)} <= colours  # bicubic edges lie between them
 
 
 def test_operations_are_drawn_as_timm_draws_them(monkeypatch):
@@ -339,7 +343,9 @@ def rectangle(mask):
 
 def erased(probability, batch=600, height=40, width=24, seed=0):
     given = jnp.full((batch, height, width, 3), 100.0)
-    result = np.asarray(jax.jit(erase, static_argnums=2)(jax.random.key(seed), given, probability))
+    result = np.asarray(
+        jax.jit(erase, static_argnums=2, compiler_options=QUICK)(jax.random.key(seed), given, probability)
+    )
     changed = (result != 100).any(-1)
     assert ((result != 100).all(-1) == changed).all()  # all channels of a pixel
     return result, changed
@@ -386,13 +392,13 @@ def test_nothing_is_erased_without_a_probability_and_everything_with_one():
     assert erased(1.0)[1].any((1, 2)).all()
 
 
-def mixed(recipe, keys=200, batch=5, size=(12, 10)):
+def mixed(recipe, keys=200, batch=5, size=(12, 10), corner=0.0):
     """Return a batch, and for many keys what `mix` makes of it and of one-hot targets."""
     generator = np.random.default_rng(0)
     given = generator.standard_normal((batch, *size, 3)).astype(np.float32)
-    results, targets = jax.jit(jax.vmap(lambda key: mix(key, given, jnp.eye(batch), recipe)))(
-        jax.random.split(jax.random.key(1), keys)
-    )
+    given[0, 0, 0] = corner
+    mix_all = jax.jit(jax.vmap(lambda key: mix(key, given, jnp.eye(batch), recipe)), compiler_options=QUICK)
+    results, targets = mix_all(jax.random.split(jax.random.key(1), keys))
     return given, np.asarray(results), np.asarray(targets)
 
 
@@ -407,7 +413,7 @@ def shares(targets):
 
 
 def test_mixup_mixes_pictures_as_their_targets():
-    alpha = 0.8
+    alpha = 0.3
     given, results, targets = mixed(Recipe(mixup=alpha))
     own = shares(targets)[:, None, None, None, None]
     np.testing.assert_allclose(results, own * given + (1 - own) * given[::-1], atol=4 * FLOAT32_ROUNDING)
@@ -440,6 +446,7 @@ def test_cutmix_boxes_are_timms(monkeypatch):
     generator = np.random.default_rng(0)
     batch = np.zeros((2, 13, 10, 1), np.float32)
     batch[1] = 1
+    recipe = Recipe(mixup=0.3, cutmix=1.0, mix_switch=1.0)
     for _ in range(40):
         kept, place = generator.random(), generator.random(2).astype(np.float32)
         centre = list(np.floor(place * np.array([13, 10], np.float32)).astype(int))
@@ -447,11 +454,11 @@ def test_cutmix_boxes_are_timms(monkeypatch):
         top, bottom, left, right = timm.rand_bbox((13, 10), kept)
         monkeypatch.undo()
         with monkeypatch.context() as patch:
-            patch.setattr(jax.random, "beta", lambda key, a, b, kept=kept: jnp.float32(kept))
+            patch.setattr(jax.random, "beta", lambda key, a, b, kept=kept: jnp.float32({0.3: 0.5, 1.0: kept}[a]))
             patch.setattr(
                 jax.random, "uniform", lambda key, shape=(), place=place: jnp.asarray(place) if shape else jnp.zeros(())
             )
-            result, targets = mix(jax.random.key(0), jnp.asarray(batch), jnp.eye(2), Recipe(cutmix=1.0))
+            result, targets = mix(jax.random.key(0), jnp.asarray(batch), jnp.eye(2), recipe)
         wanted = np.zeros((13, 10))
         wanted[top:bottom, left:right] = 1
         np.testing.assert_array_equal(result[0, ..., 0], wanted)
@@ -472,13 +479,7 @@ def test_batches_are_mixed_and_cut_with_their_probabilities():
 
 @pytest.mark.parametrize("changes", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
 def test_batches_that_are_not_mixed_keep_every_bit(changes):
-    given, results, targets = mixed(Recipe(**changes, mix_probability=0.0), keys=20)
+    # An infinity stays in its picture, so that the one that caused it can be found.
+    given, results, targets = mixed(Recipe(**changes, mix_probability=0.0), keys=20, corner=np.inf)
     np.testing.assert_array_equal(results, np.broadcast_to(given, results.shape))
     np.testing.assert_array_equal(targets, np.broadcast_to(np.eye(5, dtype=np.float32), targets.shape))
-
-
-def test_infinities_stay_in_their_pictures_unless_mixed():
-    given = np.zeros((2, 4, 4, 1), np.float32)
-    given[0, 0, 0] = np.inf
-    result, _ = mix(jax.random.key(0), jnp.asarray(given), jnp.eye(2), Recipe(mixup=0.8, mix_probability=0.0))
-    np.testing.assert_array_equal(result, given)

@@ -227,7 +227,8 @@ def check_parity(trained):
 
 @pytest.fixture(scope="module")
 def trained(_standard_promotion):
-    return train(TINY, TWO_HEADS, adaptive_clip=0.03, ema_decay=0.2)
+    # Not half and half, where the two losses could change places.
+    return train(TINY, TWO_HEADS, adaptive_clip=0.03, ema_decay=0.2, distillation_alpha=0.3)
 
 
 def test_five_steps_with_hard_distillation_and_clipping_equal_pytorchs(trained):
@@ -242,10 +243,11 @@ def test_five_steps_with_one_head_equal_pytorchs():
 @pytest.mark.parametrize("clip", [0.0, 0.03])
 @pytest.mark.parametrize("model_class", [ONE_HEAD, TWO_HEADS])
 def test_five_steps_of_a_larger_model_equal_pytorchs(model_class, clip):
-    check_parity(train(unusual_config("odd grids"), model_class, adaptive_clip=clip, distillation_alpha=0.3))
+    check_parity(train(unusual_config("odd grids"), model_class, adaptive_clip=clip))
 
 
-@pytest.mark.parametrize("model_class", [pytest.param(ONE_HEAD, marks=pytest.mark.slow), TWO_HEADS])
+@pytest.mark.slow
+@pytest.mark.parametrize("model_class", [ONE_HEAD, TWO_HEADS])
 def test_losses_of_five_float32_steps_of_gradient_descent_equal_pytorchs(model_class):
     # Not AdamW: in float32 it would make steps of noise, see above.
     rate, distils = 0.02, model_class is TWO_HEADS
@@ -334,13 +336,11 @@ def test_bfloat16_computes_nearly_the_same_loss_and_keeps_float32(trained, table
     start = convert.to_torch(trained.task.model, trained.states[0].variables, layout="hf")
     model, variables = convert.from_torch(start, jnp.float32, config=TINY)
     recipe = dataclasses.replace(trained.task.recipe, learning_rates=table)
-    task = Task(
-        model.clone(dtype=jnp.bfloat16), recipe, lf.LevitImageProcessor(), variables["params"], STEPS_PER_EPOCH, teacher
-    )
+    task = Task(model.clone(dtype=jnp.bfloat16), recipe, lf.LevitImageProcessor(), variables["params"], STEPS_PER_EPOCH)
     batch = random_batch(0)
-    weights = trained.teacher_variables.astype(np.float32)
+    stored = teacher(trained.teacher_variables, batch.pixels[0]).astype(np.float32)[None]
     before = task.init(variables)
-    state, seen = compiled(task.train_step)(before, weights, batch)
+    state, seen = compiled(task.train_step)(before, None, batch._replace(teacher_logits=stored))
     assert float(seen.loss) == pytest.approx(float(trained.metrics[0].loss), rel=BFLOAT16_LIMIT)
     assert float(seen.loss) != pytest.approx(float(trained.metrics[0].loss), rel=LOSS_LIMIT)
     assert seen.loss.dtype == jnp.float32

@@ -193,7 +193,7 @@ class Task:
         """Return the pixel values [B H W C] of a part of a batch and its targets [B L], smoothed as the recipe says."""
         wide = jnp.promote_types(jnp.float32, self.model.param_dtype)
         pixels = batch.pixels
-        pixel_values = normalize(pixels, self.processor) if pixels.dtype == jnp.uint8 else pixels
+        pixel_values = normalize(pixels, self.processor, wide) if pixels.dtype == jnp.uint8 else pixels
         targets = batch.targets
         if self.problem_type == SINGLE_LABEL:
             smoothing = self.recipe.label_smoothing if smoothing is None else smoothing
