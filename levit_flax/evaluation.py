@@ -248,7 +248,7 @@ def read_folder(directory: Path, labels: Sequence[str]) -> Data:
 
 
 def class_folders(directory: Path) -> dict[str, list[Path]]:
-    """Return the pictures in each folder of a directory, by the folder's name, both in order.
+    """Return the pictures in each folder of a directory, by the folder's name, both in order; nothing that is hidden.
 
     Raises:
         ValueError: there are no folders.
@@ -261,14 +261,23 @@ def class_folders(directory: Path) -> dict[str, list[Path]]:
         ...     {name: [path.name for path in paths] for name, paths in class_folders(Path(folder)).items()}
         {'cat': ['1.jpg']}
     """
-    folders = sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = sorted(path for path in directory.iterdir() if path.is_dir() and not is_hidden(path, directory))
     if not folders:
         raise ValueError(f"{directory} has no folders: expected one for each class, with the class's pictures in it.")
     suffixes = picture_suffixes()
     return {
-        folder.name: [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes and path.is_file()]
+        folder.name: [
+            path
+            for path in sorted(folder.rglob("*"))
+            if path.suffix.lower() in suffixes and path.is_file() and not is_hidden(path, folder)
+        ]
         for folder in folders
     }
+
+
+def is_hidden(path: Path, root: Path) -> bool:
+    """Return whether a name on the way from a directory to a path begins with a dot, as in "._1.jpg"."""
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def load_dataset(name: str, **options: Any) -> Any:

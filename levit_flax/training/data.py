@@ -189,9 +189,10 @@ def find_pictures(source: str | Path, recipe: Recipe, skip: Collection[str]) -> 
         validation = next(part for name, part in parts.items() if name != TRAIN_FOLDER)
         if validation.labels != train.labels:
             odd = sorted(set(train.labels) ^ set(validation.labels))
+            found = f"{', '.join(odd[:NAMED])} is in one only" if odd else "their order is another"
             raise DataError(
                 f"{train.where} has {len(train.labels)} classes and {validation.where} {len(validation.labels)}:"
-                f" expected the same, but {', '.join(odd[:NAMED])} is in one only."
+                f" expected the same, but {found}."
             )
     return train, validation
 
@@ -340,7 +341,7 @@ def check_pictures(pictures: Pictures, decode: bool) -> None:
 
 def read_skip_list(path: Path) -> frozenset[str]:
     """Read the paths of pictures to leave out, one a line, relative to the data."""
-    lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+    lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
     return frozenset(line.strip() for line in lines if line.strip())
 
 
@@ -377,7 +378,9 @@ class TrainingRows:
 
     @cached_property
     def _order(self) -> Any:
-        return grain.MapDataset.range(len(self.pictures)).shuffle(seed=self.recipe.seed)
+        # Grain adds the epoch to the seed: neighbouring seeds would have most of their orders in common.
+        [seed] = np.random.SeedSequence(self.recipe.seed).generate_state(1)
+        return grain.MapDataset.range(len(self.pictures)).shuffle(seed=int(seed))
 
     def __len__(self) -> int:
         return self.recipe.epochs * self.steps_per_epoch * self.local_size

@@ -59,7 +59,7 @@ def make_student(source: str | Path | None, recipe: Recipe, pictures: Pictures, 
         model, variables = resize_image(model, variables, recipe.image_size)
     model, variables = set_classes(model, variables, pictures, jax.random.key(recipe.seed))
     changes: dict[str, Any] = {}
-    if pictures.problem_type != SINGLE_LABEL:
+    if pictures.problem_type != (model.config.problem_type or SINGLE_LABEL):
         changes["problem_type"] = pictures.problem_type
     if recipe.drop_path_rate is not None:
         changes["drop_path_rate"] = recipe.drop_path_rate
@@ -134,9 +134,11 @@ def set_classes(
     """Give the model the classes of the pictures, with fresh heads where it has others."""
     config = model.config
     fields = class_fields(pictures)
-    if config.num_labels == fields["num_labels"] and (
-        not pictures.labels or sorted(config.id2label) == sorted(pictures.labels)
-    ):
+    if pictures.labels:
+        same = sorted(config.id2label) == sorted(pictures.labels)
+    else:
+        same = (config.num_labels, config.problem_type) == (fields["num_labels"], pictures.problem_type)
+    if same:
         return model, variables
     warnings.warn(
         f"The model's {config.num_labels} classes are not the {fields['num_labels']} of {pictures.where}: its heads are"

@@ -3,7 +3,6 @@
 Source: Touvron et al. 2021, "Training data-efficient image transformers & distillation through attention".
 """
 
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,8 +67,7 @@ def make_teacher(
     if teacher is None:
         return TeacherSource()
     if callable(teacher):
-        function = teacher
-        return TeacherSource(lambda _, pixel_values: function(pixel_values))
+        return TeacherSource(check_width(teacher, config.num_labels))
     if Path(teacher).suffix == STORED_SUFFIX:
         return TeacherSource(logits=read_logits(Path(teacher), pictures, root, config))
     return load_teacher(teacher, config, processor, options)
@@ -100,8 +98,11 @@ def load_teacher(
     own_processor = checkpoint.load_processor(resolved.directory, model.config)
     model, variables = prepare(model, variables)
     order = match_labels(model.config.id2label, config.id2label, str(source))
-    mean, std = (np.asarray(value, np.float32) for value in (processor.image_mean, processor.image_std))
-    own_mean, own_std = (np.asarray(value, np.float32) for value in (own_processor.image_mean, own_processor.image_std))
+    mean, std, own_mean, own_std = (
+        np.asarray(value, np.float32).reshape(1, 1, 1, -1)
+        for of in (processor, own_processor)
+        for value in (of.image_mean, of.image_std)
+    )
     size = model.config.image_height_width
 
     def teach(variables: Any, pixel_values: jax.Array) -> jax.Array:
@@ -114,6 +115,22 @@ def load_teacher(
         return output.logits[:, jnp.array(order)]
 
     return TeacherSource(teach, variables)
+
+
+def check_width(function: Callable[[jax.Array], jax.Array], width: int) -> Teacher:
+    """Return a function from pixel values [B H W C] to logits [B width] as a teacher without variables."""
+
+    def teach(_: Any, pixel_values: jax.Array) -> jax.Array:
+        logits = function(pixel_values)
+        expected = (pixel_values.shape[0], width)
+        if logits.shape != expected:
+            raise ValueError(
+                f"The teacher's logits have the shape {logits.shape}: expected {expected}, a row for each picture and a"
+                " column for each of the student's classes, in their order."
+            )
+        return logits
+
+    return teach
 
 
 def match_labels(own: Sequence[str], wanted: Sequence[str], where: str) -> list[int]:
@@ -177,7 +194,11 @@ def read_logits(path: Path, pictures: Pictures, root: Path, config: LevitConfig)
     try:
         with np.load(path) as stored:
             files, labels, logits = (stored[name] for name in ("files", "labels", "logits"))
-    except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        if logits.shape != (len(files), len(labels)):
+            raise ValueError(f"{len(files)} files and {len(labels)} labels, but logits of the shape {logits.shape}")
+    except OSError:
+        raise
+    except Exception as error:  # a damaged archive raises whatever its reader stumbles over
         raise ValueError(f"{path} is not a file of stored logits: {error}") from None
     rows = {name: row for row, name in enumerate(files.tolist())}
     names = [Path(image).relative_to(root).as_posix() for image in pictures.images]
