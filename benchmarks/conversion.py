@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import turns
 from machine import describe_machine
 
 RUN = """
@@ -74,8 +75,7 @@ def main() -> None:
         "machine": describe_machine(),
         "variants": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    turns.write(arguments.out, result)
 
 
 def measure(name: str, layout: str, runs: int) -> dict[str, object]:

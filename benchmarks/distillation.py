@@ -11,12 +11,11 @@ DATA holds `train` and `test` with a folder for each class; DIR is a model direc
 """
 
 import argparse
-import json
-import statistics
 import tempfile
 from pathlib import Path
 
 import levit_flax as lf
+import turns
 from levit_flax.evaluation import evaluate, read_data
 from levit_flax.training import finetune, read_recipe
 from machine import describe_machine
@@ -81,10 +80,9 @@ def main() -> None:
         "training_pictures": len(files) - len(skip),
         "epochs": arguments.epochs,
         "top1": accuracies,
-        "gain": {"median": statistics.median(gains), "least": min(gains), "most": max(gains)},
+        "gain": turns.spread(gains),
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    turns.write(arguments.out, result)
     gain = result["gain"]
     print(f"gain: {gain['median']:+.2%} ({gain['least']:+.2%} to {gain['most']:+.2%})")
 

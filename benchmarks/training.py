@@ -6,35 +6,25 @@ the first steps must agree. Data: a folder of 500-pixel JPEGs is read, augmented
 
     python benchmarks/training.py [--variant levit-128S] [--batch 32] [--steps 10] [--rounds 5] [--out FILE]
 
-Needs `pip install -e '.[test]'` (torch, transformers).
+Needs `pip install -e '.[bench]'` (torch, transformers).
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
+import turns
 from machine import describe_machine
+from peers import TINY
 
-RESULT = "RESULT "
 COMPARED = 3  # first steps whose losses are compared
 TOLERANCE = 1e-3  # relative; AdamW turns rounding into whole steps where a gradient is nothing but noise
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.025
 EDGE = 500  # pixels of the JPEGs
-TINY = {
-    "image_size": 32,
-    "hidden_sizes": [16, 32, 48],
-    "num_attention_heads": [1, 2, 3],
-    "depths": [1, 1, 1],
-    "key_dim": [8, 8, 8],
-    "num_labels": 4,
-}
 
 
 def make_batch(batch: int, size: int, labels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -141,16 +131,6 @@ def time_data(arguments: argparse.Namespace) -> dict:
 WORKERS = {"levit-flax": time_ours, "transformers": time_torch, "data": time_data}
 
 
-def run_worker(name: str, model: Path, arguments: argparse.Namespace) -> dict:
-    """Run one worker in a process of its own."""
-    command = [sys.executable, __file__, "--worker", name, "--model", str(model)]
-    for option in ("batch", "steps", "pictures"):
-        command += [f"--{option}", str(getattr(arguments, option))]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    line = next(line for line in done.stdout.splitlines() if line.startswith(RESULT))
-    return json.loads(line.removeprefix(RESULT))
-
-
 def write_model(directory: Path, variant: str) -> None:
     """Write a fresh model of a variant as a directory that both sides load."""
     import jax
@@ -179,35 +159,33 @@ def main() -> None:
     parser.add_argument("--model", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        print(RESULT + json.dumps(WORKERS[arguments.worker](arguments)))
+        turns.answer(WORKERS[arguments.worker](arguments))
         return
 
-    found: dict[str, list[dict]] = {"levit-flax": [], "transformers": []}
+    options = ["--batch", arguments.batch, "--steps", arguments.steps, "--pictures", arguments.pictures]
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), arguments.variant)
-        for _ in range(arguments.rounds):
-            for name, directory in (("levit-flax", "flax"), ("transformers", "torch")):
-                found[name].append(run_worker(name, Path(folder, directory), arguments))
-        data = run_worker("data", Path(folder, "flax"), arguments)
-    ours, theirs = found.values()
+        commands = {
+            name: ["--worker", name, "--model", f"{folder}/{directory}", *options]
+            for name, directory in (("levit-flax", "flax"), ("transformers", "torch"), ("data", "flax"))
+        }
+        [data] = turns.in_turns(__file__, {"data": commands.pop("data")}, 1)["data"]
+        found = turns.in_turns(__file__, commands, arguments.rounds)
+    ours, theirs = found["levit-flax"], found["transformers"]
     np.testing.assert_allclose(ours[0]["losses"], theirs[0]["losses"], rtol=TOLERANCE)
     medians = {name: [statistics.median(run["seconds"]) for run in runs] for name, runs in found.items()}
-    ratios = [there / here for here, there in zip(*medians.values(), strict=True)]
+    ratios = [there / here for here, there in zip(medians["levit-flax"], medians["transformers"], strict=True)]
     result = {
         "what": "a training step in float32 with AdamW, augmentation off; then a training on JPEGs",
         "machine": describe_machine(("torch", "transformers", "optax", "grain")),
         "variant": arguments.variant,
         "batch": arguments.batch,
-        "seconds_a_step": {
-            name: {"median": statistics.median(times), "least": min(times), "most": max(times)}
-            for name, times in medians.items()
-        },
-        "times_as_fast": {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)},
+        "seconds_a_step": {name: turns.spread(times) for name, times in medians.items()},
+        "times_as_fast": turns.spread(ratios),
         "compile_seconds": statistics.median(run["compile_seconds"] for run in ours),
         "data": data,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    turns.write(arguments.out, result)
     for name, times in result["seconds_a_step"].items():
         print(f"{name:14} {times['median']:.3f} s a step ({times['least']:.3f} to {times['most']:.3f})")
     spread = result["times_as_fast"]

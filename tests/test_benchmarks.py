@@ -1,5 +1,6 @@
 """The benchmark scripts run; what they promise is measured where there is time for it."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -25,6 +26,95 @@ def test_conversion_at_small_size(tmp_path):
     row = result["variants"]["levit-128S"]
     assert row["seconds"] > 0 and row["peak_mib"] > 0 and row["file_mib"] == pytest.approx(29.9, abs=0.2)
     assert result["machine"]["jax"] and result["layout"] == "timm"
+
+
+TINY = ("--variants", "tiny", "--rounds", 1, "--seconds", 0.1)
+FEW = ("levit-flax", "transformers", "timm fused", "timm fused, conv, channels last")
+
+
+def peers():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module("peers").PEERS
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize(
+    ("script", "all_peers"),
+    [
+        ("latency.py", False),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("latency.py", "throughput.py")),
+    ],
+)
+def test_peers_compute_the_same_at_tiny_size(tmp_path, script, all_peers):
+    for module in ("torch", "transformers", "timm"):
+        pytest.importorskip(module)
+    names = list(peers()) if all_peers else FEW
+    result = run(script, tmp_path / "out.json", *TINY, "--batches", 1, 3, "--peers", *names)
+    for batch in ("1", "3"):
+        rows = result["variants"]["tiny"]["float32"][batch]
+        assert rows.keys() >= set(FEW)
+        assert rows["levit-flax"]["times_ours"]["median"] == 1 and rows["levit-flax"]["difference"] == 0
+        for row in rows.values():
+            assert row["difference"] < 1e-4 and row["pictures_per_second"] > 0
+            assert row["milliseconds"]["median"] > 0 and row["first_call_seconds"]["median"] > 0
+    subprocess.run(
+        [sys.executable, BENCHMARKS / "plot.py", "--results", tmp_path / "out.json", "--out", tmp_path], check=True
+    )
+    assert (tmp_path / "ratios.png").stat().st_size > 5000
+
+
+def test_bfloat16_and_what_is_missing_at_tiny_size(tmp_path):
+    names = ["levit-flax", "onnxruntime"]
+    result = run("latency.py", tmp_path / "out.json", *TINY, "--batches", 2, "--dtypes", "bfloat16", "--peers", *names)
+    assert result["variants"]["tiny"]["bfloat16"]["2"].keys() == {"levit-flax"}
+
+
+def test_the_original_protocol_at_tiny_size(tmp_path):
+    pytest.importorskip("timm")
+    seconds = ("--seconds", 0.1, "--warm-up", 0.1)
+    result = run("original_protocol.py", tmp_path / "out.json", "--variants", "tiny", *seconds)
+    row = result["variants"]["tiny"]
+    assert row["levit-flax"] > 0 and row["timm fused"] > 0 and row["published"] is None
+
+
+def test_preprocessing_at_tiny_size(tmp_path):
+    pytest.importorskip("torchvision")
+    result = run("preprocessing.py", tmp_path / "out.json", "--pictures", 4, "--rounds", 1)
+    rows = result["processors"]
+    assert rows["transformers, PIL"]["values_that_differ_from_ours"] == 0
+    assert rows["transformers, torchvision"]["values_that_differ_from_ours"] > 0  # it resizes otherwise
+    assert rows["levit-flax"]["ours_times_as_fast"]["1"]["median"] == 1
+
+
+def test_startup_at_tiny_size(tmp_path):
+    pytest.importorskip("transformers")
+    rows = run("startup.py", tmp_path / "out.json", "--variant", "tiny", "--rounds", 1)["seconds"]
+    assert rows.keys() == {"levit-flax, compiling", "levit-flax, from the cache", "transformers"}
+    for row in rows.values():
+        parts = sum(row[part]["median"] for part in ("import", "load", "first answer"))
+        assert row["to the first answer"]["median"] == pytest.approx(parts)
+
+
+def test_the_roofline_at_tiny_size(tmp_path):
+    row = run("roofline.py", tmp_path / "out.json", *TINY, "--batches", 2)["variants"]["tiny"]["2"]
+    assert 0 < row["of_the_machine"]["median"] < 1 and sum(row["time_by_part"].values()) == pytest.approx(1)
+    assert row["time_by_part"].keys() >= {"stem", "linear layers", "attention products, softmax"}
+    # By hand: four convolutions of 3x3; a block on a grid of 2x2; and twice a downsampling and a block on one token.
+    multiplications = 16 * 16 * 2 * 27 + 8 * 8 * 4 * 18 + 4 * 4 * 8 * 36 + 2 * 2 * 16 * 72
+    for queries, keys, width, heads, ratio, result in (
+        (4, 4, 16, 1, 2, 16),
+        (1, 4, 16, 2, 4, 32),
+        (1, 1, 32, 2, 2, 32),
+        (1, 1, 32, 4, 4, 48),
+        (1, 1, 48, 3, 2, 48),
+    ):
+        multiplications += queries * width * heads * 8 + keys * width * heads * 8 * (1 + ratio)  # q; k and v
+        multiplications += heads * queries * keys * 8 * (1 + ratio)  # both products of the attention
+        multiplications += queries * heads * 8 * ratio * result + 4 * queries * result**2  # projection, MLP
+    multiplications += 48 * 4  # one head
+    assert row["operations"] == 2 * 2 * multiplications  # a batch of two; each with its addition
 
 
 def test_training_at_tiny_size(tmp_path):

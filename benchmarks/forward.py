@@ -1,0 +1,152 @@
+"""What `latency.py` and `throughput.py` share: every peer in turn, on the same weights and pictures.
+
+Each measurement is a process of its own. A peer builds its model, then for each batch size computes once (which
+compiles, and is told apart), computes for a while to warm up, and is measured. After the timing its logits are compared
+with ours.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import turns
+from machine import describe_machine
+from peers import OURS, PACKAGES, PEERS, Case, Runner, load_config, write_models
+
+VARIANTS = ("levit-128S", "levit-128", "levit-192", "levit-256", "levit-384")
+BATCHES = {"cpu": (1, 4, 16, 64), "cuda": (1, 64, 256, 1024, 2048)}
+WARM_UP = 0.25  # of the seconds measured
+TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1}  # of the largest logit; GPUs multiply float32 in TF32 by default
+
+Measure = Callable[[Runner, Any, float], list[float]]  # (runner, what it was put, seconds) -> milliseconds a batch
+
+
+def work(arguments: argparse.Namespace, measure: Measure) -> dict[str, Any]:
+    """Measure one peer on one variant, in this process."""
+    begin = time.perf_counter()
+    case = Case(arguments.directory, arguments.dtype, arguments.device)
+    runner = PEERS[arguments.worker](case)
+    built = time.perf_counter() - begin
+    (height, width), found = load_config(case).image_height_width, {}
+    for batch in arguments.batches:
+        pixels = np.random.default_rng(batch).standard_normal((batch, height, width, 3), np.float32)
+        given = runner.put(pixels)
+        begin = time.perf_counter()
+        logits = runner.fetch(runner.call(given))
+        first = time.perf_counter() - begin
+        measure(runner, given, WARM_UP * arguments.seconds)
+        milliseconds = measure(runner, given, arguments.seconds)
+        found[batch] = {"milliseconds": milliseconds, "first_call_seconds": first}
+        reference = arguments.directory / f"logits-{arguments.dtype}-{batch}.npy"
+        if arguments.worker == OURS:
+            np.save(reference, logits)
+        wanted = np.load(reference)
+        found[batch]["difference"] = float(np.abs(logits - wanted).max() / np.abs(wanted).max())
+    return {"build_seconds": built, "batches": found}
+
+
+def compare(found: dict[str, list[Any]], batch: int, dtype: str) -> dict[str, Any]:
+    """Return one row a peer: milliseconds a batch over the rounds, and how many times as long as ours it took."""
+    rows: dict[str, Any] = {}
+    medians = {
+        name: [float(np.median(run["batches"][str(batch)]["milliseconds"])) for run in runs]
+        for name, runs in found.items()
+    }
+    for name, runs in found.items():
+        of_batch = [run["batches"][str(batch)] for run in runs]
+        difference = max(run["difference"] for run in of_batch)
+        if not difference < TOLERANCE[dtype]:
+            raise SystemExit(f"{name} computes something else at batch {batch}: {difference:.1e} of the largest logit.")
+        ratios = [theirs / ours for theirs, ours in zip(medians[name], medians[OURS], strict=False)]
+        rows[name] = {
+            "milliseconds": turns.spread(medians[name]),
+            "milliseconds_p90": float(np.median([np.percentile(run["milliseconds"], 90) for run in of_batch])),
+            "pictures_per_second": 1000 * batch / float(np.median(medians[name])),
+            "times_ours": turns.spread(ratios),
+            "first_call_seconds": turns.spread([run["first_call_seconds"] for run in of_batch]),
+            "difference": difference,
+        }
+    return rows
+
+
+def show(title: str, rows: dict[str, Any]) -> None:
+    """Print one table."""
+    print(
+        f"\n{title}\n{'':32}{'ms a batch':>12}{'(spread)':>20}{'pictures/s':>12}{'times ours':>12}{'first call s':>14}"
+    )
+    for name, row in rows.items():
+        times = row["milliseconds"]
+        reach = f"{times['least']:.1f} to {times['most']:.1f}"
+        print(
+            f"{name:32}{times['median']:12.1f}{reach:>20}{row['pictures_per_second']:12.0f}"
+            f"{row['times_ours']['median']:12.2f}{row['first_call_seconds']['median']:14.1f}",
+            flush=True,
+        )
+
+
+def main(script: str, what: str, measure: Measure) -> None:
+    """Measure, print, and write the numbers.
+
+    Args:
+        script: the file that calls, which is started again for each peer.
+        what: what is measured, for the JSON file.
+        measure: returns milliseconds a batch.
+    """
+    parser = argparse.ArgumentParser(description=what)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, help="published ones, or tiny")
+    parser.add_argument("--device", choices=list(BATCHES), default="cpu")
+    parser.add_argument("--batches", nargs="+", type=int)
+    parser.add_argument("--dtypes", nargs="+", choices=list(TOLERANCE), default=["float32"])
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0, help="measured for each batch size and round")
+    parser.add_argument("--out", type=Path, default=Path(script).parent / "results" / f"{Path(script).stem}.json")
+    parser.add_argument("--worker", choices=list(PEERS), help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.batches = arguments.batches or BATCHES[arguments.device]
+    if arguments.worker:
+        turns.answer(work(arguments, measure))
+        return
+
+    names = [
+        OURS,
+        *(name for name in arguments.peers if name != OURS),
+    ]  # ours first, which the others are compared with
+    result: dict[str, Any] = {
+        "what": what,
+        "machine": describe_machine(tuple(filter(is_installed, PACKAGES))),
+        "device": arguments.device,
+        "rounds": arguments.rounds,
+        "seconds": arguments.seconds,
+        "variants": {},
+    }
+    for variant in arguments.variants:
+        of_variant = result["variants"][variant] = {}
+        for dtype in arguments.dtypes:
+            with tempfile.TemporaryDirectory() as folder:
+                write_models(Path(folder), variant)
+                given = ["--directory", folder, "--dtype", dtype, "--device", arguments.device]
+                given += ["--seconds", arguments.seconds, "--batches", *arguments.batches]
+                commands = {name: ["--worker", name, *given] for name in names}
+                found = turns.in_turns(script, commands, arguments.rounds)
+            of_variant[dtype] = {batch: compare(found, batch, dtype) for batch in arguments.batches}
+            for batch, rows in of_variant[dtype].items():
+                show(f"{variant}, {dtype}, batch {batch}", rows)
+        turns.write(arguments.out, json.loads(json.dumps(result)))
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package can be named with its version."""
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False

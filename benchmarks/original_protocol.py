@@ -1,0 +1,85 @@
+"""The paper's own measurement of speed, so that its table can be set beside ours.
+
+One thread, batches of 16 pictures, ten seconds of calls to warm up and sixty that count, batch norm fused: what
+`speed_test.py` of the original repository does. Graham et al. 2021 give 131.1, 94.0, 65.0, 42.5 and 23.1 pictures a
+second for the five variants on an Intel Xeon Gold 6138.
+
+    python benchmarks/original_protocol.py [--variants levit-128S ...] [--peers "timm fused"] [--out FILE]
+
+Needs `pip install -e '.[bench]'`; what is missing is named and left out.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from latency import measure
+
+import turns
+from forward import VARIANTS
+from machine import describe_machine
+from peers import OURS, PEERS, Case, load_config, write_models
+
+BATCH = 16
+PUBLISHED = {"levit-128S": 131.1, "levit-128": 94.0, "levit-192": 65.0, "levit-256": 42.5, "levit-384": 23.1}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def work(arguments: argparse.Namespace) -> dict[str, float]:
+    """Measure one peer in this process, on one core."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    case = Case(arguments.directory, "float32", "cpu")
+    height, width = load_config(case).image_height_width
+    runner = PEERS[arguments.worker](case)
+    given = runner.put(np.random.default_rng(0).standard_normal((BATCH, height, width, 3), np.float32))
+    measure(runner, given, arguments.warm_up)
+    milliseconds = measure(runner, given, arguments.seconds)
+    return {"pictures_per_second": 1000 * BATCH * len(milliseconds) / sum(milliseconds), "calls": len(milliseconds)}
+
+
+def main() -> None:
+    """Measure, print, and write the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, help="published ones, or tiny")
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=[OURS, "timm fused", "transformers"])
+    parser.add_argument("--warm-up", type=float, default=10.0)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "original_protocol.json")
+    parser.add_argument("--worker", choices=list(PEERS), help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        turns.answer(work(arguments))
+        return
+
+    rows: dict[str, Any] = {}
+    print(f"{'pictures a second, one thread':32}{'published':>10}", *(f"{name:>16}" for name in arguments.peers))
+    for variant in arguments.variants:
+        with tempfile.TemporaryDirectory() as folder:
+            write_models(Path(folder), variant)
+            given = ["--directory", folder, "--warm-up", arguments.warm_up, "--seconds", arguments.seconds]
+            commands = {name: ["--worker", name, *given] for name in arguments.peers}
+            found = turns.in_turns(__file__, commands, 1, **ONE_THREAD)
+        speeds = {name: runs[0]["pictures_per_second"] for name, runs in found.items()}
+        rows[variant] = {"published": PUBLISHED.get(variant), **speeds}
+        columns = (f"{speeds.get(name, float('nan')):16.1f}" for name in arguments.peers)
+        print(f"{variant:32}{PUBLISHED.get(variant, float('nan')):10.1f}", *columns, flush=True)
+    turns.write(
+        arguments.out,
+        {
+            "what": "pictures a second by the paper's protocol: one thread, batches of 16, float32, batch norm fused",
+            "machine": describe_machine(("torch", "timm", "transformers")),
+            "warm_up_seconds": arguments.warm_up,
+            "seconds": arguments.seconds,
+            "published_on": "Intel Xeon Gold 6138",
+            "variants": rows,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""The ways to run LeViT that are compared: each makes a function from a batch that lies on the device to logits."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+LAYOUTS = ("hf", "timm", "timm_conv")
+TINY = {
+    "image_size": 32,
+    "hidden_sizes": [16, 32, 48],
+    "num_attention_heads": [1, 2, 3],
+    "depths": [1, 1, 1],
+    "key_dim": [8, 8, 8],
+    "num_labels": 4,
+}
+
+
+class Case(NamedTuple):
+    """What a peer is asked to run.
+
+    Attributes:
+        directory: holds the same weights as `flax` and in each PyTorch layout.
+        dtype: "float32" or "bfloat16".
+        device: "cpu" or "cuda".
+    """
+
+    directory: Path
+    dtype: str
+    device: str
+
+
+class Runner(NamedTuple):
+    """A model that is ready.
+
+    Attributes:
+        put: turns pixel values, float32 [B H W C], into what `call` takes, on the device.
+        call: begins the computation, and may return before it ends.
+        fetch: waits for what `call` returned and turns it into float32 logits [B L].
+    """
+
+    put: Callable[[np.ndarray], Any]
+    call: Callable[[Any], Any]
+    fetch: Callable[[Any], np.ndarray]
+
+
+def write_models(directory: Path, variant: str) -> None:
+    """Write a variant with two heads and random weights of a trained model's size, in all layouts."""
+    from flax.traverse_util import unflatten_dict
+
+    import levit_flax as lf
+    from levit_flax.convert.workflow import convert_to_directory
+    from levit_flax.modeling import abstract_variables
+
+    config = lf.LevitConfig(**TINY) if variant == "tiny" else lf.VARIANTS[variant]
+    model = lf.LevitForImageClassificationWithTeacher(config)
+    generator = np.random.default_rng(0)
+
+    def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        name = path.rpartition("/")[2]
+        if name in ("scale", "var"):
+            return generator.uniform(0.5, 1.5, shape)
+        spread = (np.prod(shape[:-1]) ** -0.5) if name == "kernel" else 0.1
+        return generator.standard_normal(shape) * spread
+
+    leaves = abstract_variables(model)
+    variables = {path: np.asarray(draw(path, leaf.shape), leaf.dtype) for path, leaf in leaves.items()}
+    lf.save_pretrained(directory / "flax", model, unflatten_dict(variables, sep="/"))
+    for layout in LAYOUTS:
+        convert_to_directory(str(directory / "flax"), directory / layout, layout=layout, verify=False)
+
+
+def levit_flax(case: Case) -> Runner:
+    """Run what `ImageClassifier` runs: the folded, merged model, jitted."""
+    import jax
+    import jax.numpy as jnp
+
+    import levit_flax as lf
+    from levit_flax.classifier import prepare
+
+    model, variables = prepare(*lf.from_pretrained(case.directory / "flax"))
+    if case.dtype != "float32":
+        model = model.clone(dtype=jnp.dtype(case.dtype))
+        variables = jax.tree.map(lambda leaf: leaf.astype(case.dtype), variables)
+    variables = jax.device_put(variables)
+    apply = jax.jit(lambda variables, pixels: model.apply(variables, pixels).logits)
+    return Runner(jax.device_put, lambda pixels: apply(variables, pixels), lambda y: np.asarray(y, np.float32))
+
+
+def keras(case: Case) -> Runner:
+    """Run zeromodels' LeViT, Keras on JAX, jitted."""
+    import os
+
+    os.environ["KERAS_BACKEND"] = "jax"
+    import jax
+    from safetensors.numpy import load_file
+    from zeromodels.models.levit.levit_model import LevitImageClassify
+
+    if case.dtype != "float32":
+        import keras
+
+        keras.config.set_dtype_policy(case.dtype)
+    config = load_config(case)
+    shape = ("num_channels", "hidden_sizes", "num_attention_heads", "depths", "key_dim", "mlp_ratio", "attention_ratio")
+    model = LevitImageClassify(
+        image_size=config.image_height_width[0],
+        num_classes=config.num_labels,
+        **{name: getattr(config, name) for name in shape},
+    )
+    model.transfer_from_hf(model, load_file(case.directory / "hf" / "model.safetensors"))
+    weights = [variable.value for variable in model.trainable_variables]
+    state = [variable.value for variable in model.non_trainable_variables]
+    apply = jax.jit(lambda weights, state, pixels: model.stateless_call(weights, state, pixels, training=False)[0])
+    return Runner(jax.device_put, lambda pixels: apply(weights, state, pixels), lambda y: np.asarray(y, np.float32))
+
+
+def load_torch(case: Case, layout: str) -> Any:
+    """Return the PyTorch model of a layout with its weights, in evaluation mode; timm's are fused."""
+    from timm.utils import reparameterize_model
+
+    from levit_flax.convert import conversion, layouts, sources, verification
+
+    source = sources.open_source(case.directory / layout)
+    converted = conversion.convert(source)
+    model = verification.PEERS[layout].build(converted)
+    model.load_state_dict(verification.reference_state(model, layouts.LAYOUTS[layout], source, converted))
+    return model.eval() if layout == "hf" else reparameterize_model(model.eval())
+
+
+def torch_runner(case: Case, layout: str, *, channels_last: bool = False, compile: bool = False) -> Runner:
+    """Run a PyTorch model, eagerly or compiled."""
+    import torch
+
+    dtype = getattr(torch, case.dtype)
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    model = load_torch(case, layout).to(device=case.device, dtype=dtype, memory_format=order)
+    if compile:
+        model = torch.compile(model, mode="max-autotune" if case.device == "cuda" else None, dynamic=False)
+
+    def put(pixels: np.ndarray) -> Any:
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(case.device, dtype, memory_format=order)
+
+    def call(pixels: Any) -> Any:
+        with torch.inference_mode():
+            logits = model(pixels)
+        return getattr(logits, "logits", logits)
+
+    return Runner(put, call, lambda logits: logits.float().cpu().numpy())
+
+
+def write_onnx(case: Case, path: Path) -> None:
+    """Export timm's fused model, the least that is left to do for a runtime."""
+    import torch
+
+    height, width = load_config(case).image_height_width
+    model, pixels = load_torch(case, "timm"), torch.zeros(2, 3, height, width)
+    batch = torch.export.Dim("batch")
+    torch.onnx.export(model, (pixels,), path, dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+
+
+def load_config(case: Case) -> Any:
+    """Return the `LevitConfig` of a case."""
+    import levit_flax as lf
+
+    return lf.LevitConfig.from_dict(json.loads((case.directory / "hf" / "config.json").read_text(encoding="utf-8")))
+
+
+def onnxruntime(case: Case) -> Runner:
+    """Run onnxruntime, on timm's fused model."""
+    import onnxruntime as ort
+
+    if case.dtype != "float32":
+        raise NotImplementedError("onnxruntime's kernels for the CPU know no bfloat16")
+    path = case.directory / "model.onnx"
+    if not path.exists():
+        write_onnx(case, path)
+    provider = "CUDAExecutionProvider" if case.device == "cuda" else "CPUExecutionProvider"
+    if provider not in ort.get_available_providers():
+        raise NotImplementedError(f"this onnxruntime has no {provider}")
+    session = ort.InferenceSession(path, providers=[provider])
+    [given] = session.get_inputs()
+    return Runner(
+        lambda pixels: np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)),
+        lambda pixels: session.run(None, {given.name: pixels})[0],
+        lambda logits: logits,
+    )
+
+
+def openvino(case: Case) -> Runner:
+    """Run OpenVINO, on timm's fused model."""
+    import openvino as ov
+
+    if case.device != "cpu":
+        raise NotImplementedError("OpenVINO runs on Intel's devices")
+    path = case.directory / "model.onnx"
+    if not path.exists():
+        write_onnx(case, path)
+    precision = {"float32": "f32", "bfloat16": "bf16"}[case.dtype]
+    settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    core, compiled = ov.Core(), {}
+
+    def put(pixels: np.ndarray) -> np.ndarray:
+        model = core.read_model(path)
+        model.reshape([len(pixels), 3, *pixels.shape[1:3]])
+        compiled[len(pixels)] = core.compile_model(model, "CPU", settings)
+        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+
+    return Runner(put, lambda pixels: compiled[len(pixels)](pixels)[0], np.asarray)
+
+
+OURS = "levit-flax"
+PEERS: dict[str, Callable[[Case], Runner]] = {
+    OURS: levit_flax,
+    "transformers": lambda case: torch_runner(case, "hf"),
+    "transformers compiled": lambda case: torch_runner(case, "hf", compile=True),
+    "timm fused": lambda case: torch_runner(case, "timm"),
+    "timm fused, channels last": lambda case: torch_runner(case, "timm", channels_last=True),
+    "timm fused, conv, channels last": lambda case: torch_runner(case, "timm_conv", channels_last=True),
+    "timm fused, compiled": lambda case: torch_runner(case, "timm", channels_last=True, compile=True),
+    "onnxruntime": onnxruntime,
+    "OpenVINO": openvino,
+    "zeromodels": keras,
+}
+PACKAGES = ("torch", "transformers", "timm", "onnxruntime", "openvino", "keras", "zeromodels")

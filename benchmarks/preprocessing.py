@@ -1,0 +1,129 @@
+"""How fast a JPEG file becomes pixel values, ours against transformers' two processors.
+
+Files of 640x480 pixels are decoded, resized, cropped and normalised one by one, on one thread and on two. Ours must
+give the bits of transformers' PIL processor.
+
+    python benchmarks/preprocessing.py [--pictures 64] [--rounds 5] [--out FILE]
+
+Needs `pip install -e '.[bench]'` (transformers, torchvision).
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import turns
+from machine import describe_machine
+
+WIDTH, HEIGHT = 640, 480
+OURS, PIL, TORCHVISION = "levit-flax", "transformers, PIL", "transformers, torchvision"
+
+
+def make_processor(name: str) -> Callable[[Path], np.ndarray]:
+    """Return a function from a file to channels-last pixel values [1 H W C]."""
+    if name == OURS:
+        from levit_flax import LevitImageProcessor
+
+        ours = LevitImageProcessor()
+        return lambda path: ours(path)["pixel_values"]
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)  # the threads that are compared are those that call
+    classes = {PIL: "LevitImageProcessorPil", TORCHVISION: "LevitImageProcessor"}
+    theirs = getattr(transformers, classes[name])()
+
+    def process(path: Path) -> np.ndarray:
+        with Image.open(path) as picture:
+            values = theirs(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
+        return values.numpy().transpose(0, 2, 3, 1)
+
+    return process
+
+
+def work(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure one processor in this process."""
+    process = make_processor(arguments.worker)
+    files = sorted(arguments.directory.glob("*.jpg"))
+    np.save(arguments.directory / f"{arguments.worker}.npy", process(files[0]))
+    rates = {}
+    for threads in (1, 2):
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(process, files[: 2 * threads]))
+            begin = time.perf_counter()
+            list(pool.map(process, files))
+            rates[threads] = len(files) / (time.perf_counter() - begin)
+    return {"pictures_per_second": rates}
+
+
+def write_pictures(directory: Path, count: int) -> None:
+    """Write photograph-like files: smooth, with some noise."""
+    generator = np.random.default_rng(0)
+    for i in range(count):
+        coarse = Image.fromarray(generator.integers(0, 256, (HEIGHT // 16, WIDTH // 16, 3), np.uint8))
+        levels = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), np.int16)
+        noisy = np.clip(levels + generator.integers(-8, 9, levels.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(directory / f"{i:04}.jpg", quality=90)
+
+
+def main() -> None:
+    """Measure, print, and write the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--pictures", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "preprocessing.json")
+    parser.add_argument("--worker", choices=[OURS, PIL, TORCHVISION], help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        turns.answer(work(arguments))
+        return
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_pictures(Path(folder), arguments.pictures)
+        commands = {name: ["--worker", name, "--directory", folder] for name in (OURS, PIL, TORCHVISION)}
+        found = turns.in_turns(__file__, commands, arguments.rounds)
+        differing = {
+            name: int(np.sum(np.load(Path(folder, f"{name}.npy")) != np.load(Path(folder, f"{OURS}.npy"))))
+            for name in found
+        }
+    if differing.get(PIL):
+        raise SystemExit(f"Ours and transformers' PIL processor differ in {differing[PIL]} values.")
+    rates = {
+        name: {threads: [run["pictures_per_second"][threads] for run in runs] for threads in ("1", "2")}
+        for name, runs in found.items()
+    }
+    result: dict[str, Any] = {
+        "what": f"JPEG files of {WIDTH}x{HEIGHT} to pixel values of 224x224, pictures a second",
+        "machine": describe_machine(("pillow", "torch", "torchvision", "transformers")),
+        "pictures": arguments.pictures,
+        "rounds": arguments.rounds,
+        "processors": {
+            name: {
+                "pictures_per_second": {threads: turns.spread(values) for threads, values in of.items()},
+                "ours_times_as_fast": {
+                    threads: turns.spread([a / b for a, b in zip(rates[OURS][threads], of[threads], strict=True)])
+                    for threads in of
+                },
+                "values_that_differ_from_ours": differing[name],
+            }
+            for name, of in rates.items()
+        },
+        "two_threads_over_one": turns.spread([b / a for a, b in zip(*rates[OURS].values(), strict=True)]),
+    }
+    turns.write(arguments.out, result)
+    print(f"{'pictures a second':28}{'one thread':>12}{'two':>8}{'ours is faster by':>20}")
+    for name, row in result["processors"].items():
+        one, two = (row["pictures_per_second"][threads]["median"] for threads in ("1", "2"))
+        print(f"{name:28}{one:12.0f}{two:8.0f}{row['ours_times_as_fast']['1']['median']:20.2f}")
+
+
+if __name__ == "__main__":
+    main()
