@@ -1,7 +1,4 @@
-"""Attention with a learned bias per offset, at one resolution and from one resolution to the next.
-
-Axes in einsum: b batch, q query token, k key token, h head, d channel of a query, key or value.
-"""
+"""Attention with a learned bias per offset, at one resolution and from one resolution to the next."""
 
 import functools
 
@@ -83,12 +80,19 @@ class BiasedAttention(Layer, kw_only=True):
             self.param_dtype,
         )
         bias = table[offset_index(self.grid, self.stride)].transpose(2, 0, 1)  # [H Q K]
-        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, precision=self.precision) * self.key_dim**-0.5
         dtype = at_least_float32(self.dtype)
-        logits = logits.astype(dtype) + bias.astype(dtype)[None]
-        attention = jax.nn.softmax(logits).astype(self.dtype)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", attention, value, precision=self.precision)
-        return mixed.reshape(*mixed.shape[:2], -1), attention
+        # Products of whole matrices, heads in front, and the division after the second one, where there is less to
+        # divide, take 6 % off the time of a model on CPU (benchmarks/README.md).
+        query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))  # [B H N D]
+        products = jnp.matmul(query * self.key_dim**-0.5, key.swapaxes(2, 3), precision=self.precision)
+        logits = products.astype(dtype) + bias.astype(dtype)[None]
+        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+        total = weights.sum(-1, keepdims=True)
+        mixed = jnp.matmul(
+            weights.astype(self.dtype), value, precision=self.precision, preferred_element_type=dtype
+        )  # of weights that do not sum to 1 yet, too large for float16
+        mixed = (mixed / total).astype(self.dtype).transpose(0, 2, 1, 3)
+        return mixed.reshape(*mixed.shape[:2], -1), (weights / total).astype(self.dtype)
 
 
 class Attention(BiasedAttention):
