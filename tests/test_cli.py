@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import time
@@ -49,13 +50,19 @@ def run(capsys, *arguments):
     return status, out, err
 
 
-def quickest(*arguments, runs=3):
+def processor_time():
+    """Return the seconds that the processes which this one waited for have computed."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def quickest(*arguments, runs=3, clock=time.perf_counter):
     """Return the least of several times in seconds: the others had company on the machine."""
     seconds = []
     for _ in range(runs):
-        start = time.perf_counter()
+        start = clock()
         subprocess.run([sys.executable, "-m", "levit_flax.cli", *map(str, arguments)], check=True, capture_output=True)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return min(seconds)
 
 
@@ -67,7 +74,8 @@ def _own_cache(monkeypatch, tmp_path):
 
 
 def test_help_is_quick():
-    assert quickest("--help", runs=5) < HELP_SECONDS
+    # Of one thread, and so no more than it takes on cores that nothing else keeps busy, as other tests do.
+    assert quickest("--help", clock=processor_time) < HELP_SECONDS
 
 
 @pytest.mark.measurement

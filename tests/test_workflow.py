@@ -349,7 +349,7 @@ def test_killed_at_any_moment_the_output_is_absent_or_whole(tmp_path, kills):
         outcomes["whole"] += 1
         assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
     print(f"killed {kills} times (signal {signal.SIGKILL}): {outcomes}")
-    assert outcomes["absent"] > kills // 10 < outcomes["whole"]
+    assert min(outcomes.values()) >= max(1, kills // 10)
 
 
 def test_warnings_of_a_conversion_are_for_the_user(tmp_path, model, capsys):
