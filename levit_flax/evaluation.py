@@ -276,7 +276,12 @@ def class_folders(directory: Path) -> dict[str, list[Path]]:
 
 
 def is_hidden(path: Path, root: Path) -> bool:
-    """Return whether a name on the way from a directory to a path begins with a dot, as in "._1.jpg"."""
+    """Return whether a name on the way from a directory to a path begins with a dot.
+
+    Example:
+        >>> is_hidden(Path("cats/.trash/1.jpg"), Path("cats")), is_hidden(Path(".data/cats/1.jpg"), Path(".data/cats"))
+        (True, False)
+    """
     return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
