@@ -295,7 +295,7 @@ def test_attention_biases_are_trained(trained):
     biases = [path for path in before if path.endswith("/attention_biases")]
     assert len(biases) == 2
     for path in biases:
-        assert (np.abs(after[path] - before[path]) > 1e-4).all(), path
+        assert (np.abs(after[path] - before[path]) > 1e-6).all(), path
 
 
 def test_averaged_weights_follow_the_recurrence(trained):
