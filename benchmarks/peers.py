@@ -72,7 +72,7 @@ def write_models(directory: Path, variant: str) -> None:
         convert_to_directory(str(directory / "flax"), directory / layout, layout=layout, verify=False)
 
 
-def levit_flax(case: Case) -> Runner:
+def levit_flax(case: Case, precision: str | None = None) -> Runner:
     """Run what `ImageClassifier` runs: the folded, merged model, jitted."""
     import jax
     import jax.numpy as jnp
@@ -81,6 +81,7 @@ def levit_flax(case: Case) -> Runner:
     from levit_flax.classifier import prepare
 
     model, variables = prepare(*lf.from_pretrained(case.directory / "flax"))
+    model = model.clone(precision=precision)
     if case.dtype != "float32":
         model = model.clone(dtype=jnp.dtype(case.dtype))
         variables = jax.tree.map(lambda leaf: leaf.astype(case.dtype), variables)
@@ -213,6 +214,7 @@ def openvino(case: Case) -> Runner:
 OURS = "levit-flax"
 PEERS: dict[str, Callable[[Case], Runner]] = {
     OURS: levit_flax,
+    "levit-flax, highest precision": lambda case: levit_flax(case, "highest"),
     "transformers": lambda case: torch_runner(case, "hf"),
     "transformers compiled": lambda case: torch_runner(case, "hf", compile=True),
     "timm fused": lambda case: torch_runner(case, "timm"),

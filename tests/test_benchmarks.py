@@ -29,7 +29,13 @@ def test_conversion_at_small_size(tmp_path):
 
 
 TINY = ("--variants", "tiny", "--rounds", 1, "--seconds", 0.1)
-FEW = ("levit-flax", "transformers", "timm fused", "timm fused, conv, channels last")
+FEW = (
+    "levit-flax",
+    "levit-flax, highest precision",
+    "transformers",
+    "timm fused",
+    "timm fused, conv, channels last",
+)
 
 
 def peers():

@@ -46,7 +46,11 @@ def pictures():
         yield path if i % 4 == 0 else generator.integers(0, 256, (96, 128, 3), np.uint8)
 
 
-results = getattr(lf.ImageClassifier.from_pretrained("cifar10"), method)(pictures())
+classifier = lf.ImageClassifier.from_pretrained("cifar10")
+if method == "calls":
+    results = map(classifier, pictures())
+else:
+    results = getattr(classifier, method)(pictures())
 assert sum(1 for _ in results) == total
 print(peaks[0], peak())
 """
@@ -153,6 +157,7 @@ def test_streaming_reads_no_further_than_it_must(classifier):
         ("stream_logits", 480, 1504),  # whole batches, so that nothing is compiled at the end
         pytest.param("stream_logits", 992, 4992, marks=pytest.mark.measurement),
         pytest.param("stream", 992, 4992, marks=pytest.mark.measurement),
+        pytest.param("calls", 1_000, 11_000, marks=pytest.mark.measurement),
     ],
 )
 def test_memory_stays_flat_over_a_long_stream(method, warm, total, tmp_path):
