@@ -1,16 +1,14 @@
 """What `latency.py` and `throughput.py` share: every peer in turn, on the same weights and pictures.
 
 Each measurement is a process of its own. A peer builds its model, then for each batch size computes once (which
-compiles, and is told apart), computes for a while to warm up, and is measured. After the timing its logits are compared
+compiles, and is told apart), computes for a while to warm up, and is measured. After all rounds its logits are compared
 with ours.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +35,29 @@ def work(arguments: argparse.Namespace, measure: Measure) -> dict[str, Any]:
     (height, width), found = load_config(case).image_height_width, {}
     for batch in arguments.batches:
         pixels = np.random.default_rng(batch).standard_normal((batch, height, width, 3), np.float32)
-        given = runner.put(pixels)
         begin = time.perf_counter()
+        given = runner.put(pixels)
         logits = runner.fetch(runner.call(given))
         first = time.perf_counter() - begin
         measure(runner, given, WARM_UP * arguments.seconds)
         milliseconds = measure(runner, given, arguments.seconds)
         found[batch] = {"milliseconds": milliseconds, "first_call_seconds": first}
-        reference = arguments.directory / f"logits-{arguments.dtype}-{batch}.npy"
-        if arguments.worker == OURS:
-            np.save(reference, logits)
-        wanted = np.load(reference)
-        found[batch]["difference"] = float(np.abs(logits - wanted).max() / np.abs(wanted).max())
+        np.save(logits_file(arguments.directory, arguments.worker, batch), logits)
     return {"build_seconds": built, "batches": found}
 
 
-def compare(found: dict[str, list[Any]], batch: int, dtype: str) -> dict[str, Any]:
+def logits_file(directory: Path, peer: str, batch: int) -> Path:
+    """Return where a peer leaves its logits."""
+    return directory / f"{peer} {batch}.npy"
+
+
+def difference(directory: Path, peer: str, batch: int) -> float:
+    """Return by how much a peer's logits differ from ours, as a share of the largest."""
+    theirs, ours = (np.load(logits_file(directory, name, batch)) for name in (peer, OURS))
+    return float(np.abs(theirs - ours).max() / np.abs(ours).max())
+
+
+def compare(found: dict[str, list[Any]], batch: int, dtype: str, directory: Path) -> dict[str, Any]:
     """Return one row a peer: milliseconds a batch over the rounds, and how many times as long as ours it took."""
     rows: dict[str, Any] = {}
     medians = {
@@ -61,32 +66,32 @@ def compare(found: dict[str, list[Any]], batch: int, dtype: str) -> dict[str, An
     }
     for name, runs in found.items():
         of_batch = [run["batches"][str(batch)] for run in runs]
-        difference = max(run["difference"] for run in of_batch)
-        if not difference < TOLERANCE[dtype]:
-            raise SystemExit(f"{name} computes something else at batch {batch}: {difference:.1e} of the largest logit.")
+        differs = difference(directory, name, batch)
+        if not differs < TOLERANCE[dtype]:
+            raise SystemExit(f"{name} computes something else at batch {batch}: {differs:.1e} of the largest logit.")
         ratios = [theirs / ours for theirs, ours in zip(medians[name], medians[OURS], strict=False)]
         rows[name] = {
             "milliseconds": turns.spread(medians[name]),
             "milliseconds_p90": float(np.median([np.percentile(run["milliseconds"], 90) for run in of_batch])),
             "pictures_per_second": 1000 * batch / float(np.median(medians[name])),
             "times_ours": turns.spread(ratios),
+            "build_seconds": turns.spread([run["build_seconds"] for run in runs]),
             "first_call_seconds": turns.spread([run["first_call_seconds"] for run in of_batch]),
-            "difference": difference,
+            "difference": differs,
         }
     return rows
 
 
 def show(title: str, rows: dict[str, Any]) -> None:
     """Print one table."""
-    print(
-        f"\n{title}\n{'':32}{'ms a batch':>12}{'(spread)':>20}{'pictures/s':>12}{'times ours':>12}{'first call s':>14}"
-    )
+    columns = f"{'ms a batch':>12}{'(spread)':>20}{'pictures/s':>12}{'times ours':>12}{'first call s':>14}"
+    print(f"\n{title}\n{'':32}{columns}")
     for name, row in rows.items():
         times = row["milliseconds"]
         reach = f"{times['least']:.1f} to {times['most']:.1f}"
         print(
             f"{name:32}{times['median']:12.1f}{reach:>20}{row['pictures_per_second']:12.0f}"
-            f"{row['times_ours']['median']:12.2f}{row['first_call_seconds']['median']:14.1f}",
+            f"{row['times_ours']['median']:12.2f}{row['first_call_seconds']['most']:14.1f}",
             flush=True,
         )
 
@@ -107,23 +112,22 @@ def main(script: str, what: str, measure: Measure) -> None:
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="measured for each batch size and round")
-    parser.add_argument("--out", type=Path, default=Path(script).parent / "results" / f"{Path(script).stem}.json")
+    parser.add_argument("--out", type=Path, help="where the JSON goes; benchmarks/results/ unless told")
     parser.add_argument("--worker", choices=list(PEERS), help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.batches = arguments.batches or BATCHES[arguments.device]
     if arguments.worker:
-        turns.answer(work(arguments, measure))
+        turns.answer(lambda: work(arguments, measure))
         return
 
-    names = [
-        OURS,
-        *(name for name in arguments.peers if name != OURS),
-    ]  # ours first, which the others are compared with
+    of_device = "" if arguments.device == "cpu" else f"-{arguments.device}"
+    out = arguments.out or Path(script).parent / "results" / f"{Path(script).stem}{of_device}.json"
+    names = [OURS, *(name for name in arguments.peers if name != OURS)]
     result: dict[str, Any] = {
         "what": what,
-        "machine": describe_machine(tuple(filter(is_installed, PACKAGES))),
+        "machine": describe_machine(PACKAGES),
         "device": arguments.device,
         "rounds": arguments.rounds,
         "seconds": arguments.seconds,
@@ -137,16 +141,12 @@ def main(script: str, what: str, measure: Measure) -> None:
                 given = ["--directory", folder, "--dtype", dtype, "--device", arguments.device]
                 given += ["--seconds", arguments.seconds, "--batches", *arguments.batches]
                 commands = {name: ["--worker", name, *given] for name in names}
-                found = turns.in_turns(script, commands, arguments.rounds)
-            of_variant[dtype] = {batch: compare(found, batch, dtype) for batch in arguments.batches}
+                compiled = {
+                    "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"
+                }  # empty at first
+                found = turns.in_turns(script, commands, arguments.rounds, **compiled)
+                turns.need(found, OURS)
+                of_variant[dtype] = {batch: compare(found, batch, dtype, Path(folder)) for batch in arguments.batches}
             for batch, rows in of_variant[dtype].items():
                 show(f"{variant}, {dtype}, batch {batch}", rows)
-        turns.write(arguments.out, json.loads(json.dumps(result)))
-
-
-def is_installed(package: str) -> bool:
-    """Return whether a package can be named with its version."""
-    try:
-        return bool(version(package))
-    except PackageNotFoundError:
-        return False
+        turns.write(out, result)

@@ -2,21 +2,33 @@
 
 import os
 import platform
+import shutil
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+OURS = ("levit-flax", "jax", "flax", "numpy", "safetensors")
 
 
 def describe_machine(packages: tuple[str, ...] = ()) -> dict[str, str | int | None]:
-    """Return what the numbers depend on, with the versions of further packages."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=False, capture_output=True, text=True).stdout.strip()
+    """Return what the numbers depend on, with the versions of further packages; None for one that is not installed."""
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
+        "gpu": gpu(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("levit-flax", "jax", "flax", "numpy", "safetensors", *packages)},
-        "commit": commit or None,
+        **{name: installed(name) for name in (*OURS, *packages)},
+        "commit": commit(),
     }
+
+
+def installed(package: str) -> str | None:
+    """Return the version of a package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def processor() -> str:
@@ -26,3 +38,23 @@ def processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def gpu() -> str | None:
+    """Return the names of the NVIDIA GPUs, or None."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    return output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").replace("\n", ", ") or None
+
+
+def commit() -> str | None:
+    """Return the commit of this repository; "-dirty" follows where something but results has changed since."""
+    git = ("git", "-C", str(REPOSITORY))
+    head = output(*git, "rev-parse", "HEAD")
+    changed = output(*git, "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return f"{head}-dirty" if head and changed else head or None
+
+
+def output(*command: str) -> str:
+    """Return what a command prints, nothing where it fails."""
+    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()

@@ -1,7 +1,10 @@
 """The ways to run LeViT that are compared: each makes a function from a batch that lies on the device to logits."""
 
 import json
+import multiprocessing
+import threading
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,19 +40,29 @@ class Runner(NamedTuple):
 
     Attributes:
         put: turns pixel values, float32 [B H W C], into what `call` takes, on the device.
-        call: begins the computation, and may return before it ends.
+        call: begins the computation.
         fetch: waits for what `call` returned and turns it into float32 logits [B L].
+        returns_early: whether `call` returns before the computation ends.
     """
 
     put: Callable[[np.ndarray], Any]
     call: Callable[[Any], Any]
     fetch: Callable[[Any], np.ndarray]
+    returns_early: bool
+
+
+def use_jax_on(device: str) -> None:
+    """Have JAX compute on a device, and on no other: it takes most of a GPU's memory as soon as it looks at it."""
+    import jax
+
+    jax.config.update("jax_platforms", device)
 
 
 def write_models(directory: Path, variant: str) -> None:
     """Write a variant with two heads and random weights of a trained model's size, in all layouts."""
     from flax.traverse_util import unflatten_dict
 
+    use_jax_on("cpu")
     import levit_flax as lf
     from levit_flax.convert.workflow import convert_to_directory
     from levit_flax.modeling import abstract_variables
@@ -77,17 +90,14 @@ def levit_flax(case: Case, precision: str | None = None) -> Runner:
     import jax
     import jax.numpy as jnp
 
+    use_jax_on(case.device)
     import levit_flax as lf
     from levit_flax.classifier import prepare
 
     model, variables = prepare(*lf.from_pretrained(case.directory / "flax"))
-    model = model.clone(precision=precision)
-    if case.dtype != "float32":
-        model = model.clone(dtype=jnp.dtype(case.dtype))
-        variables = jax.tree.map(lambda leaf: leaf.astype(case.dtype), variables)
-    variables = jax.device_put(variables)
+    model, variables = model.clone(dtype=jnp.dtype(case.dtype), precision=precision), jax.device_put(variables)
     apply = jax.jit(lambda variables, pixels: model.apply(variables, pixels).logits)
-    return Runner(jax.device_put, lambda pixels: apply(variables, pixels), lambda y: np.asarray(y, np.float32))
+    return Runner(jax.device_put, lambda pixels: apply(variables, pixels), lambda y: np.asarray(y, np.float32), True)
 
 
 def keras(case: Case) -> Runner:
@@ -97,6 +107,8 @@ def keras(case: Case) -> Runner:
     os.environ["KERAS_BACKEND"] = "jax"
     import jax
     from safetensors.numpy import load_file
+
+    use_jax_on(case.device)
     from zeromodels.models.levit.levit_model import LevitImageClassify
 
     if case.dtype != "float32":
@@ -114,13 +126,16 @@ def keras(case: Case) -> Runner:
     weights = [variable.value for variable in model.trainable_variables]
     state = [variable.value for variable in model.non_trainable_variables]
     apply = jax.jit(lambda weights, state, pixels: model.stateless_call(weights, state, pixels, training=False)[0])
-    return Runner(jax.device_put, lambda pixels: apply(weights, state, pixels), lambda y: np.asarray(y, np.float32))
+    return Runner(
+        jax.device_put, lambda pixels: apply(weights, state, pixels), lambda y: np.asarray(y, np.float32), True
+    )
 
 
 def load_torch(case: Case, layout: str) -> Any:
     """Return the PyTorch model of a layout with its weights, in evaluation mode; timm's are fused."""
     from timm.utils import reparameterize_model
 
+    use_jax_on("cpu")
     from levit_flax.convert import conversion, layouts, sources, verification
 
     source = sources.open_source(case.directory / layout)
@@ -134,6 +149,7 @@ def torch_runner(case: Case, layout: str, *, channels_last: bool = False, compil
     """Run a PyTorch model, eagerly or compiled."""
     import torch
 
+    torch.set_float32_matmul_precision("high")  # on GPUs TF32, as JAX's default; on CPUs no less than float32
     dtype = getattr(torch, case.dtype)
     order = torch.channels_last if channels_last else torch.contiguous_format
     model = load_torch(case, layout).to(device=case.device, dtype=dtype, memory_format=order)
@@ -146,9 +162,19 @@ def torch_runner(case: Case, layout: str, *, channels_last: bool = False, compil
     def call(pixels: Any) -> Any:
         with torch.inference_mode():
             logits = model(pixels)
-        return getattr(logits, "logits", logits)
+            logits = getattr(logits, "logits", logits)
+            return logits.clone() if compile else logits  # the next replay of a CUDA graph writes to the same place
 
-    return Runner(put, call, lambda logits: logits.float().cpu().numpy())
+    return Runner(put, call, lambda logits: logits.float().cpu().numpy(), case.device == "cuda")
+
+
+def onnx_file(case: Case) -> Path:
+    """Return timm's fused model as ONNX, which a process of its own writes where it is not there yet."""
+    path = case.directory / "model.onnx"
+    if not path.exists():
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            pool.submit(write_onnx, case, path).result()
+    return path
 
 
 def write_onnx(case: Case, path: Path) -> None:
@@ -174,19 +200,19 @@ def onnxruntime(case: Case) -> Runner:
 
     if case.dtype != "float32":
         raise NotImplementedError("onnxruntime's kernels for the CPU know no bfloat16")
-    path = case.directory / "model.onnx"
-    if not path.exists():
-        write_onnx(case, path)
     provider = "CUDAExecutionProvider" if case.device == "cuda" else "CPUExecutionProvider"
     if provider not in ort.get_available_providers():
         raise NotImplementedError(f"this onnxruntime has no {provider}")
-    session = ort.InferenceSession(path, providers=[provider])
-    [given] = session.get_inputs()
-    return Runner(
-        lambda pixels: np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)),
-        lambda pixels: session.run(None, {given.name: pixels})[0],
-        lambda logits: logits,
-    )
+    session = ort.InferenceSession(onnx_file(case), providers=[provider])
+    [given], [logits] = session.get_inputs(), session.get_outputs()
+
+    def put(pixels: np.ndarray) -> Any:
+        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), case.device, 0)
+
+    def call(pixels: Any) -> Any:
+        return session.run_with_ort_values([logits.name], {given.name: pixels})[0]
+
+    return Runner(put, call, lambda logits: logits.numpy(), False)
 
 
 def openvino(case: Case) -> Runner:
@@ -195,12 +221,9 @@ def openvino(case: Case) -> Runner:
 
     if case.device != "cpu":
         raise NotImplementedError("OpenVINO runs on Intel's devices")
-    path = case.directory / "model.onnx"
-    if not path.exists():
-        write_onnx(case, path)
+    path, core, compiled, own = onnx_file(case), ov.Core(), {}, threading.local()
     precision = {"float32": "f32", "bfloat16": "bf16"}[case.dtype]
     settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-    core, compiled = ov.Core(), {}
 
     def put(pixels: np.ndarray) -> np.ndarray:
         model = core.read_model(path)
@@ -208,7 +231,13 @@ def openvino(case: Case) -> Runner:
         compiled[len(pixels)] = core.compile_model(model, "CPU", settings)
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
-    return Runner(put, lambda pixels: compiled[len(pixels)](pixels)[0], np.asarray)
+    def call(pixels: np.ndarray) -> np.ndarray:
+        requests = own.__dict__.setdefault("requests", {})  # one of them serves one thread
+        if len(pixels) not in requests:
+            requests[len(pixels)] = compiled[len(pixels)].create_infer_request()
+        return np.array(requests[len(pixels)].infer(pixels)[0])
+
+    return Runner(put, call, np.asarray, False)
 
 
 OURS = "levit-flax"
@@ -219,8 +248,9 @@ PEERS: dict[str, Callable[[Case], Runner]] = {
     "transformers compiled": lambda case: torch_runner(case, "hf", compile=True),
     "timm fused": lambda case: torch_runner(case, "timm"),
     "timm fused, channels last": lambda case: torch_runner(case, "timm", channels_last=True),
-    "timm fused, conv, channels last": lambda case: torch_runner(case, "timm_conv", channels_last=True),
     "timm fused, compiled": lambda case: torch_runner(case, "timm", channels_last=True, compile=True),
+    "timm fused conv": lambda case: torch_runner(case, "timm_conv", channels_last=True),
+    "timm fused conv, compiled": lambda case: torch_runner(case, "timm_conv", channels_last=True, compile=True),
     "onnxruntime": onnxruntime,
     "OpenVINO": openvino,
     "zeromodels": keras,

@@ -18,20 +18,19 @@ from peers import OURS
 
 RESULTS = Path(__file__).parent / "results"
 TOP1 = {"levit-128S": 76.6, "levit-128": 78.6, "levit-192": 80.0, "levit-256": 81.6, "levit-384": 82.6}
-DTYPE = "float32"
 
 
 def draw_speed_and_accuracy(variants: dict[str, Any], batch: str) -> Any:
     """Return a figure of ImageNet accuracy over pictures a second, a line a peer."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     names = [name for name in variants if name in TOP1]
-    for peer in next(iter(variants.values()))[DTYPE][batch]:
-        rows = [variants[name][DTYPE][batch].get(peer) for name in names]
+    for peer in next(iter(variants.values()))[batch]:
+        rows = [variants[name][batch].get(peer) for name in names]
         points = [(row["pictures_per_second"], TOP1[name]) for name, row in zip(names, rows, strict=True) if row]
         is_ours = peer == OURS
         axes.plot(*zip(*points, strict=True), "o-", label=peer, lw=3 if is_ours else 1, zorder=3 if is_ours else 2)
     for name in names:
-        rate = variants[name][DTYPE][batch][OURS]["pictures_per_second"]
+        rate = variants[name][batch][OURS]["pictures_per_second"]
         axes.annotate(name, (rate, TOP1[name]), (8, -4), textcoords="offset points", fontsize=8)
     axes.set(
         xscale="log", xlabel=f"pictures a second, batches of {batch}", ylabel="top-1 on ImageNet, as published (%)"
@@ -45,10 +44,10 @@ def draw_ratios(variants: dict[str, Any], batches: list[str]) -> Any:
     """Return a figure of how many times as long as ours the others take."""
     figure, all_axes = plt.subplots(1, len(batches), figsize=(5 * len(batches), 4.5), sharey=True, layout="constrained")
     for axes, batch in zip(np.atleast_1d(all_axes), batches, strict=True):
-        peers = [peer for peer in next(iter(variants.values()))[DTYPE][batch] if peer != OURS]
+        peers = [peer for peer in next(iter(variants.values()))[batch] if peer != OURS]
         height = 0.8 / len(variants)
         for i, (variant, results) in enumerate(variants.items()):
-            spreads = [results[DTYPE][batch].get(peer, {}).get("times_ours") for peer in peers]
+            spreads = [results[batch].get(peer, {}).get("times_ours") for peer in peers]
             found = [(row, spread) for row, spread in enumerate(spreads) if spread]
             medians = np.array([spread["median"] for _, spread in found])
             reach = np.abs(np.array([(spread["least"], spread["most"]) for _, spread in found]).T - medians)
@@ -71,8 +70,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     matplotlib.use("agg")
-    variants = json.loads(arguments.results.read_text(encoding="utf-8"))["variants"]
-    batches = list(next(iter(variants.values()))[DTYPE])
+    results = json.loads(arguments.results.read_text(encoding="utf-8"))["variants"]
+    variants = {name: next(iter(types.values())) for name, types in results.items()}  # of the first type measured
+    batches = list(next(iter(variants.values())))
     arguments.out.mkdir(parents=True, exist_ok=True)
     if TOP1.keys() & variants.keys():
         draw_speed_and_accuracy(variants, batches[-1]).savefig(arguments.out / "speed_accuracy.png", dpi=120)

@@ -32,7 +32,7 @@ def make_processor(name: str) -> Callable[[Path], np.ndarray]:
         from levit_flax import LevitImageProcessor
 
         ours = LevitImageProcessor()
-        return lambda path: ours(path)["pixel_values"]
+        return lambda path: ours(path, return_tensors="np")["pixel_values"]
     import torch
     import transformers
 
@@ -42,8 +42,8 @@ def make_processor(name: str) -> Callable[[Path], np.ndarray]:
 
     def process(path: Path) -> np.ndarray:
         with Image.open(path) as picture:
-            values = theirs(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
-        return values.numpy().transpose(0, 2, 3, 1)
+            values = theirs(picture.convert("RGB"), return_tensors="np")["pixel_values"]
+        return values.transpose(0, 2, 3, 1)
 
     return process
 
@@ -83,13 +83,14 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        turns.answer(work(arguments))
+        turns.answer(lambda: work(arguments))
         return
 
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(Path(folder), arguments.pictures)
         commands = {name: ["--worker", name, "--directory", folder] for name in (OURS, PIL, TORCHVISION)}
         found = turns.in_turns(__file__, commands, arguments.rounds)
+        turns.need(found, OURS)
         differing = {
             name: int(np.sum(np.load(Path(folder, f"{name}.npy")) != np.load(Path(folder, f"{OURS}.npy"))))
             for name in found

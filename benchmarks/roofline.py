@@ -30,10 +30,11 @@ from peers import TINY
 SIDE = 2048  # of the matrices
 PARTS = {
     "stem": r"/stem/",
+    "heads": r"/head",
     "linear layers": r"/(qkv|kv|q|proj|up|down|linear)/",
     "attention products, softmax": r"/attention/",
-    "heads": r"/head",
 }
+LAYER = re.compile(r"/((?:stage_\d+|downsample_\d+|stem|head\w*)(?:/\w+)?)/")
 REST = "activations, copies and the rest"
 
 
@@ -50,9 +51,9 @@ def seconds_a_call(call: Any, seconds: float) -> list[float]:
 
 
 def measure_machine(seconds: float) -> float:
-    """Return the floating-point operations a second of a large float32 product."""
+    """Return the floating-point operations a second of a large product, at the precision that the models have."""
     matrix = jnp.asarray(np.random.default_rng(0).standard_normal((SIDE, SIDE), np.float32))
-    multiply = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
+    multiply = jax.jit(lambda x: jnp.matmul(x, x))
     return 2 * SIDE**3 / float(np.median(seconds_a_call(lambda: multiply(matrix), seconds)))
 
 
@@ -82,15 +83,16 @@ def inner_jaxprs(equation: Any) -> Iterator[Any]:
             yield inner
 
 
-def profile(call: Any, program: str) -> dict[str, float]:
-    """Return the share of the time of each part of the model, in [0, 1].
+def profile(call: Any, program: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the share of the time, in [0, 1], of each kind of work, and of each layer of the model.
 
     Args:
         call: computes once.
         program: text of the compiled program, which tells where in the model each operation comes from.
     """
     origin = dict(re.findall(r'%?([\w.-]+) = [^\n]*op_name="([^"]*)"', program))
-    spent: collections.Counter[str] = collections.Counter()
+    by_part: collections.Counter[str] = collections.Counter()
+    by_layer: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(5):
@@ -103,8 +105,14 @@ def profile(call: Any, program: str) -> dict[str, float]:
                 if event.name in origin:
                     path = origin[event.name]
                     part = next((part for part, pattern in PARTS.items() if re.search(pattern, path)), REST)
-                    spent[part] += event.duration_ns
-    return {part: nanoseconds / spent.total() for part, nanoseconds in spent.most_common()}
+                    layer = LAYER.search(path)
+                    by_part[part] += event.duration_ns
+                    by_layer[layer[1] if layer else REST] += event.duration_ns
+    parts, layers = (
+        {name: nanoseconds / spent.total() for name, nanoseconds in spent.most_common()}
+        for spent in (by_part, by_layer)
+    )
+    return parts, layers
 
 
 def main() -> None:
@@ -138,6 +146,7 @@ def main() -> None:
                 peaks.append(measure_machine(arguments.seconds))
                 times.append(float(np.median(seconds_a_call(call, arguments.seconds))))
                 rates.append(operations / times[-1])
+            parts, layers = profile(call, compiled.as_text())
             shares = [rate / peak for rate, peak in zip(rates, peaks, strict=True)]
             rows.setdefault(variant, {})[batch] = {
                 "operations": operations,
@@ -145,7 +154,8 @@ def main() -> None:
                 "operations_per_second": turns.spread(rates),
                 "of_the_machine": turns.spread(shares),
                 "machine_operations_per_second": turns.spread(peaks),
-                "time_by_part": profile(call, compiled.as_text()),
+                "time_by_part": parts,
+                "time_by_layer": layers,
             }
             seconds, rate, peak, share = (float(np.median(x)) for x in (times, rates, peaks, shares))
             print(
@@ -153,7 +163,7 @@ def main() -> None:
                 f"{rate / 1e9:9.1f}{peak / 1e9:9.1f}{share:8.1%}",
                 flush=True,
             )
-            for part, share in rows[variant][batch]["time_by_part"].items():
+            for part, share in parts.items():
                 print(f"{'':18}{part:36}{share:7.1%}", flush=True)
     turns.write(
         arguments.out,

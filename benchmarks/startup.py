@@ -1,5 +1,7 @@
 """How long it takes from nothing to the first answer, by part, with and without a compilation cache.
 
+The cache is used as the command line uses it. The scores of the answers are compared after the timing.
+
     python benchmarks/startup.py [--variant levit-128S] [--rounds 5] [--out FILE]
 
 Needs `pip install -e '.[bench]'` (torch, transformers).
@@ -12,32 +14,47 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import turns
 from machine import describe_machine
 from peers import write_models
 
 OURS, THEIRS = "levit-flax", "transformers"
-PARTS = ("import", "load", "first answer", "second answer")
+PARTS = ("import", "load", "compile", "first answer", "second answer")
+TO_THE_FIRST_ANSWER = PARTS[:4]
+TOLERANCE = 1e-3  # of the scores
+TOP = 3
 
 
-def work_ours(directory: Path) -> list[float]:
-    """Return the time at the end of each part."""
+def work_ours(directory: Path) -> tuple[list[float], float, list[float]]:
+    """Return the time at the end of each part but compiling, how long that took of the first answer, and the scores."""
+    import jax
     from PIL import Image
 
     import levit_flax as lf
+
+    compiling: list[float] = []
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            compiling.append(seconds)
 
     moments = [time.perf_counter()]
     classifier = lf.ImageClassifier.from_pretrained(directory / "flax")
     moments.append(time.perf_counter())
     size = classifier.model.config.image_height_width[0]
-    for _ in range(2):
-        classifier(Image.new("RGB", (size, size)))
-        moments.append(time.perf_counter())
-    return moments
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    [answer] = classifier(Image.new("RGB", (size, size)), top_k=TOP)
+    moments.append(time.perf_counter())
+    compiled = sum(compiling)
+    classifier(Image.new("RGB", (size, size)))
+    moments.append(time.perf_counter())
+    return moments, compiled, [entry["score"] for entry in answer]
 
 
-def work_theirs(directory: Path) -> list[float]:
-    """Return the time at the end of each part."""
+def work_theirs(directory: Path) -> tuple[list[float], float, list[float]]:
+    """Return the time at the end of each part, nothing for compiling, and the scores."""
     import torch
     from PIL import Image
     from transformers import LevitForImageClassificationWithTeacher, LevitImageProcessor
@@ -49,9 +66,18 @@ def work_theirs(directory: Path) -> list[float]:
     size = model.config.image_size
     for _ in range(2):
         with torch.inference_mode():
-            model(**processor(Image.new("RGB", (size, size)), return_tensors="pt")).logits.softmax(-1)
+            scores = model(**processor(Image.new("RGB", (size, size)), return_tensors="pt")).logits.softmax(-1)
         moments.append(time.perf_counter())
-    return moments
+    return moments, 0.0, scores[0].topk(TOP).values.tolist()
+
+
+def work(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure one side in this process."""
+    begin = time.perf_counter()
+    moments, compiling, scores = (work_ours if arguments.worker == OURS else work_theirs)(arguments.directory)
+    importing, loading, first, second = (b - a for a, b in pairwise([begin, *moments]))
+    seconds = dict(zip(PARTS, (importing, loading, compiling, first - compiling, second), strict=True))
+    return {"seconds": seconds, "scores": scores}
 
 
 def main() -> None:
@@ -64,39 +90,40 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        begin = time.perf_counter()
-        work = work_ours if arguments.worker == OURS else work_theirs
-        moments = [begin, *work(arguments.directory)]
-        turns.answer(dict(zip(PARTS, (b - a for a, b in pairwise(moments)), strict=True)))
+        turns.answer(lambda: work(arguments))
         return
 
     found: dict[str, list[Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_models(Path(folder), arguments.variant)
-        cache = {
-            "JAX_COMPILATION_CACHE_DIR": f"{folder}/cache",
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-        }
+        cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
         ours, theirs = (["--worker", name, "--directory", folder] for name in (OURS, THEIRS))
+        commands = {
+            f"{OURS}, compiling": (ours, {}),
+            f"{OURS}, from the cache": (ours, cache),
+            THEIRS: (theirs, {}),
+        }
         turns.run(__file__, *ours, **cache)  # fills the cache
         for _ in range(arguments.rounds):
-            found.setdefault(f"{OURS}, compiling", []).append(turns.run(__file__, *ours))
-            found.setdefault(f"{OURS}, from the cache", []).append(turns.run(__file__, *ours, **cache))
-            result = turns.run(__file__, *theirs)
-            if "missing" not in result:
-                found.setdefault(THEIRS, []).append(result)
+            for name, (command, environment) in commands.items():
+                for answered, runs in turns.in_turns(__file__, {name: command}, 1, **environment).items():
+                    found.setdefault(answered, []).extend(runs)
+        turns.need(found, *list(commands)[:2])
+    for runs in found.values():
+        np.testing.assert_allclose(runs[0]["scores"], found[f"{OURS}, compiling"][0]["scores"], rtol=TOLERANCE)
     rows = {
         name: {
-            **{part: turns.spread([run[part] for run in runs]) for part in PARTS},
-            "to the first answer": turns.spread([sum(run[part] for part in PARTS[:3]) for run in runs]),
+            **{part: turns.spread([run["seconds"][part] for run in runs]) for part in PARTS},
+            "to the first answer": turns.spread(
+                [sum(run["seconds"][part] for part in TO_THE_FIRST_ANSWER) for run in runs]
+            ),
         }
         for name, runs in found.items()
     }
     turns.write(
         arguments.out,
         {
-            "what": "seconds from the start of the script to an answer, in a new process",
+            "what": "seconds from the first import to an answer, in a new process",
             "machine": describe_machine(("torch", "transformers")),
             "variant": arguments.variant,
             "rounds": arguments.rounds,

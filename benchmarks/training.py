@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--model", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        turns.answer(WORKERS[arguments.worker](arguments))
+        turns.answer(lambda: WORKERS[arguments.worker](arguments))
         return
 
     options = ["--batch", arguments.batch, "--steps", arguments.steps, "--pictures", arguments.pictures]
@@ -169,8 +169,9 @@ def main() -> None:
             name: ["--worker", name, "--model", f"{folder}/{directory}", *options]
             for name, directory in (("levit-flax", "flax"), ("transformers", "torch"), ("data", "flax"))
         }
-        [data] = turns.in_turns(__file__, {"data": commands.pop("data")}, 1)["data"]
+        data = turns.run(__file__, *commands.pop("data"))
         found = turns.in_turns(__file__, commands, arguments.rounds)
+    turns.need(found, "levit-flax", "transformers")
     ours, theirs = found["levit-flax"], found["transformers"]
     np.testing.assert_allclose(ours[0]["losses"], theirs[0]["losses"], rtol=TOLERANCE)
     medians = {name: [statistics.median(run["seconds"]) for run in runs] for name, runs in found.items()}

@@ -5,31 +5,32 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 MARK = "RESULT "
 
 
-def answer(found: dict[str, Any]) -> None:
-    """Tell the process that waits for this one what was found."""
+def answer(work: Callable[[], Mapping[str, Any]]) -> None:
+    """Do the work, and tell the process that waits for this one what was found, or what is missing for it."""
+    try:
+        found = work()
+    except (ImportError, NotImplementedError) as error:
+        found = {"missing": f"{type(error).__name__}: {error}".strip().partition("\n")[0]}
     print(MARK + json.dumps(found), flush=True)
 
 
 def run(script: str, *arguments: Any, **environment: str) -> dict[str, Any]:
     """Run a Python script in a process of its own, and return what it answered.
 
-    A package that is not installed makes it {"missing": why}.
+    A package that is not installed makes it {"missing": why}; so does a process that fails, which is shown on stderr.
     """
     command = [sys.executable, script, *map(str, arguments)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | environment)
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:]
-        if last and last[0].startswith(("ModuleNotFoundError", "ImportError", "NotImplementedError")):
-            return {"missing": last[0]}
         sys.stderr.write(done.stderr)
-        raise SystemExit(f"{' '.join(command)} failed with {done.returncode}.")
+        return {"missing": f"{' '.join(command)} failed with {done.returncode}."}
     line = next(line for line in done.stdout.splitlines() if line.startswith(MARK))
     return dict(json.loads(line.removeprefix(MARK)))
 
@@ -37,23 +38,28 @@ def run(script: str, *arguments: Any, **environment: str) -> dict[str, Any]:
 def in_turns(
     script: str, commands: Mapping[str, Sequence[Any]], rounds: int, **environment: str
 ) -> dict[str, list[Any]]:
-    """Run each command once a round; return the answers by name, and name on stderr what is missing.
+    """Run each command once a round, beginning with another one each time; return the answers by name.
 
-    What is missing in the first round has no entry.
+    What is missing is named on stderr and has no entry.
     """
-    found: dict[str, list[Any]] = {}
-    left_out: set[str] = set()
-    for _ in range(rounds):
-        for name, arguments in commands.items():
-            if name in left_out:
-                continue
-            result = run(script, *arguments, **environment)
+    left = dict(commands)
+    found: dict[str, list[Any]] = {name: [] for name in commands}
+    for i in range(rounds):
+        names, begin = list(left), i % max(len(left), 1)
+        for name in names[begin:] + names[:begin]:
+            result = run(script, *commands[name], **environment)
             if "missing" in result:
                 print(f"{name} is left out: {result['missing']}", file=sys.stderr)
-                left_out.add(name)
+                del left[name]
             else:
-                found.setdefault(name, []).append(result)
-    return found
+                found[name].append(result)
+    return {name: found[name] for name in left}
+
+
+def need(found: Mapping[str, Any], *names: str) -> None:
+    """Stop where that without which there is nothing to compare is missing."""
+    if missing := [name for name in names if name not in found]:
+        raise SystemExit(f"There is nothing to compare without {', '.join(missing)}.")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -34,7 +34,7 @@ FEW = (
     "levit-flax, highest precision",
     "transformers",
     "timm fused",
-    "timm fused, conv, channels last",
+    "timm fused conv",
 )
 
 
