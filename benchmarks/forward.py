@@ -141,9 +141,7 @@ def main(script: str, what: str, measure: Measure) -> None:
                 given = ["--directory", folder, "--dtype", dtype, "--device", arguments.device]
                 given += ["--seconds", arguments.seconds, "--batches", *arguments.batches]
                 commands = {name: ["--worker", name, *given] for name in names}
-                compiled = {
-                    "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"
-                }  # empty at first
+                compiled = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}  # empty at first
                 found = turns.in_turns(script, commands, arguments.rounds, **compiled)
                 turns.need(found, OURS)
                 of_variant[dtype] = {batch: compare(found, batch, dtype, Path(folder)) for batch in arguments.batches}
