@@ -247,7 +247,6 @@ PEERS: dict[str, Callable[[Case], Runner]] = {
     "transformers": lambda case: torch_runner(case, "hf"),
     "transformers compiled": lambda case: torch_runner(case, "hf", compile=True),
     "timm fused": lambda case: torch_runner(case, "timm"),
-    "timm fused, channels last": lambda case: torch_runner(case, "timm", channels_last=True),
     "timm fused, compiled": lambda case: torch_runner(case, "timm", channels_last=True, compile=True),
     "timm fused conv": lambda case: torch_runner(case, "timm_conv", channels_last=True),
     "timm fused conv, compiled": lambda case: torch_runner(case, "timm_conv", channels_last=True, compile=True),

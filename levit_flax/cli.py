@@ -324,7 +324,10 @@ def finetune(
         Layout | None, typer.Option(help="Write the best model for PyTorch too, in this layout.")
     ] = None,
     skip: Annotated[
-        Path | None, typer.Option(help="File with paths of pictures to leave out, a line each, relative to DATA.")
+        Path | None,
+        typer.Option(
+            help="File with pictures to leave out, a line each: paths relative to DATA, or rows such as train/17."
+        ),
     ] = None,
     check_data: Annotated[
         bool, typer.Option("--check-data", help="Decode every picture before the first step.")
@@ -350,6 +353,11 @@ def finetune(
     as_json: JsonOption = False,
 ) -> None:
     """Train a model on labelled pictures, from a checkpoint or from scratch, with or without a teacher."""
+    if not (distributed or coordinator) and not (process_count is None and process_id is None):
+        raise ValueError(
+            "--process-count and --process-id (LEVIT_FLAX_PROCESS_COUNT, LEVIT_FLAX_PROCESS_ID) make one training of"
+            " several processes: expected --coordinator (LEVIT_FLAX_COORDINATOR) with them."
+        )
     if distributed or coordinator:
         import jax
 

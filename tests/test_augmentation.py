@@ -4,6 +4,7 @@ All draws are seeded; bounds on what is random are four standard deviations.
 """
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -307,7 +308,7 @@ def test_operations_are_drawn_as_timm_draws_them(monkeypatch):
         return lambda picture, *rest: calls.append((name, *rest)) or picture
 
     monkeypatch.setattr(augmentation, "OPERATIONS", {name: note(name) for name in "abc"})
-    recipe = Recipe(rand_augment=2, rand_augment_magnitude=9.0, rand_augment_deviation=0.5)
+    recipe = Recipe(rand_augment=2, rand_augment_magnitude=9.0, rand_augment_deviation=0.5, interpolation="random")
     generator = np.random.default_rng(0)
     applied = []
     for _ in range(count):
@@ -327,6 +328,10 @@ def test_operations_are_drawn_as_timm_draws_them(monkeypatch):
     below = (strengths < 0.85).mean()  # one standard deviation below
     assert below == pytest.approx(0.1587, abs=four_deviations(0.1587, len(calls)))
     assert any(len({name for name, *_ in calls[i : i + 2]}) == 1 for i in range(50))  # with replacement
+    calls.clear()
+    for _ in range(50):
+        rand_augment(picture(2, 2), generator, replace(recipe, interpolation="bilinear"), FILL)
+    assert {resample for *_, resample in calls} == {RESAMPLINGS["bilinear"]}
 
 
 # A batch

@@ -38,7 +38,7 @@ def make(column, kind, values):
     ],
 )
 def test_rows_of_every_kind(column, kind, values, targets, problem_type):
-    pictures = data.read_rows(make(column, kind, values), "the data, train")
+    pictures = data.read_rows(make(column, kind, values), "the data", "train")
     np.testing.assert_array_equal(pictures.targets, targets)
     assert pictures.targets.dtype == (np.int32 if problem_type.startswith("single") else np.float32)
     assert pictures.problem_type == problem_type
@@ -49,7 +49,7 @@ def test_rows_of_every_kind(column, kind, values, targets, problem_type):
 
 def test_rows_without_a_target():
     with pytest.raises(DataError, match="the columns note, image, count: expected an image, and a class"):
-        data.read_rows(make("count", datasets.Value("int64"), [1, 2]), "the data, train")
+        data.read_rows(make("count", datasets.Value("int64"), [1, 2]), "the data", "train")
 
 
 def test_splits_of_a_dataset(monkeypatch):
@@ -60,3 +60,36 @@ def test_splits_of_a_dataset(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict({"test": part}))
     with pytest.raises(DataError, match="has the splits test: expected one named train"):
         data.read_dataset("part")
+
+
+def test_rows_without_a_class():
+    for values, row in (([0, -1, 1], 1), ([0, 1, None], 2)):
+        with pytest.raises(DataError, match=rf"^the data, test: 1 of 3 rows .* the first of which is row {row}:"):
+            data.read_rows(make("label", CLASS, values), "the data", "test")
+
+
+def test_rows_are_left_out_by_name(monkeypatch, tmp_path):
+    parts = {"train": make("label", CLASS, [0, 1, 2, 0]), "test": make("label", CLASS, [1, 2])}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(parts))
+    found = data.read_dataset("zoo", {"train/1", "test/0"})
+    assert [shade(found["train"], i) for i in range(3)] == [0, 2, 3] and [shade(found["test"], 0)] == [1]
+    assert found["train"].name(1) == "picture train/2 of zoo, train"
+
+    whole = data.read_dataset("zoo")
+    train, validation = data.leave_out(whole["train"], whole["test"], tmp_path, {"train/0", "test/1"})
+    assert [shade(train, i) for i in range(4)] == [3, 1, 2, 3] and len(validation) == 1  # another ant in its place
+    with pytest.raises(DataError, match="no picture of the class bee left"):
+        data.leave_out(whole["train"], whole["test"], tmp_path, {"train/1"})
+
+
+def test_a_row_that_cannot_be_decoded_is_named(monkeypatch):
+    features = datasets.Features({"image": datasets.Image(), "label": CLASS})
+    rows = {"image": [{"bytes": b"no picture", "path": None}] * 2, "label": [0, 1]}
+    broken = datasets.Dataset.from_dict(rows, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict({"train": broken}))
+    with pytest.raises(DataError, match=r"^picture train/1 of zoo, train cannot be used: "):
+        data.read_dataset("zoo")["train"].load(1)
+
+
+def shade(pictures, index):
+    return pictures.load(index).getpixel((0, 0))[0]

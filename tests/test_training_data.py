@@ -31,7 +31,7 @@ from training_runs import ARCHITECTURE, CLASSES, tiny_recipe, truncate, write_pi
 import levit_flax as lf
 from configs import random_variables
 from levit_flax.cli import main
-from levit_flax.training import DataError, Pictures, finetune, outputs, store_logits
+from levit_flax.training import DataError, Pictures, RecipeError, finetune, outputs, store_logits
 from levit_flax.training.data import (
     Shard,
     TrainingRows,
@@ -470,6 +470,10 @@ def test_other_problems_from_the_dataset_to_the_model(two_heads, tmp_path, monke
     assert best["validation_loss"] == pytest.approx(loss, rel=ROUNDING)
     losses = [float(row["train_loss"]) for row in metrics]
     assert losses[-1] < 0.97 * losses[0]
+
+    taught = tiny_recipe(**{**QUICK, "distillation": "hard"})
+    with pytest.raises(RecipeError, match="A teacher's answer is one class"):
+        finetune("zoo/answers", tmp_path / "taught", model=two_heads, recipe=taught, teacher=lambda x: x)
 
 
 @pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])

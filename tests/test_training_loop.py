@@ -36,7 +36,7 @@ from training_runs import (  # noqa: E402
 import levit_flax as lf  # noqa: E402
 from levit_flax import evaluation  # noqa: E402
 from levit_flax.cli import main  # noqa: E402
-from levit_flax.training import DataError, NotFiniteError, finetune, loop, outputs  # noqa: E402
+from levit_flax.training import DataError, NotFiniteError, RecipeError, finetune, loop, outputs  # noqa: E402
 
 compiled, standard_promotion = training_runs.compiled, training_runs.standard_promotion
 
@@ -609,3 +609,73 @@ def test_devices_and_hosts_train_the_same(parts, compiled, tmp_path, spread, dty
         if dtype == "float64":
             assert difference < PARAMETERS_LIMIT
             np.testing.assert_allclose(rows_of(output), rows_of(wanted), rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_several_hosts_stop_together_and_go_on(parts, compiled, tmp_path):
+    wanted = train_on(2, 1, compiled, parts, tmp_path / "whole", "float64", 1)
+    before = train_on(2, 1, compiled, parts, tmp_path / "stopped", "float64", 1, stop_at=3)
+    assert 3 <= len(before) < len(wanted) and checkpoint_steps(tmp_path / "stopped") == [len(before)]
+    after = train_on(2, 1, compiled, parts, tmp_path / "stopped", "float64", 1)
+    np.testing.assert_array_equal([*before, *after], wanted)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_hosts_that_cannot_begin_together(folder, toml, compiled, tmp_path):
+    def said_by_two(data, *options):
+        address = free_address()
+        processes = [
+            start(
+                ["-m", "levit_flax.cli", "finetune", path, "--recipe", toml, "--output", tmp_path / "run", *others],
+                compiled,
+                LEVIT_FLAX_COORDINATOR=address,
+                LEVIT_FLAX_PROCESS_COUNT="2",
+                LEVIT_FLAX_PROCESS_ID=str(index),
+            )
+            for index, (path, others) in enumerate(zip(data, options or ((), ()), strict=True))
+        ]
+        said = [process.communicate()[1] for process in processes]
+        assert [process.returncode for process in processes] == [1, 1], said
+        return said
+
+    (tmp_path / "empty").mkdir()
+    first, second = said_by_two([folder, tmp_path / "empty"])
+    assert "error: Host 1 cannot begin; what it prints says why." in first
+    assert f"error: {tmp_path}/empty has no folders" in second
+    (tmp_path / "skip").write_text("ant/1.png\n")
+    for said in said_by_two([folder, folder], (), ("--skip", tmp_path / "skip")):
+        assert "error: The hosts were not asked for the same, or do not see the same pictures" in said
+
+
+def test_processes_that_know_of_no_other(folder, toml, tmp_path, capsys):
+    arguments = ["finetune", folder, "--recipe", toml, "--output", tmp_path / "run"]
+    status, _, err = run(capsys, *arguments, "--process-count", 2, "--process-id", 0)
+    assert status == 1 and "expected --coordinator" in err and not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_remove_what_it_begins_from(whole, folder, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    with pytest.raises(FileExistsError, match=r"run/model lies in .*run, which would be emptied"):
+        finetune(folder, tmp_path / "run", recipe=tiny_recipe(), model=tmp_path / "run" / "model", overwrite=True)
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+def test_a_revision_belongs_to_a_run(whole, folder):
+    with pytest.raises(RecipeError, match=r"begun with something else: revision .was None, is 'other'."):
+        finetune(folder, whole[0], recipe=tiny_recipe(), resume=True, revision="other")
+
+
+def test_too_little_memory_is_a_sentence(folder, tmp_path, monkeypatch):
+    def train(self):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte.")
+
+    monkeypatch.setattr(loop.Run, "train", train)
+    with pytest.raises(RecipeError, match="not enough memory for batches of 8 in 1 parts: lower batch_size"):
+        finetune(folder, tmp_path / "run", recipe=tiny_recipe())
+
+
+def test_a_batch_of_one_needs_frozen_batch_norms(folder):
+    pictures = loop.find_pictures(folder, tiny_recipe(), ())[0]
+    loop.check_batch(tiny_recipe(batch_size=1, batch_norm="freeze"), pictures)
+    with pytest.raises(RecipeError, match="of at least 2, or batch_norm"):
+        loop.check_batch(tiny_recipe(batch_size=1, batch_norm="freeze_with_parameters"), pictures)

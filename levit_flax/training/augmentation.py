@@ -67,8 +67,7 @@ def random_resized_crop(
 ) -> Image.Image:
     """Cut out a random share of a picture and resize it to `size` (width, height)."""
     box = random_box(picture.size, rng, recipe.crop_scale, recipe.crop_ratio)
-    name = str(rng.choice(list(RESAMPLINGS))) if recipe.interpolation == "random" else recipe.interpolation
-    return picture.crop(box).resize(size, RESAMPLINGS[name])
+    return picture.crop(box).resize(size, draw_resampling(rng, recipe))
 
 
 def random_box(
@@ -92,6 +91,12 @@ def random_box(
     return left, top, left + w, top + h
 
 
+def draw_resampling(rng: np.random.Generator, recipe: Recipe) -> Image.Resampling:
+    """Return the filter that the recipe names, or one of them."""
+    name = str(rng.choice(list(RESAMPLINGS))) if recipe.interpolation == "random" else recipe.interpolation
+    return RESAMPLINGS[name]
+
+
 def color_jitter(picture: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
     """Change brightness, contrast and saturation, in random order, each by a factor within 1 ± strength."""
     for i in rng.permutation(3):
@@ -106,7 +111,7 @@ def rand_augment(picture: Image.Image, rng: np.random.Generator, recipe: Recipe,
     Args:
         picture: of mode "RGB".
         rng: the source of all randomness.
-        recipe: gives their number, strength and the strength's deviation.
+        recipe: gives their number, strength, the strength's deviation and the interpolation.
         fill: the colour of what comes in from outside the picture.
 
     Source: Cubuk et al. 2020, "RandAugment"; the variant "rand-m9-mstd0.5-inc1" of timm, in which every operation
@@ -118,8 +123,7 @@ def rand_augment(picture: Image.Image, rng: np.random.Generator, recipe: Recipe,
         magnitude = rng.normal(recipe.rand_augment_magnitude, recipe.rand_augment_deviation)
         strength = min(max(magnitude, 0.0), 10.0) / 10
         sign = int(rng.choice((-1, 1)))
-        resample = RESAMPLINGS[str(rng.choice(list(RESAMPLINGS)))]
-        picture = OPERATIONS[name](picture, strength, sign, fill, resample)
+        picture = OPERATIONS[name](picture, strength, sign, fill, draw_resampling(rng, recipe))
     return picture
 
 

@@ -96,11 +96,11 @@ class Checkpoints:
         self._quiet.close()
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Say what holds where something cannot be written, whatever Orbax and its storage call that."""
+    def writing(self, failures: type[Exception] = Exception) -> Iterator[None]:
+        """Say what holds where something cannot be written; Orbax and its storage have many names for that."""
         try:
             yield
-        except Exception as error:
+        except failures as error:
             self._quiet.pop_all()  # for good: what failed goes on failing for a while
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             steps = ocp.utils.checkpoint_steps(self.directory)  # the manager counts those that are being written, too

@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,23 @@ class Pictures:
             'a.jpg'
         """
         image = self.images[index] if isinstance(self.images, list) else None
-        return str(image) if isinstance(image, str | Path) else f"picture {index} of {self.where}"
+        return str(image) if isinstance(image, str | Path) else f"picture {row_key(self.images, index)} of {self.where}"
+
+    def key(self, index: int, root: Path = Path()) -> str:
+        """Return the name of one picture in a skip list.
+
+        Args:
+            index: of the picture.
+            root: the directory that the paths of files are given relative to.
+
+        Example:
+            >>> Pictures([Path("data/cat/1.jpg")], np.zeros(1, np.int32), ("cat",), "data").key(0, Path("data"))
+            'cat/1.jpg'
+        """
+        image = self.images[index] if isinstance(self.images, list) else None
+        if isinstance(image, str | Path):
+            return Path(image).relative_to(root).as_posix()
+        return row_key(self.images, index)
 
     def load(self, index: int) -> Image.Image:
         """Decode one picture as RGB.
@@ -98,7 +114,7 @@ class Pictures:
             if isinstance(image, str | Path):
                 return load_image(image)
             return Image.fromarray(READER.resize_and_crop(image))
-        except (ImageError, OSError, TypeError) as error:
+        except Exception as error:  # a dataset decodes by itself, and raises whatever its decoder stumbles over
             raise DataError(f"{self.name(index)} cannot be used: {error}") from error
 
     def select(self, indices: Any, where: str) -> "Pictures":
@@ -127,19 +143,33 @@ class Chosen:
     def __getitem__(self, index: int) -> Any:
         return self.images[int(self.indices[index])]
 
+    def key(self, index: int) -> str:
+        """Return the row's name in a skip list."""
+        return row_key(self.images, int(self.indices[index]))
+
 
 @dataclass(frozen=True)
 class Column:
-    """The images of a Hugging Face dataset, decoded when asked for."""
+    """The images of a split of a Hugging Face dataset, decoded when asked for."""
 
     dataset: Any
     column: str
+    split: str
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
         return self.dataset[int(index)][self.column]
+
+    def key(self, index: int) -> str:
+        """Return the row's name in a skip list."""
+        return f"{self.split}/{index}"
+
+
+def row_key(images: Any, index: int) -> str:
+    """Return the name of one of some images that are no files, in a skip list."""
+    return str(images.key(index)) if hasattr(images, "key") else str(index)
 
 
 def read_pictures(
@@ -151,7 +181,7 @@ def read_pictures(
         source: a directory with a folder for each class; one with `train` and `validation` (or `val`, `valid`, `test`)
             that hold a folder for each class; or a Hugging Face dataset by name (needs `datasets`).
         recipe: gives the share to hold back, and the seed, where there is no part for validation.
-        skip: paths of pictures to leave out, relative to the source.
+        skip: pictures to leave out: paths relative to the source, or rows of a dataset such as "train/17".
         check: decode every picture first, rather than only read its header.
 
     Raises:
@@ -179,7 +209,7 @@ def read_pictures(
 def find_pictures(source: str | Path, recipe: Recipe, skip: Collection[str]) -> tuple[Pictures, Pictures]:
     """Do what `read_pictures` does, but for looking into the files."""
     directory = Path(source).expanduser()
-    parts = read_folders(directory, skip) if directory.is_dir() else read_dataset(str(source))
+    parts = read_folders(directory, skip) if directory.is_dir() else read_dataset(str(source), skip)
     train = parts[TRAIN_FOLDER]
     if train.labels and len(train.labels) < 2:
         raise DataError(f"{train.where} has one class, {train.labels[0]}: expected two or more to tell apart.")
@@ -194,6 +224,9 @@ def find_pictures(source: str | Path, recipe: Recipe, skip: Collection[str]) -> 
                 f"{train.where} has {len(train.labels)} classes and {validation.where} {len(validation.labels)}:"
                 f" expected the same, but {found}."
             )
+    for part in (train, validation):
+        if not len(part):
+            raise DataError(f"{part.where} has no pictures: expected one or more.")
     return train, validation
 
 
@@ -224,25 +257,45 @@ def read_classes(directory: Path, root: Path, skip: Collection[str]) -> Pictures
     return Pictures(images, targets, tuple(left), str(directory))
 
 
-def read_dataset(name: str) -> dict[str, Pictures]:
+def read_dataset(name: str, skip: Collection[str] = ()) -> dict[str, Pictures]:
     """Return the parts of a Hugging Face dataset by name, of which one is "train"."""
     found = load_dataset(name)
     if TRAIN_FOLDER not in found:
         raise DataError(f"The dataset {name} has the splits {', '.join(found)}: expected one named {TRAIN_FOLDER}.")
     other = next((part for part in VALIDATION_FOLDERS if part in found), None)
     names = (TRAIN_FOLDER, other) if other else (TRAIN_FOLDER,)
-    return {part: read_rows(found[part], f"{name}, {part}") for part in names}
+    parts = {part: read_rows(found[part], name, part) for part in names}
+    if not skip:
+        return parts
+    return {
+        part: rows.select([i for i in range(len(rows)) if rows.key(i) not in skip], rows.where)
+        for part, rows in parts.items()
+    }
 
 
-def read_rows(dataset: Any, where: str) -> Pictures:
+def read_rows(dataset: Any, name: str, part: str) -> Pictures:
     """Return the pictures of one split: its first image column and its first column of labels or numbers."""
+    pictures = read_columns(dataset, f"{name}, {part}", part)
+    if pictures.problem_type == "single_label_classification":
+        known = (pictures.targets >= 0) & (pictures.targets < len(pictures.labels))
+        if not known.all():
+            raise DataError(
+                f"{pictures.where}: {(~known).sum()} of {len(known)} rows have none of the {len(pictures.labels)}"
+                f" classes, the first of which is row {np.argmin(known)}: expected a split whose classes are known."
+            )
+    return pictures
+
+
+def read_columns(dataset: Any, where: str, part: str) -> Pictures:
+    """Return the pictures of one split, whatever their targets are."""
     import datasets
 
     image = next((key for key, kind in dataset.features.items() if isinstance(kind, datasets.Image)), None)
     for key, kind in dataset.features.items() if image is not None else ():
-        entry, images = getattr(kind, "feature", None), Column(dataset, str(image))
+        entry, images = getattr(kind, "feature", None), Column(dataset, str(image), part)
         if isinstance(kind, datasets.ClassLabel):
-            return Pictures(images, np.asarray(dataset[key], np.int32), tuple(kind.names), where)
+            classes = [-1 if index is None else index for index in dataset[key]]
+            return Pictures(images, np.asarray(classes, np.int32), tuple(kind.names), where)
         if isinstance(entry, datasets.ClassLabel):
             rows = np.zeros((len(dataset), entry.num_classes), np.float32)
             for row, indices in zip(rows, dataset[key], strict=True):
@@ -289,30 +342,26 @@ def leave_out(train: Pictures, validation: Pictures, root: Path, skip: Collectio
     Args:
         train: the pictures to train on; one that is left out gives its place to another one of its class.
         validation: the pictures to validate on.
-        root: the directory that the paths are relative to.
-        skip: paths of the pictures to leave out.
+        root: the directory that paths are relative to.
+        skip: the pictures to leave out, as in `read_pictures`.
 
     Raises:
         DataError: a class would be left without pictures to train on, or nothing would be left to validate on.
     """
-    if not (isinstance(train.images, list) and isinstance(validation.images, list)):
-        return train, validation  # the rows of a dataset have no paths
     kept, kept_back = (
-        np.array([Path(image).relative_to(root).as_posix() not in skip for image in part.images])
-        for part in (train, validation)
+        np.array([part.key(i, root) not in skip for i in range(len(part))]) for part in (train, validation)
     )
-    images = list(train.images)
+    places = np.arange(len(train))
     for index in np.flatnonzero(~kept):
-        others = np.flatnonzero(kept & (train.targets == train.targets[index]))
+        single = train.targets.ndim == 1
+        others = np.flatnonzero(kept & (train.targets == train.targets[index])) if single else np.flatnonzero(kept)
         if not len(others):
-            raise DataError(
-                f"{train.where} would have no picture of the class {train.labels[train.targets[index]]} left: leave out"
-                " fewer."
-            )
-        images[index] = images[others[index % len(others)]]
+            of = f" of the class {train.labels[train.targets[index]]}" if single else ""
+            raise DataError(f"{train.where} would have no picture{of} left: leave out fewer.")
+        places[index] = others[index % len(others)]
     if not kept_back.any():
         raise DataError(f"{validation.where} would have no picture left: leave out fewer.")
-    return replace(train, images=images), validation.select(np.flatnonzero(kept_back), validation.where)
+    return train.select(places, train.where), validation.select(np.flatnonzero(kept_back), validation.where)
 
 
 def check_pictures(pictures: Pictures, decode: bool) -> None:

@@ -18,8 +18,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
@@ -62,10 +62,12 @@ from .state import Batch, Metrics, State, Task
 from .student import Student, align_classes, make_student
 from .teacher import TeacherSource, check_teacher, make_teacher
 
+T = TypeVar("T")
+
 RUN_FILE = "run.json"
 CHECKPOINT_DIRECTORY = "checkpoints"
 
-# What a run leaves in its directory. Nothing else that is there is touched.
+# What a run leaves in its directory, and --force removes. Nothing beside it is touched.
 OWN_NAMES = (
     RUN_FILE,
     REPORT_FILE,
@@ -113,8 +115,8 @@ class Progress(NamedTuple):
         step: steps done.
         total: steps of the whole training.
         epoch: counted from 1.
-        loss: mean over this epoch so far; None before the first step that is known.
-        accuracy: share of right pictures in this epoch so far, in [0, 1]; None for regression too.
+        loss: mean since the last evaluation; None before the first step that is known.
+        accuracy: share of right pictures since the last evaluation, in [0, 1]; None for regression too.
         pictures_per_second: since the start of this process.
         seconds_left: estimate.
         evaluation: the last row of metrics.csv; None before the first.
@@ -163,7 +165,7 @@ def finetune(
         teacher: as in `make_teacher`; needed where the recipe distils.
         resume: go on from the last checkpoint of the run in `output`, if there is one.
         overwrite: begin anew in a directory that holds a run.
-        skip: paths of pictures to leave out, relative to `data`.
+        skip: pictures to leave out, as in `read_pictures`.
         check_data: decode every picture before the first step.
         export_torch: PyTorch layout in which the best model is written too, such as "hf".
         threads: that decode and augment pictures, in each process.
@@ -176,7 +178,8 @@ def finetune(
 
     Raises:
         RecipeError: the recipe cannot be used, or does not fit the data, the model or the devices.
-        DataError: the data cannot be used. Where that shows only while training, the state is saved first.
+        DataError: the data cannot be used. Where that shows only while training, the state is saved first (on several
+            hosts it is not: what holds is the last checkpoint).
         NotFiniteError: a loss or a gradient is not finite.
         TrainingStopped: SIGTERM or SIGINT came; the state is saved.
         FileExistsError: the directory holds a run, and neither `resume` nor `overwrite` is set.
@@ -202,36 +205,55 @@ def finetune(
     output = Path(output).expanduser().absolute()
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe)
+    skip = frozenset(PurePath(entry).as_posix() for entry in skip)
     new_figure(1, 1)  # what is missing for the curves is said before the work, not after it
-    on_first_host(lambda: check_output(output, resume, overwrite))
-    begun = read_run(output) if resume else None
-    train, validation = find_pictures(data, recipe, begun["skip"] if begun else skip)
+    together(lambda: check_output(output, resume, overwrite), only_first=True)
+
+    def find() -> tuple[dict[str, Any] | None, Pictures, Pictures]:
+        check_sources(output, overwrite, model, teacher)
+        begun = read_run(output) if resume else None
+        return begun, *find_pictures(data, recipe, frozenset(begun["skip"]) if begun else skip)
+
+    begun, train, validation = together(find)
     asked = {
         "recipe": recipe.to_dict(),
         "model": str(model) if model is not None else None,
+        "revision": options.get("revision"),
         "teacher": str(teacher) if isinstance(teacher, str | Path) else bool(teacher),
         "data": fingerprint(train, validation),
     }
-    agree(asked)
-    if begun:
-        check_same(output, begun, asked)
-    check_batch(recipe, train)
-    check_teacher(teacher, recipe)
-    root = Path(data).expanduser()
-    if begun:
-        train, validation = leave_out(train, validation, root, skip)
-    for part in (train, validation):
-        check_pictures(part, decode=check_data)
-    student = make_student(model, recipe, train, **options)
-    if export_torch:
-        from levit_flax.convert.conversion import check_layout  # only whoever wants PyTorch weights pays for it
+    agree({**asked, "skip": sorted(skip), "begun": begun})
 
-        check_layout(student.model, export_torch)
-    train, validation = (align_classes(part, student.model.config) for part in (train, validation))
-    source = make_teacher(teacher, recipe, student.model.config, student.processor, train, root, **options)
-    run = Run(output, recipe, student, source, train, validation, threads, processes, show, asked)
-    on_first_host(lambda: prepare_output(output, None if begun else {**asked, "skip": sorted(skip)}))
-    report = run.train()
+    def read() -> tuple[Student, TeacherSource, Pictures, Pictures]:
+        if begun:
+            check_same(output, begun, asked)
+        check_batch(recipe, train)
+        check_teacher(teacher, recipe)
+        root = Path(data).expanduser()
+        parts = leave_out(train, validation, root, skip) if begun else (train, validation)
+        for part in parts:
+            check_pictures(part, decode=check_data)
+        student = make_student(model, recipe, parts[0], **options)
+        if export_torch:
+            from levit_flax.convert.conversion import check_layout  # only whoever wants PyTorch weights pays for it
+
+            check_layout(student.model, export_torch)
+        config, of_teacher = student.model.config, {k: v for k, v in options.items() if k != "revision"}
+        pictures, held_back = (align_classes(part, config) for part in parts)
+        source = make_teacher(teacher, recipe, config, student.processor, pictures, root, **of_teacher)
+        return student, source, pictures, held_back
+
+    run = Run(output, recipe, *together(read), threads, processes, show, asked)
+    together(lambda: prepare_output(output, None if begun else {**asked, "skip": sorted(skip)}), only_first=True)
+    try:
+        report = run.train()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise RecipeError(
+            f"The devices have not enough memory for batches of {recipe.batch_size} in {recipe.accumulation} parts:"
+            " lower batch_size, or raise accumulation."
+        ) from error
     if export_torch and jax.process_index() == 0:
         from levit_flax.convert.workflow import convert_to_directory
 
@@ -248,10 +270,10 @@ def check_batch(recipe: Recipe, pictures: Pictures) -> None:
         raise RecipeError(
             f"batch_size is {recipe.batch_size}, but {pictures.where} has {count} pictures: expected {count} or less."
         )
-    if part < 2:
+    if part < 2 and recipe.batch_norm != "freeze":
         raise RecipeError(
             "A batch of one picture cannot be trained on, since the head's batch norm has one value a picture: expected"
-            " batch_size / accumulation of at least 2."
+            ' batch_size / accumulation of at least 2, or batch_norm = "freeze".'
         )
     if part % devices:
         raise RecipeError(
@@ -314,21 +336,32 @@ def prepare_output(output: Path, asked: Mapping[str, Any] | None) -> None:
         write_text(output / RUN_FILE, json.dumps(asked, indent=2) + "\n")
 
 
-def on_first_host(work: Callable[[], None]) -> None:
-    """Do something on host 0 while the others wait; where it fails there, all of them stop."""
-    error = None
-    if jax.process_index() == 0:
+def check_sources(output: Path, overwrite: bool, *sources: Any) -> None:
+    """Raise FileExistsError where a run that is to be begun anew holds what it is to be begun from."""
+    for source in sources:
+        if overwrite and isinstance(source, str | Path) and output in Path(source).expanduser().absolute().parents:
+            raise FileExistsError(
+                f"{source} lies in {output}, which would be emptied before it is trained again: expected another name"
+                " for the new run, or that model elsewhere."
+            )
+
+
+def together(work: Callable[[], T], only_first: bool = False) -> T:
+    """Do something on every host, or on host 0 while the others wait; where it fails on one, all of them stop."""
+    error, result = None, None
+    if not only_first or jax.process_index() == 0:
         try:
-            work()
-        except (ValueError, OSError) as found:
+            result = work()
+        except (ValueError, OSError, ImportError) as found:
             error = found
-    failed = error is not None
+    failed = [error is not None]
     if jax.process_count() > 1:
-        failed = bool(multihost_utils.broadcast_one_to_all(np.array(failed)))
+        failed = list(multihost_utils.process_allgather(np.array(failed)).ravel())
     if error:
         raise error
-    if failed:
-        raise OSError("Host 0 cannot begin; what it prints says why.")
+    if any(failed):
+        raise OSError(f"Host {failed.index(True)} cannot begin; what it prints says why.")
+    return cast(T, result)
 
 
 def agree(asked: dict[str, Any]) -> None:
@@ -406,7 +439,7 @@ class Run:
         self.history: History = []
         self.totals = Totals()
         self.pending: deque[tuple[int, Metrics]] = deque()
-        self.waited = 0.0
+        self.waited = self.evaluated = 0.0  # seconds
 
     def train(self) -> dict[str, Any]:
         """Go on to the end, from the last checkpoint if there is one; return the report."""
@@ -429,14 +462,14 @@ class Run:
                 self.pending.append((step, metrics))
                 self.collect(IN_FLIGHT)
                 if begin is None:  # once it is compiled
-                    begin, first = time.perf_counter(), step
+                    begin, first, self.waited, self.evaluated = time.perf_counter(), step, 0.0, 0.0
                 if self.evaluation_due(step):
                     self.end_epoch(checkpoints, state, step)
                 if self.show and step > first:
                     self.show(self.progress(step, first, time.perf_counter() - begin))
                 if self.should_stop(stop, step) and step < self.total:
                     self.stop(checkpoints, state, step, stop.received or int(signal.SIGTERM))
-            seconds = time.perf_counter() - begin if begin else 0.0
+            seconds = time.perf_counter() - begin - self.evaluated if begin else 0.0
             checkpoints.wait()
         return self.finish(step - first, seconds)
 
@@ -513,6 +546,7 @@ class Run:
     def end_epoch(self, checkpoints: Checkpoints, state: State, step: int) -> None:
         """Evaluate and save."""
         self.collect(0)
+        begin = time.perf_counter()
         epoch = step // self.rows.steps_per_epoch
         variables = state.variables if state.average is None else state.average
         classes = self.task.problem_type != "regression"
@@ -528,9 +562,11 @@ class Run:
         self.totals = Totals()
         self.history.append(row)
         if jax.process_index() == 0:
-            with checkpoints.writing():
-                self.write(row, jax.device_get(variables))
+            on_host = jax.device_get(variables)
+            with checkpoints.writing(OSError):
+                self.write(row, on_host)
         self.save(checkpoints, state, step)
+        self.evaluated += time.perf_counter() - begin
 
     def write(self, row: dict[str, Any], variables: Any) -> None:
         """Write the metrics and, where they are the best so far, the model."""

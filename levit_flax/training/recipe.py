@@ -91,7 +91,7 @@ class Recipe:
             then is the evaluation's own.
         crop_ratio: smallest and largest ratio of width to height of a random crop.
         crop_padding: pixels reflected around a picture before its random crop, at its own size.
-        interpolation: "bicubic", "bilinear", or one of the two at "random", for random crops.
+        interpolation: "bicubic", "bilinear", or one of the two at "random", for random crops and RandAugment.
         flip: probability of a mirrored picture.
         rand_augment: operations of RandAugment per picture; 0 for none.
         rand_augment_magnitude: their strength, in [0, 10].

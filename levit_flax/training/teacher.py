@@ -56,16 +56,21 @@ def make_teacher(
         processor: the student's.
         pictures: the ones to train on.
         root: the directory that stored logits name the pictures relative to.
-        **options: revision, token, cache_dir and local_files_only, as in `levit_flax.from_pretrained`.
+        **options: token, cache_dir and local_files_only, as in `levit_flax.from_pretrained`.
 
     Raises:
-        RecipeError: the recipe distils and there is no teacher, or the other way round, or it mixes pictures that
-            logits were stored for.
+        RecipeError: the recipe distils and there is no teacher, or the other way round; it mixes pictures that
+            logits were stored for; or the pictures do not have one class each.
         ValueError: the teacher does not know the student's classes.
     """
     check_teacher(teacher, recipe)
     if teacher is None:
         return TeacherSource()
+    if pictures.problem_type != "single_label_classification":
+        raise RecipeError(
+            f"A teacher's answer is one class, but {pictures.where} is for {pictures.problem_type}: expected"
+            ' distillation = "none", or pictures of one class each.'
+        )
     if callable(teacher):
         return TeacherSource(check_width(teacher, config.num_labels))
     if Path(teacher).suffix == STORED_SUFFIX:
@@ -101,7 +106,7 @@ def load_teacher(
     mean, std, own_mean, own_std = (
         np.asarray(value, np.float32).reshape(1, 1, 1, -1)
         for of in (processor, own_processor)
-        for value in (of.image_mean, of.image_std)
+        for value in ((of.image_mean, of.image_std) if of.do_normalize else (0.0, 1.0))
     )
     size = model.config.image_height_width
 
