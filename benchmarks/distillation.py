@@ -19,13 +19,17 @@ import turns
 from levit_flax.evaluation import evaluate, read_data
 from levit_flax.training import finetune, read_recipe
 from machine import describe_machine
+from peers import TINY
 
-STUDENT = {
-    "image_size": 64,
-    "hidden_sizes": [32, 64, 96],
-    "num_attention_heads": [2, 4, 6],
-    "depths": [2, 2, 2],
-    "key_dim": [16, 16, 16],
+STUDENTS = {
+    "small": {
+        "image_size": 64,
+        "hidden_sizes": [32, 64, 96],
+        "num_attention_heads": [2, 4, 6],
+        "depths": [2, 2, 2],
+        "key_dim": [16, 16, 16],
+    },
+    "tiny": {key: value for key, value in TINY.items() if key != "num_labels"},
 }
 
 
@@ -34,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--teacher", required=True)
+    parser.add_argument("--student", choices=list(STUDENTS), default="small")
     parser.add_argument("--kind", choices=("hard", "soft"), default="hard")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--share", type=float, default=0.2, help="of the training pictures")
@@ -53,9 +58,9 @@ def main() -> None:
         for kind, found in accuracies.items():
             recipe = read_recipe(
                 "small_images",
-                architecture=STUDENT,
+                architecture=STUDENTS[arguments.student],
                 epochs=arguments.epochs,
-                warmup_epochs=1,
+                warmup_epochs=arguments.epochs / 8,
                 seed=seed,
                 distillation=kind,
                 checkpoint_every=arguments.epochs,
@@ -76,7 +81,7 @@ def main() -> None:
         "what": "top-1 on CIFAR-10's test half of a student trained from scratch, without a teacher and with one",
         "machine": describe_machine(("optax", "grain")),
         "teacher_top1": taught_by,
-        "student": STUDENT,
+        "student": STUDENTS[arguments.student],
         "training_pictures": len(files) - len(skip),
         "epochs": arguments.epochs,
         "top1": accuracies,

@@ -2,11 +2,17 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+import levit_flax as lf
+from configs import random_variables
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SECONDS = 2.0
@@ -15,9 +21,10 @@ OF_THE_FILE = 2.0
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks do not come with the wheel")
 
 
-def run(script, out, *arguments):
+def run(script, out, *arguments, **environment):
     command = [sys.executable, BENCHMARKS / script, *arguments, "--out", out]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())
 
 
@@ -41,7 +48,7 @@ FEW = (
 def peers():
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        return importlib.import_module("peers").PEERS
+        return importlib.import_module("peers")
     finally:
         sys.path.remove(str(BENCHMARKS))
 
@@ -50,13 +57,14 @@ def peers():
     ("script", "all_peers"),
     [
         ("latency.py", False),
+        ("throughput.py", False),
         *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("latency.py", "throughput.py")),
     ],
 )
 def test_peers_compute_the_same_at_tiny_size(tmp_path, script, all_peers):
     for module in ("torch", "transformers", "timm"):
         pytest.importorskip(module)
-    names = list(peers()) if all_peers else FEW
+    names = list(peers().PEERS) if all_peers else FEW
     result = run(script, tmp_path / "out.json", *TINY, "--batches", 1, 3, "--peers", *names)
     for batch in ("1", "3"):
         rows = result["variants"]["tiny"]["float32"][batch]
@@ -65,10 +73,13 @@ def test_peers_compute_the_same_at_tiny_size(tmp_path, script, all_peers):
         for row in rows.values():
             assert row["difference"] < 1e-4 and row["pictures_per_second"] > 0
             assert row["milliseconds"]["median"] > 0 and row["first_call_seconds"]["median"] > 0
+    result["variants"] = dict.fromkeys(("levit-128S", "levit-256"), result["variants"]["tiny"])
+    (tmp_path / "out.json").write_text(json.dumps(result))
     subprocess.run(
         [sys.executable, BENCHMARKS / "plot.py", "--results", tmp_path / "out.json", "--out", tmp_path], check=True
     )
-    assert (tmp_path / "ratios.png").stat().st_size > 5000
+    for name in ("ratios.png", "speed_accuracy.png"):
+        assert (tmp_path / name).stat().st_size > 5000
 
 
 def test_bfloat16_and_what_is_missing_at_tiny_size(tmp_path):
@@ -132,8 +143,69 @@ def test_training_at_tiny_size(tmp_path):
     assert 0 <= result["data"]["share_waiting_for_data"] < 1 and result["data"]["ceiling_pictures_per_second"]
 
 
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}  # to compile, which is most of the time here
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Enough noise of every class that the embedded model knows for one batch, and some to test with."""
+    names = lf.from_pretrained("cifar10")[0].config.id2label
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 13), ("test", 1)):
+        for name in names:
+            folder = tmp_path / "data" / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(generator.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i}.png")
+    return tmp_path / "data", names
+
+
+def test_accuracy_at_small_size(data, tmp_path):
+    pytest.importorskip("grain")
+    result = run("accuracy.py", tmp_path / "out.json", data[0], "--epochs", 0, **QUICK)
+    own = result["image_size"]
+    assert result["pictures"] == 10 and list(result["image_sizes"]) == [str(round(own * k)) for k in (0.75, 1, 1.25)]
+    assert result["image_sizes"][str(own)]["top1"] == result["types"]["float32"]["top1"]
+    assert result["types"]["float32"]["agreement_with_float32"] == 1
+
+
+def test_distillation_at_tiny_size(data, tmp_path):
+    for module in ("grain", "orbax.checkpoint", "tensorboardX", "matplotlib"):
+        pytest.importorskip(module)
+    folder, names = data
+    teacher = lf.LevitForImageClassification(lf.LevitConfig(**{**peers().TINY, "num_labels": 10, "id2label": names}))
+    lf.save_pretrained(tmp_path / "teacher", teacher, random_variables(teacher))
+    options = ("--teacher", tmp_path / "teacher", "--student", "tiny", "--epochs", 1, "--share", 1, "--seeds", 1)
+    result = run("distillation.py", tmp_path / "out.json", folder, *options, **QUICK)
+    assert result["training_pictures"] == 130 and {len(found) for found in result["top1"].values()} == {1}
+    alone, taught = (found[0] for found in result["top1"].values())
+    assert result["gain"]["median"] == pytest.approx(taught - alone)
+
+
 @pytest.mark.measurement
 def test_the_largest_model_converts_in_two_seconds_and_twice_its_size(tmp_path):
     result = run("conversion.py", tmp_path / "out.json", "--variants", "levit-384", "--runs", 3)
     row = result["variants"]["levit-384"]
     assert row["seconds"] < SECONDS and row["peak_of_file"] < OF_THE_FILE
+
+
+@pytest.mark.measurement
+def test_pictures_are_ready_sooner_than_by_transformers(tmp_path):
+    result = run("preprocessing.py", tmp_path / "out.json")
+    assert result["processors"]["transformers, PIL"]["ours_times_as_fast"]["1"]["median"] > 1.2
+    assert result["two_threads_over_one"]["median"] > 1.8
+
+
+RESULTS = BENCHMARKS / "results"
+
+
+def test_what_the_stored_results_promise():
+    """The README speaks of these."""
+    accuracy, conversion = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("accuracy", "conversion"))
+    own = accuracy["image_sizes"][str(accuracy["image_size"])]["top1"]
+    for row in accuracy["image_sizes"].values():
+        assert row["top1"] >= 0.75 * own
+        assert "fine_tuned" not in row or row["fine_tuned"]["top1"] > own - 0.01
+    for row in accuracy["types"].values():
+        assert row["agreement_with_float32"] >= 0.99
+    assert conversion["variants"]["levit-384"]["seconds"] < SECONDS

@@ -78,6 +78,14 @@ def test_help_is_quick():
     assert quickest("--help", clock=processor_time) < HELP_SECONDS
 
 
+@pytest.mark.parametrize("switch", ["true", "false"])
+def test_what_was_compiled_is_kept_unless_switched_off(picture, tmp_path, monkeypatch, switch):
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", switch)
+    quickest("classify", "--model", "cifar10", picture, runs=1)
+    kept = list((tmp_path / "cache" / "levit-flax" / "compiled").glob("*-cache"))
+    assert bool(kept) == (switch == "true")
+
+
 @pytest.mark.measurement
 def test_a_cold_answer_is_quick(picture):
     assert quickest("classify", "--model", "cifar10", picture) < COLD_CLASSIFY_SECONDS
