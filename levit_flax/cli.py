@@ -311,7 +311,7 @@ def finetune(
         ),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="finetune, small_images, paper, or a TOML file with the same keys.")
+        str, typer.Option(help="finetune, small_images, small_images_finish, paper, or a TOML file with the same keys.")
     ] = "finetune",
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")

@@ -722,7 +722,10 @@ def test_recipes_that_cannot_be_read(capsys, folder, tmp_path):
     said = refused(capsys, output, "finetune", folder, "--recipe", tmp_path / "broken.toml")
     assert said.startswith(f"The recipe {tmp_path}/broken.toml is not TOML: ") and "line 1" in said
     said = refused(capsys, output, "finetune", folder, "--recipe", "finetone")
-    assert said == "There is no recipe finetone: expected finetune, paper, small_images, or a TOML file."
+    assert (
+        said
+        == "There is no recipe finetone: expected finetune, paper, small_images, small_images_finish, or a TOML file."
+    )
     said = refused(capsys, output, "finetune", folder, "--set", "batch_size=8")
     assert said.startswith(
         "There is no model to train: expected --model with a checkpoint, or a recipe's architecture."

@@ -1,18 +1,18 @@
 """Put a trained model into the package as the one that ships with it, and write everything that ships beside it.
 
 The model is trained by this package's own recipe and exported through its own converter; from there on it is a PyTorch
-checkpoint like any other, which transformers opens, measures, and stores as float16. What the training reported goes to
-`benchmarks/results/cifar10.json` and its curves beside it.
+checkpoint like any other, which transformers opens, measures, and stores as float16. What its runs reported goes to
+`benchmarks/results/cifar10.json` and their curves beside it.
 
-    levit-flax finetune cifar10 --recipe small_images --output run --export-torch hf
-    python tools/embed_model.py run cifar10
+    levit-flax finetune cifar10 --recipe small_images --output first
+    levit-flax finetune cifar10 --recipe small_images_finish --model first/model --output last --export-torch hf
+    python tools/embed_model.py cifar10 first last
 
 `cifar10` holds `train` and `test` with a folder for each class. Needs `pip install -e '.[test]'` (torch, transformers).
 """
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -63,13 +63,28 @@ def write_probe() -> None:
     )
 
 
+def write_results(runs: list[Path]) -> None:
+    """Store what the runs reported, and their curves above each other."""
+    reports = [json.loads((run / "report.json").read_text()) for run in runs]
+    (RESULTS / "cifar10.json").write_text(json.dumps(reports, indent=2) + "\n")
+    curves = [Image.open(run / "curves.png").convert("RGB") for run in runs]
+    whole = Image.new("RGB", (max(curve.width for curve in curves), sum(curve.height for curve in curves)), "white")
+    top = 0
+    for curve in curves:
+        whole.paste(curve, (0, top))
+        top += curve.height
+    whole.save(RESULTS / "cifar10.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="output of `levit-flax finetune --export-torch hf`")
     parser.add_argument("data", type=Path)
+    parser.add_argument(
+        "runs", type=Path, nargs="+", help="outputs of `levit-flax finetune`, of which the last is shipped"
+    )
     arguments = parser.parse_args()
 
-    trained = arguments.run / "torch"
+    trained = arguments.runs[-1] / "torch"
     model = load(trained)
     model.half().save_pretrained(OUT)
     LevitImageProcessorPil.from_pretrained(trained).save_pretrained(OUT)
@@ -86,8 +101,7 @@ def main() -> None:
     }
     (OUT / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
-    shutil.copy(arguments.run / "report.json", RESULTS / "cifar10.json")
-    shutil.copy(arguments.run / "curves.png", RESULTS / "cifar10.png")
+    write_results(arguments.runs)
 
 
 if __name__ == "__main__":

@@ -231,7 +231,8 @@ def read_recipe(name: str | Path = "finetune", **changes: Any) -> Recipe:
     """Read a recipe.
 
     Args:
-        name: one of the package's recipes ("finetune", "small_images", "paper"), or a TOML file with keys of `Recipe`.
+        name: one of the package's recipes ("finetune", "small_images", "small_images_finish", "paper"), or a TOML file
+            with keys of `Recipe`.
         **changes: values that replace the file's.
 
     Raises:
