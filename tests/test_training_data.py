@@ -688,8 +688,8 @@ def test_unusable_pictures_are_named(capsys, arguments, tmp_path):
 
 BAD_RECIPES = {
     "batch_size=28": "batch_size is 28, but .*, for training has 27 pictures: expected 27 or less",
-    "batch_size=1": "A batch of one picture cannot be trained on, since the head's batch norm",
-    "accumulation=27": "A batch of one picture cannot be trained on",
+    "batch_norm=train; batch_size=1": "A batch of one picture cannot be trained on, since the head's batch norm",
+    "batch_norm=train; accumulation=27": "A batch of one picture cannot be trained on",
     "accumulation=2": "batch_size 27 cannot be computed in 2 equal parts",
     "epoch=3": "has the unknown key epoch: the keys are epochs, batch_size,",
     "epochs=many": "epochs is 'many': expected int",
@@ -712,7 +712,8 @@ BAD_RECIPES = {
 
 @pytest.mark.parametrize("change", BAD_RECIPES)
 def test_recipes_that_cannot_be_used(capsys, arguments, folder, tmp_path, change):
-    said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, "--set", change)
+    settings = [part for setting in change.split("; ") for part in ("--set", setting)]
+    said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, *settings)
     assert re.search(BAD_RECIPES[change], said) and said.endswith("."), said
 
 

@@ -228,7 +228,7 @@ def finetune(
         if begun:
             check_same(output, begun, asked)
         check_batch(recipe, train)
-        check_teacher(teacher, recipe)
+        check_teacher(teacher, recipe, train)
         root = Path(data).expanduser()
         parts = leave_out(train, validation, root, skip) if begun else (train, validation)
         for part in parts:
@@ -626,8 +626,8 @@ class Run:
             "output": str(self.output),
             "best": best,
             "last": last,
-            "pictures_per_second": steps * self.recipe.batch_size / seconds if seconds else None,
-            "share_waiting_for_data": self.waited / seconds if seconds else None,
+            "pictures_per_second": steps * self.recipe.batch_size / seconds if steps else None,
+            "share_waiting_for_data": self.waited / seconds if steps else None,
             "devices": jax.device_count(),
             "platform": jax.default_backend(),
         }

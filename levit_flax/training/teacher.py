@@ -63,14 +63,9 @@ def make_teacher(
             logits were stored for; or the pictures do not have one class each.
         ValueError: the teacher does not know the student's classes.
     """
-    check_teacher(teacher, recipe)
+    check_teacher(teacher, recipe, pictures)
     if teacher is None:
         return TeacherSource()
-    if pictures.problem_type != "single_label_classification":
-        raise RecipeError(
-            f"A teacher's answer is one class, but {pictures.where} is for {pictures.problem_type}: expected"
-            ' distillation = "none", or pictures of one class each.'
-        )
     if callable(teacher):
         return TeacherSource(check_width(teacher, config.num_labels))
     if Path(teacher).suffix == STORED_SUFFIX:
@@ -78,13 +73,20 @@ def make_teacher(
     return load_teacher(teacher, config, processor, options)
 
 
-def check_teacher(teacher: str | Path | Callable[[jax.Array], jax.Array] | None, recipe: Recipe) -> None:
-    """Raise RecipeError where a recipe and a teacher do not fit each other; nothing is read."""
+def check_teacher(
+    teacher: str | Path | Callable[[jax.Array], jax.Array] | None, recipe: Recipe, pictures: Pictures
+) -> None:
+    """Raise RecipeError where a recipe, a teacher and the pictures do not fit each other; nothing is read."""
     if (teacher is None) == (recipe.distillation != "none"):
         expected = "a teacher (--teacher)" if teacher is None else 'distillation="hard" or "soft"'
         raise RecipeError(
             f"distillation is {recipe.distillation!r} and there is {'no' if teacher is None else 'a'} teacher: expected"
             f" {expected}."
+        )
+    if teacher is not None and pictures.problem_type != "single_label_classification":
+        raise RecipeError(
+            f"A teacher's answer is one class, but {pictures.where} is for {pictures.problem_type}: expected"
+            ' distillation = "none", or pictures of one class each.'
         )
     stored = isinstance(teacher, str | Path) and Path(teacher).suffix == STORED_SUFFIX
     if stored and (recipe.mixup or recipe.cutmix):
