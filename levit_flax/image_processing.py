@@ -339,7 +339,7 @@ class LevitImageProcessor:
 
         Example:
             >>> LevitImageProcessor.from_pretrained("cifar10").crop_size
-            {'height': 80, 'width': 80}
+            {'height': 112, 'width': 112}
         """
         directory = resolve(
             source,

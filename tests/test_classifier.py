@@ -200,7 +200,7 @@ def test_broken_pictures_in_a_stream(classifier, tmp_path):
 
 def test_a_processor_of_another_size_is_named(classifier):
     other = lf.ImageClassifier(classifier.model, classifier.variables, lf.LevitImageProcessor(size=64, crop_size=64))
-    with pytest.raises(ValueError, match=r"makes \[H W C\] = \[64, 64, 3\] of it, but the model takes \[80, 80, 3\]"):
+    with pytest.raises(ValueError, match=r"makes \[H W C\] = \[64, 64, 3\] of it, but the model takes \[112, 112, 3\]"):
         other(pictures(1))
 
 

@@ -66,6 +66,8 @@ def write_probe() -> None:
 def write_results(runs: list[Path]) -> None:
     """Store what the runs reported, and their curves above each other."""
     reports = [json.loads((run / "report.json").read_text()) for run in runs]
+    for report in reports:
+        del report["output"], report["model"]  # where they lay on this machine
     (RESULTS / "cifar10.json").write_text(json.dumps(reports, indent=2) + "\n")
     curves = [Image.open(run / "curves.png").convert("RGB") for run in runs]
     whole = Image.new("RGB", (max(curve.width for curve in curves), sum(curve.height for curve in curves)), "white")
