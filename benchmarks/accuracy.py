@@ -25,8 +25,7 @@ from machine import describe_machine
 SHARES = (0.75, 1.0, 1.25)  # of the size that the model was trained at
 DTYPES = ("float32", "bfloat16", "float16")
 BATCH = 64
-# Gentle: the model knows its task, and has only to get used to other distances.
-GENTLE = {"warmup_epochs": 0.1, "learning_rate": 3e-4, "heads": "both"}
+WARM_UP, LEARNING_RATE = 0.1, 3e-4  # gentle: the model knows its task, and has only to get used to other distances
 
 
 def main() -> None:
@@ -54,7 +53,13 @@ def main() -> None:
         row = {"top1": found.top1, "top5": found.top5, "loss": found.loss}
         print(f"{size:4} pixels  top-1 {found.top1:.2%}", flush=True)
         if size != own and arguments.epochs:
-            recipe = read_recipe("small_images", architecture=None, image_size=size, epochs=arguments.epochs, **GENTLE)
+            recipe = read_recipe(
+                "small_images_finish",
+                image_size=size,
+                epochs=arguments.epochs,
+                warmup_epochs=WARM_UP * arguments.epochs,
+                learning_rate=LEARNING_RATE,
+            )
             with tempfile.TemporaryDirectory() as run:
                 report = finetune(arguments.data, run, model="cifar10", recipe=recipe)
             row["fine_tuned"] = {"epochs": arguments.epochs, "top1": report["last"]["validation_accuracy"]}

@@ -9,6 +9,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -16,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 import levit_flax as lf  # noqa: E402
 from configs import SMALL  # noqa: E402
 from levit_flax import convert  # noqa: E402
+from levit_flax.hub import EMBEDDED_DIRECTORY  # noqa: E402
 from oracles import pixels, state_dict, torch_model  # noqa: E402
 
 LOSS_LIMIT = 1e-5
@@ -142,3 +144,21 @@ def test_other_image_sizes_are_of_use_here(tmp_path):
     stored = reference.state_dict()["levit.encoder.stages.0.layers.0.module.attention_biases"]
     assert biases.shape == (36, 1) and float(biases[0, 0]) == pytest.approx(float(stored[0, 0]), rel=1e-6)
     assert np.abs(biases).max() < 1.3 * float(stored.abs().max())
+
+
+def test_the_pipeline():
+    theirs = transformers.pipeline(
+        "image-classification",
+        model=transformers.LevitForImageClassificationWithTeacher.from_pretrained(EMBEDDED_DIRECTORY, dtype="float32"),
+        image_processor=transformers.LevitImageProcessorPil.from_pretrained(EMBEDDED_DIRECTORY),
+    )
+    pictures = [
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (150, 130 + i, 3), np.uint8)) for i in range(3)
+    ]
+    wanted = theirs(pictures, top_k=4)
+    found = lf.ImageClassifier.from_pretrained("cifar10")(pictures, top_k=4)
+    for one, other in zip(found, wanted, strict=True):
+        assert [entry["label"] for entry in one] == [entry["label"] for entry in other]
+        np.testing.assert_allclose(
+            [entry["score"] for entry in one], [entry["score"] for entry in other], rtol=LOSS_LIMIT
+        )
