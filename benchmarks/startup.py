@@ -96,7 +96,10 @@ def main() -> None:
     found: dict[str, list[Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_models(Path(folder), arguments.variant)
-        cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": f"{folder}/cache",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        }
         ours, theirs = (["--worker", name, "--directory", folder] for name in (OURS, THEIRS))
         commands = {
             f"{OURS}, compiling": (ours, {}),

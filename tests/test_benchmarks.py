@@ -205,7 +205,7 @@ def test_what_the_stored_results_promise():
     own = accuracy["image_sizes"][str(accuracy["image_size"])]["top1"]
     for row in accuracy["image_sizes"].values():
         assert row["top1"] >= 0.75 * own
-        assert "fine_tuned" not in row or row["fine_tuned"]["top1"] > own - 0.01
+        assert "fine_tuned" not in row or row["fine_tuned"]["top1"] > row["top1"] + 0.03
     for row in accuracy["types"].values():
         assert row["agreement_with_float32"] >= 0.99
     assert conversion["variants"]["levit-384"]["seconds"] < SECONDS
