@@ -39,7 +39,7 @@ def test_digits_are_learnt_in_three_minutes(tmp_path):
     )
     seconds = time.perf_counter() - begin
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
     assert len(rows) == 8 and float(rows[-1]["validation_loss"]) < float(rows[0]["validation_loss"])
     assert report["best"]["validation_accuracy"] > ACCURACY
     assert Path(tmp_path, "run", "torch", "model.safetensors").is_file()
