@@ -19,9 +19,9 @@ from levit_flax.convert import conversion, sources, verification
 from levit_flax.hub import EMBEDDED_DIRECTORY
 from levit_flax.image_processing import ImageError
 
-# MiB that the peak of memory may grow by over 1,000 pictures or 4,000. It grew by 1 to 3, over either. As the
-# model takes them pictures are 19 KiB each, so that even the 1,000 would be 18 MiB, if they were kept.
-GROWTH = 8
+# MiB that the peak of memory may grow by over 1,000 pictures or 4,000. It grew by 1 to 3, once by 12, over either. As
+# the model takes them pictures are 37 KiB each, so that even the 1,000 would be 36 MiB, if they were kept.
+GROWTH = 18
 
 STREAM = """
 import sys
