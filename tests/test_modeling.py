@@ -186,9 +186,10 @@ def test_gradients_in_evaluation_reach_every_parameter_twice():
 
     for _ in range(2):  # PyTorch's implementations break on the second call
         gradients = flatten_dict(gradient(variables["params"]), sep="/")
-    # One query on one key: the softmax is 1 whatever the bias.
+    # One query on one key: the softmax is 1 whatever the bias, but for rounding.
     constant = {"stage_2/block_0/attention/attention_biases", "stage_2/block_1/attention/attention_biases"}
-    assert {path for path, leaf in gradients.items() if not bool(jnp.any(leaf != 0))} == constant
+    largest = {path: float(abs(leaf).max()) for path, leaf in gradients.items()}
+    assert {path for path, value in largest.items() if value < 1e-6 * max(largest.values())} == constant
 
 
 def test_training_updates_statistics_and_counts():
