@@ -355,6 +355,9 @@ def finetune(
     as_json: JsonOption = False,
 ) -> None:
     """Train a model on labelled pictures, from a checkpoint or from scratch, with or without a teacher."""
+    from levit_flax.memory import keep_freed_memory
+
+    keep_freed_memory()  # before JAX starts threads
     if not (distributed or coordinator) and not (process_count is None and process_id is None):
         raise ValueError(
             "--process-count and --process-id (LEVIT_FLAX_PROCESS_COUNT, LEVIT_FLAX_PROCESS_ID) make one training of"

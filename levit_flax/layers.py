@@ -77,11 +77,16 @@ class BatchNorm(Layer):
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), self.param_dtype)
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
 
+        def per_channel(values: jax.Array) -> jax.Array:
+            return jnp.expand_dims(values, range(x.ndim - 1))
+
         dtype = at_least_float32(self.dtype)
         x = x.astype(dtype)
         if train:
             axes = tuple(range(x.ndim - 1))
-            mean, var = x.mean(axes), x.var(axes)
+            mean = x.mean(axes)
+            # Its gradient by the mean is zero, a sum of deviations: not to compute it saves a pass over `x`.
+            var = jnp.square(x - per_channel(jax.lax.stop_gradient(mean))).mean(axes)
             if not self.is_initializing():
                 values = x.size // channels
                 if values == 1:
@@ -97,8 +102,9 @@ class BatchNorm(Layer):
         else:
             mean, var = running_mean.value.astype(dtype), running_var.value.astype(dtype)
         factor = scale.astype(dtype) * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
-        mean, factor, bias = (jnp.expand_dims(v, range(x.ndim - 1)) for v in (mean, factor, bias.astype(dtype)))
-        return ((x - mean) * factor + bias).astype(self.dtype)
+        # One multiplication and one addition, as in PyTorch: going back, two sums over `x` are left of four.
+        shift = bias.astype(dtype) - mean * factor
+        return (x * per_channel(factor) + per_channel(shift)).astype(self.dtype)
 
 
 class ConvNorm(Layer):
@@ -135,8 +141,15 @@ class LinearNorm(Layer):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Map [B N C] to [B N features]."""
-        x = nn.Dense(self.features, use_bias=self.folded, kernel_init=torch_uniform, name="linear", **self.numerics)(x)
-        return x if self.folded else BatchNorm(zero_scale=self.zero_scale, **self.shared, name="norm")(x, train)
+        # As one matrix: XLA takes twice as long on CPU for the kernel's gradient over two axes (benchmarks/README.md).
+        rows = x.reshape(-1, x.shape[-1])
+        linear = nn.Dense(
+            self.features, use_bias=self.folded, kernel_init=torch_uniform, name="linear", **self.numerics
+        )
+        rows = linear(rows)
+        if not self.folded:
+            rows = BatchNorm(zero_scale=self.zero_scale, **self.shared, name="norm")(rows, train)
+        return rows.reshape(*x.shape[:-1], self.features)
 
 
 class NormLinear(Layer):
