@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
     """Have the C library keep freed memory for the next step instead of handing it back to the system.
 
     On a CPU, XLA asks for the whole working memory of a step anew each time, and the system clears every page of it: a
-    quarter of the time of levit-128S with 32 pictures (benchmarks/README.md). The command `levit-flax finetune` calls
+    fifth of the time of levit-128S with 32 pictures (benchmarks/README.md). The command `levit-flax finetune` calls
     this. Other programs may, first of all: it has to come before anything that starts threads, as importing NumPy and
     JAX does. It holds for the whole process, whose memory then never shrinks below its peak.
 
