@@ -37,6 +37,7 @@ OBJECT = re.compile(r"^::: (\S+)$", re.MULTILINE)  # as mkdocstrings marks them
 # The modules whose examples run, and what those of a package, a module or a function need.
 MODULES = [
     *("configuration", "modeling", "checkpoint", "surgery", "image_processing", "classifier"),
+    "memory",
     *("evaluation", "visualize", "export", "convert.conversion", "convert.errors"),
     *("training.recipe", "training.data", "training.losses", "training.optimizer", "training.teacher", "training.loop"),
 ]

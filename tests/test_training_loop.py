@@ -692,10 +692,11 @@ from levit_flax.memory import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit("no glibc")
 import jax, jax.numpy as jnp
-compute = jax.jit(lambda x: jnp.sort(jnp.outer(x, x), axis=0).sum())  # through a block of 64 MB
+compute = jax.jit(lambda x: jax.lax.optimization_barrier(jnp.outer(x, x)).sum())  # through a block of 64 MB
 x = jnp.linspace(-1, 1, 4096)
-for _ in range(4):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for i in range(40):
+    if i == 20:  # by now the heap has holes of the right sizes
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     compute(x).block_until_ready()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -706,7 +707,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
             pytest.skip("only glibc keeps freed memory")
         assert done.returncode == 0, done.stderr
         faults[way] = int(done.stdout)
-    assert faults["keep"] < 100 < 10_000 < faults["free"], faults
+    assert faults["keep"] < faults["free"] / 2, faults
 
 
 def test_the_command_keeps_freed_memory(monkeypatch, tmp_path):
