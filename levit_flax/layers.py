@@ -102,7 +102,7 @@ class BatchNorm(Layer):
         else:
             mean, var = running_mean.value.astype(dtype), running_var.value.astype(dtype)
         factor = scale.astype(dtype) * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
-        # One multiplication and one addition, as in PyTorch: going back, two sums over `x` are left of four.
+        # One multiplication and one addition, as in PyTorch, with fewer sums over the batch on the way back.
         shift = bias.astype(dtype) - mean * factor
         return (x * per_channel(factor) + per_channel(shift)).astype(self.dtype)
 
