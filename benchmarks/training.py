@@ -9,13 +9,6 @@ the first steps must agree. Data: a folder of 500-pixel JPEGs is read, augmented
 Needs `pip install -e '.[bench]'` (torch, transformers).
 """
 
-import sys
-
-if "levit-flax" in sys.argv:  # the worker that times ours: as the command does, before anything starts threads
-    from levit_flax.memory import keep_freed_memory
-
-    keep_freed_memory()
-
 import argparse
 import statistics
 import tempfile
@@ -45,9 +38,11 @@ def time_ours(arguments: argparse.Namespace) -> dict:
     import jax
 
     import levit_flax as lf
+    from levit_flax.memory import keep_freed_memory
     from levit_flax.training.recipe import Recipe
     from levit_flax.training.state import Batch, Task
 
+    keep_freed_memory()  # as the command does
     model, variables = lf.from_pretrained(arguments.model)
     recipe = Recipe(
         batch_size=arguments.batch,

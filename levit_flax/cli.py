@@ -357,7 +357,7 @@ def finetune(
     """Train a model on labelled pictures, from a checkpoint or from scratch, with or without a teacher."""
     from levit_flax.memory import keep_freed_memory
 
-    keep_freed_memory()  # before JAX starts threads
+    keep_freed_memory()  # before JAX computes anything
     if not (distributed or coordinator) and not (process_count is None and process_id is None):
         raise ValueError(
             "--process-count and --process-id (LEVIT_FLAX_PROCESS_COUNT, LEVIT_FLAX_PROCESS_ID) make one training of"

@@ -3,10 +3,11 @@
 import ctypes
 import sys
 
+import jax
+
 # Parameters of mallopt(3), from glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
-M_ARENA_MAX = -8
 
 
 def keep_freed_memory() -> bool:
@@ -14,20 +15,25 @@ def keep_freed_memory() -> bool:
 
     On a CPU, XLA asks for the whole working memory of a step anew each time, and the system clears every page of it: a
     fifth of the time of levit-128S with 32 pictures (benchmarks/README.md). The command `levit-flax finetune` calls
-    this. Other programs may, first of all: it has to come before anything that starts threads, as importing NumPy and
-    JAX does. It holds for the whole process, whose memory then never shrinks below its peak.
+    this. Other programs may, before JAX computes anything, and compute in their main thread. It holds for the whole
+    process: its memory then never shrinks below its peak, and a call of a jitted function returns when the CPU has
+    computed it, not before.
 
     Returns:
         Whether it was done: only glibc, Linux's usual C library, has these settings.
 
     Example:
-        >>> done = keep_freed_memory()  # and then import numpy, jax and the rest
+        >>> done = keep_freed_memory()  # and then compute
 
     Source: mallopt(3).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        return False
-    # One heap for all threads, grown for blocks of any size, and never shrunk.
-    settings = {M_ARENA_MAX: 1, M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}
-    return all(mallopt(parameter, value) for parameter, value in settings.items())
+    # Blocks of any size come from the heap, which never shrinks...
+    done = mallopt is not None and all(
+        mallopt(parameter, value) for parameter, value in {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}.items()
+    )
+    if done:
+        # ... in the main thread alone: the heaps of others end at 64 MB. One heap for all threads would do as well,
+        # were it not that they wait for each other once compiling has left it full of holes (benchmarks/README.md).
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    return done

@@ -694,8 +694,8 @@ if sys.argv[1] == "keep" and not keep_freed_memory():
 import jax, jax.numpy as jnp
 compute = jax.jit(lambda x: jax.lax.optimization_barrier(jnp.outer(x, x)).sum())  # through a block of 64 MB
 x = jnp.linspace(-1, 1, 4096)
-for i in range(40):
-    if i == 20:  # by now the heap has holes of the right sizes
+for i in range(20):
+    if i == 10:  # by now the heap has a hole of the right size
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     compute(x).block_until_ready()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
