@@ -692,7 +692,8 @@ from levit_flax.memory import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit("no glibc")
 import jax, jax.numpy as jnp
-compute = jax.jit(lambda x: jax.lax.optimization_barrier(jnp.outer(x, x)).sum())  # through a block of 64 MB
+# A product's operand is not fused with what makes it: a block of 64 MB.
+compute = jax.jit(lambda x: (jnp.sin(jnp.outer(x, x)) @ jnp.outer(x, x[:8])).sum())
 x = jnp.linspace(-1, 1, 4096)
 for i in range(20):
     if i == 10:  # by now the heap has a hole of the right size
@@ -707,7 +708,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
             pytest.skip("only glibc keeps freed memory")
         assert done.returncode == 0, done.stderr
         faults[way] = int(done.stdout)
-    assert faults["keep"] < faults["free"] / 2, faults
+    assert faults["free"] > 100_000 and faults["keep"] < faults["free"] / 10, faults
 
 
 def test_the_command_keeps_freed_memory(monkeypatch, tmp_path):
