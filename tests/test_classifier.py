@@ -20,9 +20,9 @@ from levit_flax.convert import conversion, sources, verification
 from levit_flax.hub import EMBEDDED_DIRECTORY
 from levit_flax.image_processing import ImageError
 
-# MiB that the peak of memory may grow by over 512 pictures in the quietest part of a stream. What is kept grows in every
-# part: as the model takes them pictures are 37 KiB each, 18 MiB together. A peak that happens to be higher, by up to
-# 30 MiB when other processes hold the threads up, is one part's alone.
+# MiB that the peak of memory may grow by over 512 pictures in the quietest part of a stream. What is kept grows in
+# every part: as the model takes them pictures are 37 KiB each, 18 MiB together. A peak that happens to be higher, by up
+# to 30 MiB when other processes hold the threads up, is one part's alone.
 GROWTH = 9
 
 STREAM = """
