@@ -166,7 +166,9 @@ def classify(
 ) -> None:
     """Name what is in pictures."""
     from levit_flax.classifier import ImageClassifier
+    from levit_flax.memory import keep_freed_memory
 
+    keep_freed_memory()
     files, broken = list_pictures(paths)
     classifier = ImageClassifier.from_pretrained(model, revision=revision, local_files_only=offline)
     show = JsonList() if as_json else PredictionTable()
@@ -266,7 +268,9 @@ def evaluate(
     """Measure how often a model is right."""
     from levit_flax import checkpoint, evaluation
     from levit_flax.classifier import ImageClassifier
+    from levit_flax.memory import keep_freed_memory
 
+    keep_freed_memory()
     if output is not None:
         from levit_flax.visualize import draw_confusion, new_figure
 
@@ -357,7 +361,7 @@ def finetune(
     """Train a model on labelled pictures, from a checkpoint or from scratch, with or without a teacher."""
     from levit_flax.memory import keep_freed_memory
 
-    keep_freed_memory()  # before JAX computes anything
+    keep_freed_memory()
     if not (distributed or coordinator) and not (process_count is None and process_id is None):
         raise ValueError(
             "--process-count and --process-id (LEVIT_FLAX_PROCESS_COUNT, LEVIT_FLAX_PROCESS_ID) make one training of"

@@ -11,13 +11,13 @@ M_MMAP_MAX = -4
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep freed memory for the next step instead of handing it back to the system.
+    """Have the C library keep freed memory for what comes next instead of handing it back to the system.
 
-    On a CPU, XLA asks for the whole working memory of a step anew each time, and the system clears every page of it: a
-    fifth of the time of levit-128S with 32 pictures (benchmarks/README.md). The command `levit-flax finetune` calls
-    this. Other programs may, before JAX computes anything, and compute in their main thread. It holds for the whole
-    process: its memory then never shrinks below its peak, and a call of a jitted function returns when the CPU has
-    computed it, not before.
+    On a CPU, XLA asks for the whole working memory of a call anew each time, and the system clears every page of it: a
+    sixth of the time that training levit-128S takes with 32 pictures, and a tenth or more of classifying 64
+    (benchmarks/README.md). The commands `finetune`, `evaluate` and `classify` call this. Other programs may, before JAX
+    computes anything, and compute in their main thread. It holds for the whole process: its memory then never shrinks
+    below its peak, and a call of a jitted function returns when the CPU has computed it, not before.
 
     Returns:
         Whether it was done: only glibc, Linux's usual C library, has these settings.

@@ -7,8 +7,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -36,7 +34,7 @@ from training_runs import (  # noqa: E402
 )
 
 import levit_flax as lf  # noqa: E402
-from levit_flax import evaluation, memory  # noqa: E402
+from levit_flax import evaluation  # noqa: E402
 from levit_flax.cli import main  # noqa: E402
 from levit_flax.training import DataError, NotFiniteError, RecipeError, finetune, loop, outputs  # noqa: E402
 
@@ -681,38 +679,3 @@ def test_a_batch_of_one_needs_frozen_batch_norms(folder):
     loop.check_batch(tiny_recipe(batch_size=1, batch_norm="freeze"), pictures)
     with pytest.raises(RecipeError, match="of at least 2, or batch_norm"):
         loop.check_batch(tiny_recipe(batch_size=1, batch_norm="freeze_with_parameters"), pictures)
-
-
-def test_freed_memory_is_kept_for_the_next_step():
-    """Without it every call waits while the system clears tens of thousands of pages."""
-    program = """
-import resource, sys
-from levit_flax.memory import keep_freed_memory
-
-if sys.argv[1] == "keep" and not keep_freed_memory():
-    sys.exit("no glibc")
-import jax, jax.numpy as jnp
-# A product's operand is not fused with what makes it: a block of 64 MB.
-compute = jax.jit(lambda x: (jnp.sin(jnp.outer(x, x)) @ jnp.outer(x, x[:8])).sum())
-x = jnp.linspace(-1, 1, 4096)
-for i in range(20):
-    if i == 10:  # by now the heap has a hole of the right size
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    compute(x).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    faults = {}
-    for way in ("keep", "free"):
-        done = subprocess.run([sys.executable, "-c", program, way], capture_output=True, text=True)
-        if "no glibc" in done.stderr:
-            pytest.skip("only glibc keeps freed memory")
-        assert done.returncode == 0, done.stderr
-        faults[way] = int(done.stdout)
-    assert faults["free"] > 100_000 and faults["keep"] < faults["free"] / 10, faults
-
-
-def test_the_command_keeps_freed_memory(monkeypatch, tmp_path):
-    calls = []
-    monkeypatch.setattr(memory, "keep_freed_memory", lambda: calls.append(1))
-    assert main(["finetune", str(tmp_path / "nothing"), "--output", str(tmp_path / "run")]) == 1
-    assert calls
