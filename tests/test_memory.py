@@ -34,7 +34,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
             pytest.skip("only glibc keeps freed memory")
         assert done.returncode == 0, done.stderr
         faults[way] = int(done.stdout)
-    assert faults["free"] > 100_000 and faults["keep"] < faults["free"] / 10, faults
+    # In ten calls: none as a rule, but the heap of some machine may still grow by a block of 16,384 pages.
+    assert faults["free"] > 100_000 and faults["keep"] < faults["free"] / 4, faults
 
 
 @pytest.mark.parametrize("command", ["finetune", "evaluate", "classify"])
