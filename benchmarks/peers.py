@@ -100,6 +100,15 @@ def levit_flax(case: Case, precision: str | None = None) -> Runner:
     return Runner(jax.device_put, lambda pixels: apply(variables, pixels), lambda y: np.asarray(y, np.float32), True)
 
 
+def levit_flax_keeping(case: Case) -> Runner:
+    """Run ours in a process that keeps freed memory, as the commands `evaluate` and `classify` do."""
+    from levit_flax.memory import keep_freed_memory
+
+    if case.device != "cpu" or not keep_freed_memory():
+        raise NotImplementedError("freed memory is kept on the CPU, by glibc")
+    return levit_flax(case)
+
+
 def keras(case: Case) -> Runner:
     """Run zeromodels' LeViT, Keras on JAX, jitted."""
     import os
@@ -244,6 +253,7 @@ OURS = "levit-flax"
 PEERS: dict[str, Callable[[Case], Runner]] = {
     OURS: levit_flax,
     "levit-flax, highest precision": lambda case: levit_flax(case, "highest"),
+    "levit-flax, freed memory kept": levit_flax_keeping,
     "transformers": lambda case: torch_runner(case, "hf"),
     "transformers compiled": lambda case: torch_runner(case, "hf", compile=True),
     "timm fused": lambda case: torch_runner(case, "timm"),

@@ -20,11 +20,16 @@ RESULTS = Path(__file__).parent / "results"
 TOP1 = {"levit-128S": 76.6, "levit-128": 78.6, "levit-192": 80.0, "levit-256": 81.6, "levit-384": 82.6}
 
 
+def list_others(variants: dict[str, Any], batch: str) -> list[str]:
+    """Return the peers that are not ours in one way or another."""
+    return [peer for peer in next(iter(variants.values()))[batch] if not peer.startswith(OURS)]
+
+
 def draw_speed_and_accuracy(variants: dict[str, Any], batch: str) -> Any:
     """Return a figure of ImageNet accuracy over pictures a second, a line a peer."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     names = [name for name in variants if name in TOP1]
-    for peer in next(iter(variants.values()))[batch]:
+    for peer in [OURS, *list_others(variants, batch)]:
         rows = [variants[name][batch].get(peer) for name in names]
         points = [(row["pictures_per_second"], TOP1[name]) for name, row in zip(names, rows, strict=True) if row]
         is_ours = peer == OURS
@@ -35,6 +40,8 @@ def draw_speed_and_accuracy(variants: dict[str, Any], batch: str) -> Any:
     axes.set(
         xscale="log", xlabel=f"pictures a second, batches of {batch}", ylabel="top-1 on ImageNet, as published (%)"
     )
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.xaxis.set_minor_formatter("{x:.0f}")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     return figure
@@ -44,7 +51,7 @@ def draw_ratios(variants: dict[str, Any], batches: list[str]) -> Any:
     """Return a figure of how many times as long as ours the others take."""
     figure, all_axes = plt.subplots(1, len(batches), figsize=(5 * len(batches), 4.5), sharey=True, layout="constrained")
     for axes, batch in zip(np.atleast_1d(all_axes), batches, strict=True):
-        peers = [peer for peer in next(iter(variants.values()))[batch] if peer != OURS]
+        peers = list_others(variants, batch)
         height = 0.8 / len(variants)
         for i, (variant, results) in enumerate(variants.items()):
             spreads = [results[batch].get(peer, {}).get("times_ours") for peer in peers]

@@ -39,6 +39,7 @@ TINY = ("--variants", "tiny", "--rounds", 1, "--seconds", 0.1)
 FEW = (
     "levit-flax",
     "levit-flax, highest precision",
+    "levit-flax, freed memory kept",
     "transformers",
     "timm fused",
     "timm fused conv",
