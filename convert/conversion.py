@@ -106,7 +106,7 @@ def from_torch(
         >>> tensors = to_torch(*from_pretrained("cifar10"), layout="timm")
         >>> model, variables = from_torch(tensors)
         >>> type(model).__name__, model.config.image_size, model.config.depths
-        ('LevitForImageClassificationWithTeacher', 112, (2, 3, 3))
+        ('LevitForImageClassificationWithTeacher', 144, (2, 3, 3))
     """
     opened = open_source(
         source, ema=ema, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only

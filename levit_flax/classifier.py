@@ -198,7 +198,7 @@ class ImageClassifier:
 
         Example:
             >>> classifier = ImageClassifier.from_pretrained("cifar10")
-            >>> classifier.logits(np.zeros((3, 112, 112, 3), np.uint8)).shape
+            >>> classifier.logits(np.zeros((3, 144, 144, 3), np.uint8)).shape
             (3, 10)
         """
         parts = [pixels[i : i + self.batch_size] for i in range(0, len(pixels), self.batch_size)]

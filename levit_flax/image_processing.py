@@ -339,7 +339,7 @@ class LevitImageProcessor:
 
         Example:
             >>> LevitImageProcessor.from_pretrained("cifar10").crop_size
-            {'height': 112, 'width': 112}
+            {'height': 144, 'width': 144}
         """
         directory = resolve(
             source,

@@ -518,7 +518,7 @@ class LevitForImageClassificationWithTeacher(LevitBase):
 
     Example:
         >>> model, variables = LevitForImageClassificationWithTeacher.from_pretrained("cifar10")
-        >>> out = jax.jit(model.apply)(variables, jnp.zeros((1, 112, 112, 3)))
+        >>> out = jax.jit(model.apply)(variables, jnp.zeros((1, 144, 144, 3)))
         >>> bool(jnp.allclose(out.logits, (out.cls_logits + out.distillation_logits) / 2))
         True
     """

@@ -74,9 +74,9 @@ def attention_maps(
 
     Example:
         >>> from levit_flax import from_pretrained
-        >>> maps = attention_maps(*from_pretrained("cifar10"), np.zeros((1, 112, 112, 3), np.float32), query=(0.5, 0.5))
+        >>> maps = attention_maps(*from_pretrained("cifar10"), np.zeros((1, 144, 144, 3), np.float32), query=(0.5, 0.5))
         >>> maps["stage_0/block_0"].shape, maps["stage_2/block_0"].shape
-        ((3, 7, 7), (10, 2, 2))
+        ((3, 9, 9), (10, 3, 3))
     """
     config = model.config
     output: Any = jax.jit(lambda v, x: model.apply(v, x, output_attentions=True))(variables, pixel_values)
@@ -105,8 +105,8 @@ def bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> dict[str, np.
 
     Example:
         >>> from levit_flax import from_pretrained
-        >>> bias_tables(*from_pretrained("cifar10"))["stage_0/block_0"].shape  # of a grid of 7 x 7 tokens
-        (3, 13, 13)
+        >>> bias_tables(*from_pretrained("cifar10"))["stage_0/block_0"].shape  # of a grid of 9 x 9 tokens
+        (3, 17, 17)
     """
     flat = flatten_dict(variables, sep="/")
     pictures = {}
@@ -134,8 +134,8 @@ def saliency(
 
     Example:
         >>> from levit_flax import from_pretrained
-        >>> saliency(*from_pretrained("cifar10"), jnp.zeros((1, 112, 112, 3)), label=3).shape
-        (1, 112, 112)
+        >>> saliency(*from_pretrained("cifar10"), jnp.zeros((1, 144, 144, 3)), label=3).shape
+        (1, 144, 144)
 
     Source: Simonyan et al. 2013, "Deep inside convolutional networks".
     """
@@ -168,8 +168,8 @@ def class_activation_map(
 
     Example:
         >>> from levit_flax import from_pretrained
-        >>> class_activation_map(*from_pretrained("cifar10"), jnp.zeros((1, 112, 112, 3)), label=3).shape
-        (1, 2, 2)
+        >>> class_activation_map(*from_pretrained("cifar10"), jnp.zeros((1, 144, 144, 3)), label=3).shape
+        (1, 3, 3)
 
     Source: Zhou et al. 2016, "Learning deep features for discriminative localization".
     """

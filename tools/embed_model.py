@@ -1,12 +1,18 @@
-"""Put a trained model into the package as the one that ships with it, and write everything that ships beside it.
+r"""Put a trained model into the package as the one that ships with it, and write everything that ships beside it.
 
 The model is trained by this package's own recipe and exported through its own converter; from there on it is a PyTorch
 checkpoint like any other, which transformers opens, measures, and stores as float16. What its runs reported goes to
 `benchmarks/results/cifar10.json` and their curves beside it.
 
-    levit-flax finetune cifar10 --recipe small_images --output first
-    levit-flax finetune cifar10 --recipe small_images_finish --model first/model --output last --export-torch hf
-    python tools/embed_model.py cifar10 first last
+    levit-flax finetune cifar10 --recipe small_images --output 1
+    export LAST="--recipe small_images_finish"
+    levit-flax finetune cifar10 $LAST --model 1/model --output 2
+    levit-flax finetune cifar10 $LAST --model 2/model --output 3 --set image_size=84 \
+        --set epochs=10 --set warmup_epochs=0.5 --set learning_rate=1e-3
+    levit-flax finetune cifar10 $LAST --model 3/model --output 4 --set image_size=112
+    levit-flax finetune cifar10 $LAST --model 4/model --output 5 --set image_size=144 \
+        --set epochs=1 --set warmup_epochs=0.1 --set learning_rate=4e-4 --export-torch hf
+    python tools/embed_model.py cifar10 1 2 3 4 5
 
 `cifar10` holds `train` and `test` with a folder for each class. Needs `pip install -e '.[test]'` (torch, transformers).
 """
