@@ -106,7 +106,7 @@ def from_torch(
         >>> tensors = to_torch(*from_pretrained("cifar10"), layout="timm")
         >>> model, variables = from_torch(tensors)
         >>> type(model).__name__, model.config.image_size, model.config.depths
-        ('LevitForImageClassificationWithTeacher', 144, (2, 3, 3))
+        ('LevitForImageClassificationWithTeacher', 144, (2, 3, 1))
     """
     opened = open_source(
         source, ema=ema, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
@@ -448,7 +448,7 @@ def save_torch(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_torch(f"{folder}/model.safetensors", *from_pretrained("cifar10"), layout="timm")
         ...     from_torch(f"{folder}/model.safetensors")[0].config.hidden_sizes
-        (48, 96, 160)
+        (96, 128, 160)
     """
     path = Path(path)
     if path.exists() and not overwrite:

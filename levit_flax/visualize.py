@@ -76,7 +76,7 @@ def attention_maps(
         >>> from levit_flax import from_pretrained
         >>> maps = attention_maps(*from_pretrained("cifar10"), np.zeros((1, 144, 144, 3), np.float32), query=(0.5, 0.5))
         >>> maps["stage_0/block_0"].shape, maps["stage_2/block_0"].shape
-        ((3, 9, 9), (10, 3, 3))
+        ((6, 9, 9), (10, 3, 3))
     """
     config = model.config
     output: Any = jax.jit(lambda v, x: model.apply(v, x, output_attentions=True))(variables, pixel_values)
@@ -106,7 +106,7 @@ def bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> dict[str, np.
     Example:
         >>> from levit_flax import from_pretrained
         >>> bias_tables(*from_pretrained("cifar10"))["stage_0/block_0"].shape  # of a grid of 9 x 9 tokens
-        (3, 17, 17)
+        (6, 17, 17)
     """
     flat = flatten_dict(variables, sep="/")
     pictures = {}

@@ -55,21 +55,21 @@ def peers():
 
 
 @pytest.mark.parametrize(
-    ("script", "all_peers"),
+    ("script", "names"),
     [
-        ("latency.py", False),
-        ("throughput.py", False),
-        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("latency.py", "throughput.py")),
+        ("latency.py", FEW),
+        ("throughput.py", FEW[-1:]),  # all else is latency.py's
+        *(pytest.param(name, None, marks=pytest.mark.slow) for name in ("latency.py", "throughput.py")),
     ],
 )
-def test_peers_compute_the_same_at_tiny_size(tmp_path, script, all_peers):
+def test_peers_compute_the_same_at_tiny_size(tmp_path, script, names):
     for module in ("torch", "transformers", "timm"):
         pytest.importorskip(module)
-    names = list(peers().PEERS) if all_peers else FEW
+    names = names or list(peers().PEERS)
     result = run(script, tmp_path / "out.json", *TINY, "--batches", 1, 3, "--peers", *names)
     for batch in ("1", "3"):
         rows = result["variants"]["tiny"]["float32"][batch]
-        assert rows.keys() >= set(FEW)
+        assert rows.keys() >= {*names} & {*FEW}
         assert rows["levit-flax"]["times_ours"]["median"] == 1 and rows["levit-flax"]["difference"] == 0
         for row in rows.values():
             assert row["difference"] < 1e-4 and row["pictures_per_second"] > 0
@@ -206,9 +206,8 @@ def test_what_the_stored_results_promise():
     own = accuracy["image_sizes"][str(accuracy["image_size"])]["top1"]
     for size, row in accuracy["image_sizes"].items():
         assert row["top1"] >= 0.75 * own
-        if int(size) > accuracy["image_size"]:
-            assert row["fine_tuned"]["top1"] > own - 0.01
-        assert "fine_tuned" not in row or row["fine_tuned"]["top1"] > row["top1"] + 0.03
+        if int(size) != accuracy["image_size"]:
+            assert row["fine_tuned"]["top1"] > max(own - 0.01, row["top1"])
     for row in accuracy["types"].values():
         assert row["agreement_with_float32"] >= 0.99
     assert conversion["variants"]["levit-384"]["seconds"] < SECONDS

@@ -5,14 +5,10 @@ checkpoint like any other, which transformers opens, measures, and stores as flo
 `benchmarks/results/cifar10.json` and their curves beside it.
 
     levit-flax finetune cifar10 --recipe small_images --output 1
-    export LAST="--recipe small_images_finish"
-    levit-flax finetune cifar10 $LAST --model 1/model --output 2
-    levit-flax finetune cifar10 $LAST --model 2/model --output 3 --set image_size=84 \
-        --set epochs=10 --set warmup_epochs=0.5 --set learning_rate=1e-3
-    levit-flax finetune cifar10 $LAST --model 3/model --output 4 --set image_size=112
-    levit-flax finetune cifar10 $LAST --model 4/model --output 5 --set image_size=144 \
+    levit-flax finetune cifar10 --recipe small_images_finish --model 1/model --output 2
+    levit-flax finetune cifar10 --recipe small_images_finish --model 2/model --output 3 --set image_size=144 \
         --set epochs=1 --set warmup_epochs=0.1 --set learning_rate=4e-4 --export-torch hf
-    python tools/embed_model.py cifar10 1 2 3 4 5
+    python tools/embed_model.py cifar10 1 2 3
 
 `cifar10` holds `train` and `test` with a folder for each class. Needs `pip install -e '.[test]'` (torch, transformers).
 """
