@@ -140,7 +140,7 @@ def resize_image(
         >>> from levit_flax import from_pretrained
         >>> model, variables = resize_image(*from_pretrained("cifar10"), (96, 128))
         >>> model.config.grids[0], variables["params"]["stage_0"]["block_0"]["attention"]["attention_biases"].shape
-        ((6, 8), (48, 3))
+        ((6, 8), (48, 6))
 
     Source: Graham et al. 2021, "Attention bias instead of a positional embedding", for the tables; Keys 1981, "Cubic
         convolution interpolation for digital image processing", for the curve.
