@@ -274,5 +274,5 @@ def test_demo_shows_everything(capsys):
     pytest.importorskip("skimage")
     status, out, _ = run(capsys, "demo")
     assert status == 0
-    assert str(EMBEDDED_DIRECTORY) in out and "300 tensors mapped" in out
+    assert str(EMBEDDED_DIRECTORY) in out and "250 tensors mapped" in out
     assert "largest difference" in out and "chelsea" in out and "pictures a second" in out

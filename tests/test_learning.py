@@ -29,9 +29,10 @@ def test_digits_are_learnt_in_three_minutes(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((levels * 255 / 16).round().astype(np.uint8)).save(path)
     begin = time.perf_counter()
-    arguments = "finetune digits --model cifar10 --output run --set epochs=8 --set flip=0 --set crop_scale=[0.6,1]"
+    arguments = "finetune digits --model cifar10 --output run --export-torch hf"
+    changes = "--set epochs=12 --set image_size=84 --set flip=0 --set crop_scale=[0.6,1]"
     subprocess.run(
-        [sys.executable, "-m", "levit_flax.cli", *arguments.split(), "--export-torch", "hf"],
+        [sys.executable, "-m", "levit_flax.cli", *arguments.split(), *changes.split()],
         cwd=tmp_path,
         check=True,
         capture_output=True,
@@ -40,7 +41,7 @@ def test_digits_are_learnt_in_three_minutes(tmp_path):
     seconds = time.perf_counter() - begin
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
-    assert len(rows) == 8 and float(rows[-1]["validation_loss"]) < float(rows[0]["validation_loss"])
+    assert len(rows) == 12 and float(rows[-1]["validation_loss"]) < float(rows[0]["validation_loss"])
     assert report["best"]["validation_accuracy"] > ACCURACY
     assert Path(tmp_path, "run", "torch", "model.safetensors").is_file()
     assert seconds < SECONDS
