@@ -30,7 +30,7 @@ def test_digits_are_learnt_in_three_minutes(tmp_path):
         Image.fromarray((levels * 255 / 16).round().astype(np.uint8)).save(path)
     begin = time.perf_counter()
     arguments = "finetune digits --model cifar10 --output run --export-torch hf"
-    changes = "--set epochs=12 --set image_size=84 --set flip=0 --set crop_scale=[0.6,1]"
+    changes = "--set epochs=12 --set image_size=96 --set flip=0 --set crop_scale=[0.6,1]"
     subprocess.run(
         [sys.executable, "-m", "levit_flax.cli", *arguments.split(), *changes.split()],
         cwd=tmp_path,
