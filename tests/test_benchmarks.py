@@ -55,21 +55,21 @@ def peers():
 
 
 @pytest.mark.parametrize(
-    ("script", "names"),
+    ("script", "all_peers"),
     [
-        ("latency.py", FEW),
-        ("throughput.py", FEW[-1:]),  # all else is latency.py's
-        *(pytest.param(name, None, marks=pytest.mark.slow) for name in ("latency.py", "throughput.py")),
+        ("latency.py", False),
+        ("throughput.py", False),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("latency.py", "throughput.py")),
     ],
 )
-def test_peers_compute_the_same_at_tiny_size(tmp_path, script, names):
+def test_peers_compute_the_same_at_tiny_size(tmp_path, script, all_peers):
     for module in ("torch", "transformers", "timm"):
         pytest.importorskip(module)
-    names = names or list(peers().PEERS)
+    names = list(peers().PEERS) if all_peers else FEW
     result = run(script, tmp_path / "out.json", *TINY, "--batches", 1, 3, "--peers", *names)
     for batch in ("1", "3"):
         rows = result["variants"]["tiny"]["float32"][batch]
-        assert rows.keys() >= {*names} & {*FEW}
+        assert rows.keys() >= set(FEW)
         assert rows["levit-flax"]["times_ours"]["median"] == 1 and rows["levit-flax"]["difference"] == 0
         for row in rows.values():
             assert row["difference"] < 1e-4 and row["pictures_per_second"] > 0
@@ -207,7 +207,7 @@ def test_what_the_stored_results_promise():
     for size, row in accuracy["image_sizes"].items():
         assert row["top1"] >= 0.75 * own
         if int(size) != accuracy["image_size"]:
-            assert row["fine_tuned"]["top1"] > max(own - 0.01, row["top1"])
+            assert row["fine_tuned"]["top1"] > max(own - 0.01, row["top1"] + 0.03)
     for row in accuracy["types"].values():
         assert row["agreement_with_float32"] >= 0.99
     assert conversion["variants"]["levit-384"]["seconds"] < SECONDS

@@ -21,7 +21,7 @@ import jax, jax.numpy as jnp
 # A product's operand is not fused with what makes it: a block of 64 MB.
 compute = jax.jit(lambda x: (jnp.sin(jnp.outer(x, x)) @ jnp.outer(x, x[:8])).sum())
 x = jnp.linspace(-1, 1, 4096)
-for i in range(20):
+for i in range(50):
     if i == 10:  # by now the heap has a hole of the right size
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     compute(x).block_until_ready()
@@ -34,8 +34,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
             pytest.skip("only glibc keeps freed memory")
         assert done.returncode == 0, done.stderr
         faults[way] = int(done.stdout)
-    # In ten calls: none as a rule, but the heap of some machine may still grow by a block of 16,384 pages.
-    assert faults["free"] > 100_000 and faults["keep"] < faults["free"] / 4, faults
+    # In forty calls, so that a heap that still grows by a block of 16,384 pages on some machine stays far below a tenth.
+    assert faults["free"] > 100_000 and faults["keep"] < faults["free"] / 10, faults
 
 
 @pytest.mark.parametrize("command", ["finetune", "evaluate", "classify"])
