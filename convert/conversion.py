@@ -411,6 +411,22 @@ def check_layout(model: LevitBase, layout: str) -> None:
         )
 
 
+def check_transformers_size(config: LevitConfig) -> None:
+    """Raise ConversionError unless transformers' model has as many tokens at the config's image size.
+
+    Its tables of attention biases are for `image_size // patch_size` tokens a side, where its stem makes one more of
+    what is left over, and for square pictures.
+
+    Source: `LevitEncoder` in transformers modeling_levit.py.
+    """
+    height, width = config.image_height_width
+    if height != width or config.grids[0] != (height // config.patch_size, width // config.patch_size):
+        raise ConversionError(
+            f"transformers' LeViT cannot take pictures of {height}x{width} pixels: give the model a square image_size"
+            f" that is a multiple of {config.patch_size}."
+        )
+
+
 def torch_tensors(rows: Iterable[Row], variables: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield name and array of each row's tensor as it stands in a PyTorch state dict."""
     flat = flatten_dict(variables, sep="/")

@@ -12,7 +12,7 @@ import numpy as np
 
 from levit_flax.modeling import Block, Downsample, LevitBase, Stem, Variables
 
-from .conversion import Conversion, torch_tensors
+from .conversion import Conversion, check_transformers_size, torch_tensors
 from .errors import ConversionError
 from .layouts import LAYOUTS, CheckpointLayout, Part, Permutation, Structure
 from .sources import Source
@@ -182,9 +182,14 @@ class Peer(NamedTuple):
 
 
 def build_transformers(conversion: Conversion) -> "torch.nn.Module":
-    """Return transformers' model of the converted architecture."""
+    """Return transformers' model of the converted architecture.
+
+    Raises:
+        ConversionError: its model does not fit the image size.
+    """
     import transformers
 
+    check_transformers_size(conversion.model.config)
     config = transformers.LevitConfig.from_dict(conversion.model.config.to_dict())
     model: torch.nn.Module = getattr(transformers, type(conversion.model).__name__)(config)
     return model

@@ -34,7 +34,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
             pytest.skip("only glibc keeps freed memory")
         assert done.returncode == 0, done.stderr
         faults[way] = int(done.stdout)
-    # In forty calls, so that a heap that still grows by a block of 16,384 pages on some machine stays far below a tenth.
+    # In forty calls, of which a block of 16,384 pages that some heap may still grow by is far less than a tenth.
     assert faults["free"] > 100_000 and faults["keep"] < faults["free"] / 10, faults
 
 

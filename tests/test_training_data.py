@@ -571,6 +571,19 @@ def exported(two_heads, stored, folder, tmp_path_factory):
     return directory / "run", arguments
 
 
+@pytest.mark.parametrize("size", [40, [32, 48]])
+def test_what_transformers_could_not_open_is_refused_before_the_training(folder, tmp_path, capsys, size):
+    toml = write_recipe(tmp_path / "tiny.toml", architecture={**ARCHITECTURE, "image_size": size})
+    arguments = ["finetune", folder, "--recipe", toml, "--output", tmp_path / "run"]
+    assert main([*map(str, arguments), "--export-torch", "hf"]) == 1
+    height, width = size if isinstance(size, list) else (size, size)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: transformers' LeViT cannot take pictures of {height}x{width} pixels: give the model a square"
+        " image_size that is a multiple of 16."
+    )
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_transformers_opens_what_is_exported(exported, two_heads, folder):
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     classifier = lf.ImageClassifier.from_pretrained(exported[0] / "model")

@@ -106,7 +106,11 @@ def test_proof_by_pytorch_alone(model, layout, folded, monkeypatch):
 
 @pytest.mark.parametrize(
     ("layout", "fields"),
-    [("hf", {"image_size": (64, 48)}), ("timm_conv", {"mlp_ratio": (2, 0, 2), "key_dim": (8, 4, 8)})],
+    [
+        ("hf", {"image_size": (64, 48)}),
+        ("hf", {"image_size": 72}),
+        ("timm_conv", {"mlp_ratio": (2, 0, 2), "key_dim": (8, 4, 8)}),
+    ],
 )
 def test_proof_of_what_the_layout_s_library_cannot_build(layout, fields):
     for package in ("torch", "transformers", "timm"):

@@ -235,9 +235,12 @@ def finetune(
             check_pictures(part, decode=check_data)
         student = make_student(model, recipe, parts[0], **options)
         if export_torch:
-            from levit_flax.convert.conversion import check_layout  # only whoever wants PyTorch weights pays for it
+            # Only whoever wants PyTorch weights pays for this.
+            from levit_flax.convert.conversion import check_layout, check_transformers_size
 
             check_layout(student.model, export_torch)
+            if export_torch == "hf":
+                check_transformers_size(student.model.config)
         config, of_teacher = student.model.config, {k: v for k, v in options.items() if k != "revision"}
         pictures, held_back = (align_classes(part, config) for part in parts)
         source = make_teacher(teacher, recipe, config, student.processor, pictures, root, **of_teacher)
