@@ -4,7 +4,7 @@ Speed: the same model, weights, batch and AdamW on both sides, augmentation off;
 the first steps must agree. Data: a folder of 500-pixel JPEGs is read, augmented and batched as in training, first alone
 (the ceiling) and then in a training.
 
-    python benchmarks/training.py [--variant levit-128S] [--batch 32] [--steps 10] [--rounds 5] [--out FILE]
+    python benchmarks/training.py [--variants levit-128S] [--batch 32] [--steps 10] [--rounds 5] [--out FILE]
 
 Needs `pip install -e '.[bench]'` (torch, transformers).
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import turns
+from forward import VARIANTS
 from machine import describe_machine
 from peers import TINY
 
@@ -148,10 +149,35 @@ def write_model(directory: Path, variant: str) -> None:
     convert_to_directory(str(directory / "flax"), directory / "torch", layout="hf", verify=False)
 
 
+def compare(found: dict[str, list[dict]]) -> dict:
+    """Return what the rounds of one model say, in which both sides must have had the same losses."""
+    turns.need(found, "levit-flax", "transformers")
+    ours, theirs = found["levit-flax"], found["transformers"]
+    np.testing.assert_allclose(ours[0]["losses"], theirs[0]["losses"], rtol=TOLERANCE)
+    medians = {name: [statistics.median(run["seconds"]) for run in runs] for name, runs in found.items()}
+    ratios = [there / here for here, there in zip(medians["levit-flax"], medians["transformers"], strict=True)]
+    return {
+        "seconds_a_step": {name: turns.spread(times) for name, times in medians.items()},
+        "times_as_fast": turns.spread(ratios),
+        "compile_seconds": statistics.median(run["compile_seconds"] for run in ours),
+    }
+
+
+def print_speeds(variant: str, speeds: dict) -> None:
+    """Print the seconds of a step on both sides and their ratio."""
+    print(variant)
+    for name, times in speeds["seconds_a_step"].items():
+        print(f"  {name:14} {times['median']:.3f} s a step ({times['least']:.3f} to {times['most']:.3f})")
+    spread = speeds["times_as_fast"]
+    print(f"  levit-flax is {spread['median']:.2f} times as fast ({spread['least']:.2f} to {spread['most']:.2f})")
+
+
 def main() -> None:
     """Measure, print, and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--variant", default="levit-128S", help="a published one, or tiny")
+    parser.add_argument(
+        "--variants", nargs="+", default=VARIANTS, help="published ones, or tiny; JPEGs train the first"
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
@@ -165,35 +191,30 @@ def main() -> None:
         return
 
     options = ["--batch", arguments.batch, "--steps", arguments.steps, "--pictures", arguments.pictures]
+    models: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), arguments.variant)
-        commands = {
-            name: ["--worker", name, "--model", f"{folder}/{directory}", *options]
-            for name, directory in (("levit-flax", "flax"), ("transformers", "torch"), ("data", "flax"))
-        }
-        data = turns.run(__file__, *commands.pop("data"))
-        found = turns.in_turns(__file__, commands, arguments.rounds)
-    turns.need(found, "levit-flax", "transformers")
-    ours, theirs = found["levit-flax"], found["transformers"]
-    np.testing.assert_allclose(ours[0]["losses"], theirs[0]["losses"], rtol=TOLERANCE)
-    medians = {name: [statistics.median(run["seconds"]) for run in runs] for name, runs in found.items()}
-    ratios = [there / here for here, there in zip(medians["levit-flax"], medians["transformers"], strict=True)]
+        for variant in arguments.variants:
+            directory = Path(folder, variant)
+            write_model(directory, variant)
+            commands = {
+                name: ["--worker", name, "--model", directory / layout, *options]
+                for name, layout in (("levit-flax", "flax"), ("transformers", "torch"))
+            }
+            models[variant] = compare(turns.in_turns(__file__, commands, arguments.rounds))
+            print_speeds(variant, models[variant])
+        command = ["--worker", "data", "--model", Path(folder, arguments.variants[0], "flax"), *options]
+        found = turns.in_turns(__file__, {"data": command}, 1)
+    turns.need(found, "data")
+    (data,) = found["data"]
+    print(f"of a training of {arguments.variants[0]} on JPEGs, {data['share_waiting_for_data']:.1%} waited for data")
     result = {
         "what": "a training step in float32 with AdamW, augmentation off; then a training on JPEGs",
         "machine": describe_machine(("torch", "transformers", "optax", "grain")),
-        "variant": arguments.variant,
         "batch": arguments.batch,
-        "seconds_a_step": {name: turns.spread(times) for name, times in medians.items()},
-        "times_as_fast": turns.spread(ratios),
-        "compile_seconds": statistics.median(run["compile_seconds"] for run in ours),
-        "data": data,
+        "models": models,
+        "data": {"variant": arguments.variants[0], **data},
     }
     turns.write(arguments.out, result)
-    for name, times in result["seconds_a_step"].items():
-        print(f"{name:14} {times['median']:.3f} s a step ({times['least']:.3f} to {times['most']:.3f})")
-    spread = result["times_as_fast"]
-    print(f"levit-flax is {spread['median']:.2f} times as fast ({spread['least']:.2f} to {spread['most']:.2f})")
-    print(f"of a training on JPEGs, {data['share_waiting_for_data']:.1%} was waiting for data")
 
 
 if __name__ == "__main__":

@@ -138,9 +138,9 @@ def test_the_roofline_at_tiny_size(tmp_path):
 def test_training_at_tiny_size(tmp_path):
     for module in ("grain", "orbax.checkpoint", "tensorboardX", "torch", "transformers"):
         pytest.importorskip(module)
-    options = {"--variant": "tiny", "--batch": 8, "--steps": 2, "--rounds": 1, "--pictures": 24}
+    options = {"--variants": "tiny", "--batch": 8, "--steps": 2, "--rounds": 1, "--pictures": 24}
     result = run("training.py", tmp_path / "out.json", *(part for option in options.items() for part in option))
-    assert result["times_as_fast"]["median"] > 0 and result["machine"]["torch"]
+    assert result["models"]["tiny"]["times_as_fast"]["median"] > 0 and result["machine"]["torch"]
     assert 0 <= result["data"]["share_waiting_for_data"] < 1 and result["data"]["ceiling_pictures_per_second"]
 
 
