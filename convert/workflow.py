@@ -18,7 +18,7 @@ from levit_flax.hub import Resolved
 from levit_flax.image_processing import LevitImageProcessor
 from levit_flax.modeling import LevitBase, Variables
 
-from .conversion import Conversion, check_layout, convert, save_torch
+from .conversion import Conversion, check_layout, check_transformers_size, convert, save_torch
 from .errors import ConversionError
 from .sources import WEIGHT_SUFFIXES, Source, open_resolved, open_source, sha256
 from .timm_files import write_timm_config
@@ -139,6 +139,11 @@ def convert_to_directory(
             "layout": layout or "levit_flax",
             "bytes": {file.name: file.stat().st_size for file in sorted(staging.iterdir())},
         }
+        if layout == "hf":
+            try:
+                check_transformers_size(model.config)
+            except ConversionError as error:
+                report["written"]["note"] = f"Only this library reads it: {error}"
         report["versions"] = {name: version(name) for name in ("levit-flax", "jax", "flax", "numpy")}
         report["versions"]["python"] = platform.python_version()
         check_proof(report["proof"])
@@ -346,7 +351,7 @@ def summary(report: dict[str, Any]) -> dict[str, str]:
     lines["model"] = (
         f"{model['class']}, {model['parameters']:,} parameters, {model['dtype']}{', folded' if model['folded'] else ''}"
     )
-    lines["written as"] = report["written"]["layout"]
+    lines["written as"] = ". ".join(report["written"][key] for key in ("layout", "note") if key in report["written"])
     lines |= {name: outcome(part) for name, part in report["proof"].items()}
     return lines
 

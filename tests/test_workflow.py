@@ -120,6 +120,16 @@ def test_proof_of_what_the_layout_s_library_cannot_build(layout, fields):
     assert result.reference.startswith("torch ") and result.logits.passed and len(result.blocks) == 8
 
 
+def test_a_size_that_transformers_cannot_take_is_noted(tmp_path):
+    notes = []
+    for image_size in (64, 72):
+        model = lf.LevitForImageClassification(lf.LevitConfig(**{**SMALL, "image_size": image_size}))
+        lf.save_pretrained(tmp_path / f"own{image_size}", model, random_variables(model))
+        report = run(tmp_path / f"own{image_size}", tmp_path / f"hf{image_size}", layout="hf", verify=False)
+        notes.append(workflow.summary(report)["written as"])
+    assert notes[0] == "hf" and "transformers' LeViT cannot take pictures of 72x72 pixels" in notes[1]
+
+
 @pytest.mark.parametrize("layout", ["hf", "facebook"])
 def test_no_proof_without_pytorch(own, layout, tmp_path, monkeypatch):
     monkeypatch.setattr(verification, "ORIGINAL", verification.ORIGINAL._replace(needs=("not_a_package",)))
