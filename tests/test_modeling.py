@@ -1,5 +1,7 @@
 """The models: their sizes, their outputs, their training mode, and what they refuse."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,7 +111,15 @@ def test_offset_index_of_a_wide_grid():
 
 def test_outputs_have_transformers_names_and_order():
     model, variables, pixel_values = make(TWO_HEADS)
-    out = model.apply(variables, pixel_values, output_hidden_states=True, output_attentions=True, output_features=True)
+
+    @jax.jit
+    def run(variables, pixel_values):
+        everything = model.apply(
+            variables, pixel_values, output_hidden_states=True, output_attentions=True, output_features=True
+        )
+        return everything, model.apply(variables, pixel_values, return_dict=False)
+
+    out, flat = run(variables, pixel_values)
     assert out.logits.shape == out.cls_logits.shape == (2, 5)
     np.testing.assert_allclose(out.logits, (out.cls_logits + out.distillation_logits) / 2, rtol=1e-6)
     assert [h.shape for h in out.hidden_states] == [(2, 16, 16), (2, 4, 32), (2, 1, 48), (2, 1, 48)]
@@ -118,12 +128,11 @@ def test_outputs_have_transformers_names_and_order():
     assert shapes == [(2, 1, 16, 16)] * 2 + [(2, 2, 4, 16), (2, 2, 4, 4), (2, 4, 1, 4)] + [(2, 3, 1, 1)] * 2
     for attention in out.attentions:
         np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-5)
-    flat = model.apply(variables, pixel_values, return_dict=False)
     assert len(flat) == 3
     np.testing.assert_array_equal(flat[0], out.logits)
 
     base, variables, _ = make(lf.LevitModel)
-    out = base.apply(variables, pixel_values, output_hidden_states=True)
+    out = jax.jit(functools.partial(base.apply, output_hidden_states=True))(variables, pixel_values)
     last, pooled, hidden = out.to_tuple()
     assert last is out.last_hidden_state and hidden is out.hidden_states
     np.testing.assert_allclose(pooled, last.mean(1), rtol=1e-6)
@@ -180,6 +189,7 @@ def test_new_weights_take_effect_in_evaluation():
 def test_gradients_in_evaluation_reach_every_parameter_twice():
     model, variables, pixel_values = make()
 
+    @jax.jit
     @jax.grad
     def gradient(params):
         return (model.apply({**variables, "params": params}, pixel_values).logits ** 2).sum()
