@@ -213,8 +213,7 @@ def test_resized_biases_are_those_of_the_geometry(image_size):
             q, k = generator.integers(len(queries)), generator.integers(len(keys))
             wanted = bias_between(table.astype(np.float64), grid, new_grid, queries[q], keys[k])
             np.testing.assert_allclose(new_table[index[q, k]], wanted, rtol=1e-6, atol=1e-6)
-    pixel_values = np.zeros((1, *resized.config.image_height_width, 3), np.float32)
-    assert resized.apply(resized_variables, pixel_values).logits.shape == (1, 5)
+    assert logits(resized, resized_variables).shape == (3, 5)
 
 
 def test_the_same_size_changes_nothing():
