@@ -142,8 +142,8 @@ def convolve_patches(
 ) -> jax.Array:
     """Do what `jax.lax.conv_general_dilated` does for `ConvNorm`, as one product of matrices.
 
-    XLA computes the gradients of a convolution on CPU at a fraction of the speed of matrix products, so that all of a
-    training step takes 1.14 times as long with it (benchmarks/README.md).
+    XLA computes the gradients of a convolution on CPU at a fraction of the speed of matrix products: a whole training
+    step takes 1.10 to 1.18 times as long with it (benchmarks/README.md).
     """
     size, _, channels, features = kernel.shape
     patches = take_patches(x, size, strides[0], padding[0][0])
