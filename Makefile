@@ -9,7 +9,7 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 help:
 	@echo "make demo      convert the embedded model, prove it right, name photographs"
-	@echo "make test      run the tests (a quarter of an hour); make test-all runs all of them"
+	@echo "make test      run the tests (ten minutes); make test-all runs all of them"
 	@echo "make lint      check style and types; make format mends style"
 	@echo "make docs      build the documentation into site/"
 	@echo "make notebooks run the notebooks of the documentation and keep what they show"

@@ -116,9 +116,9 @@ def take_patches(x: jax.Array, size: int, stride: int, padding: int) -> jax.Arra
     @jax.custom_jvp
     def gather(x: jax.Array) -> jax.Array:
         row, column, down, right = np.ogrid[:height, :width, :size, :size]
-        rows, columns = stride * row + down, stride * column + right
+        columns = stride * column + right
         # Indices for each picture, so that XLA splits a batch that many devices share.
-        rows = jnp.broadcast_to(rows, (len(x), *rows.shape))
+        rows = jnp.broadcast_to(stride * row + down, (len(x), height, 1, size, 1))
         patches = jax.vmap(lambda picture, rows: picture[rows, columns])(jnp.pad(x, widths), rows)
         # Apart from what follows: XLA copies whole pixels only as long as these axes are not merged.
         return jax.lax.optimization_barrier(patches)
@@ -145,10 +145,10 @@ def convolve_patches(
     XLA computes the gradients of a convolution on CPU at a fraction of the speed of matrix products: a whole training
     step takes 1.10 to 1.18 times as long with it (benchmarks/README.md).
     """
-    size, _, channels, features = kernel.shape
+    size, features = kernel.shape[0], kernel.shape[-1]
     patches = take_patches(x, size, strides[0], padding[0][0])
-    rows = patches.reshape(-1, size * size * channels)
-    y = jnp.dot(rows, kernel.reshape(-1, features), precision=precision)
+    columns = kernel.reshape(-1, features)
+    y = jnp.dot(patches.reshape(-1, len(columns)), columns, precision=precision)
     return y.reshape(*patches.shape[:3], features)
 
 
