@@ -194,19 +194,19 @@ def main() -> None:
     models: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder:
         for variant in arguments.variants:
-            directory = Path(folder, variant)
-            write_model(directory, variant)
+            write_model(Path(folder, variant), variant)
+        command = ["--worker", "data", "--model", Path(folder, arguments.variants[0], "flax"), *options]
+        found = turns.in_turns(__file__, {"data": command}, 1)
+        turns.need(found, "data")
+        (data,) = found["data"]
+        print(f"of a training of {arguments.variants[0]} on JPEGs, {data['share_waiting_for_data']:.1%} was waiting")
+        for variant in arguments.variants:
             commands = {
-                name: ["--worker", name, "--model", directory / layout, *options]
+                name: ["--worker", name, "--model", Path(folder, variant, layout), *options]
                 for name, layout in (("levit-flax", "flax"), ("transformers", "torch"))
             }
             models[variant] = compare(turns.in_turns(__file__, commands, arguments.rounds))
             print_speeds(variant, models[variant])
-        command = ["--worker", "data", "--model", Path(folder, arguments.variants[0], "flax"), *options]
-        found = turns.in_turns(__file__, {"data": command}, 1)
-    turns.need(found, "data")
-    (data,) = found["data"]
-    print(f"of a training of {arguments.variants[0]} on JPEGs, {data['share_waiting_for_data']:.1%} waited for data")
     result = {
         "what": "a training step in float32 with AdamW, augmentation off; then a training on JPEGs",
         "machine": describe_machine(("torch", "transformers", "optax", "grain")),
