@@ -143,7 +143,7 @@ def convert_to_directory(
             try:
                 check_transformers_size(model.config)
             except ConversionError as error:
-                report["written"]["note"] = f"Only this library reads it: {error}"
+                report["written"]["note"] = str(error)
         report["versions"] = {name: version(name) for name in ("levit-flax", "jax", "flax", "numpy")}
         report["versions"]["python"] = platform.python_version()
         check_proof(report["proof"])
