@@ -10,7 +10,7 @@ import pytest
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Training code will have to relax this: optax needs the standard rules.
+# Tests of training relax this: optax needs the standard rules.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
