@@ -1,7 +1,7 @@
 """What another image size, and computing in a narrower type, cost the embedded model's accuracy.
 
 It is evaluated at a quarter below and above the size that it was trained at: as it is after `resize_image`, and after
-an epoch of fine-tuning there. And it is evaluated in bfloat16 and float16 against float32. The pictures are the test
+an epoch of fine-tuning there. And it is evaluated in bfloat16 and float16 against float32. The images are the test
 half that its card speaks of.
 
     python benchmarks/accuracy.py DATA [--out FILE]     # DATA/train and DATA/test hold a folder for each class
@@ -40,7 +40,7 @@ def main() -> None:
     own = loaded.model.config.image_size
     result = {
         "what": "the embedded model at other image sizes and in other types",
-        "pictures": len(data.labels),
+        "images": len(data.labels),
         "machine": describe_machine(("optax", "grain")),
         "image_size": own,
         "image_sizes": {},

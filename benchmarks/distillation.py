@@ -1,7 +1,7 @@
 """What a teacher is worth to a small student on a short budget.
 
-A student with two heads is trained from scratch on a share of CIFAR-10's training pictures, three times without a
-teacher (both heads learn the labels) and three times with one, each with the same seeds, pictures, steps and
+A student with two heads is trained from scratch on a share of CIFAR-10's training images, three times without a
+teacher (both heads learn the labels) and three times with one, each with the same seeds, images, steps and
 augmentation. What is compared is the accuracy on the test half after the last epoch.
 
     python benchmarks/distillation.py DATA --teacher DIR [--kind hard] [--epochs 8] [--share 0.2] [--out FILE]
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--student", choices=list(STUDENTS), default="small")
     parser.add_argument("--kind", choices=("hard", "soft"), default="hard")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--share", type=float, default=0.2, help="of the training pictures")
+    parser.add_argument("--share", type=float, default=0.2, help="of the training images")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "distillation.json")
     arguments = parser.parse_args()
@@ -82,7 +82,7 @@ def main() -> None:
         "machine": describe_machine(("optax", "grain")),
         "teacher_top1": taught_by,
         "student": STUDENTS[arguments.student],
-        "training_pictures": len(files) - len(skip),
+        "training_images": len(files) - len(skip),
         "epochs": arguments.epochs,
         "top1": accuracies,
         "gain": turns.spread(gains),

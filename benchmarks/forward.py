@@ -1,4 +1,4 @@
-"""What `latency.py` and `throughput.py` share: every peer in turn, on the same weights and pictures.
+"""What `latency.py` and `throughput.py` share: every peer in turn, on the same weights and images.
 
 Each measurement is a process of its own. A peer builds its model, then for each batch size computes once (which
 compiles, and is told apart), computes for a while to warm up, and is measured. After all rounds its logits are compared
@@ -73,7 +73,7 @@ def compare(found: dict[str, list[Any]], batch: int, dtype: str, directory: Path
         rows[name] = {
             "milliseconds": turns.spread(medians[name]),
             "milliseconds_p90": float(np.median([np.percentile(run["milliseconds"], 90) for run in of_batch])),
-            "pictures_per_second": 1000 * batch / float(np.median(medians[name])),
+            "images_per_second": 1000 * batch / float(np.median(medians[name])),
             "times_ours": turns.spread(ratios),
             "build_seconds": turns.spread([run["build_seconds"] for run in runs]),
             "first_call_seconds": turns.spread([run["first_call_seconds"] for run in of_batch]),
@@ -84,13 +84,13 @@ def compare(found: dict[str, list[Any]], batch: int, dtype: str, directory: Path
 
 def show(title: str, rows: dict[str, Any]) -> None:
     """Print one table."""
-    columns = f"{'ms a batch':>12}{'(spread)':>20}{'pictures/s':>12}{'times ours':>12}{'first call s':>14}"
+    columns = f"{'ms a batch':>12}{'(spread)':>20}{'images/s':>12}{'times ours':>12}{'first call s':>14}"
     print(f"\n{title}\n{'':32}{columns}")
     for name, row in rows.items():
         times = row["milliseconds"]
         reach = f"{times['least']:.1f} to {times['most']:.1f}"
         print(
-            f"{name:32}{times['median']:12.1f}{reach:>20}{row['pictures_per_second']:12.0f}"
+            f"{name:32}{times['median']:12.1f}{reach:>20}{row['images_per_second']:12.0f}"
             f"{row['times_ours']['median']:12.2f}{row['first_call_seconds']['most']:14.1f}",
             flush=True,
         )

@@ -1,8 +1,8 @@
 """The paper's own measurement of speed, so that its table can be set beside ours.
 
-One thread, batches of 16 pictures, ten seconds of calls to warm up and sixty that count: what `speed_test.py` of the
+One thread, batches of 16 images, ten seconds of calls to warm up and sixty that count: what `speed_test.py` of the
 original repository does, batch norms fused. So are ours and timm's; transformers cannot fuse its own. Graham et al.
-2021 give 131.1, 94.0, 65.0, 42.5 and 23.1 pictures a second for the five variants on an Intel Xeon Gold 6138.
+2021 give 131.1, 94.0, 65.0, 42.5 and 23.1 images a second for the five variants on an Intel Xeon Gold 6138.
 
     python benchmarks/original_protocol.py [--variants levit-128S ...] [--peers "timm fused"] [--out FILE]
 
@@ -39,7 +39,7 @@ def work(arguments: argparse.Namespace) -> dict[str, float]:
     measure(runner, given, arguments.warm_up)
     milliseconds = measure(runner, given, arguments.seconds)
     np.save(logits_file(arguments.directory, arguments.worker, BATCH), runner.fetch(runner.call(given)))
-    return {"pictures_per_second": 1000 * BATCH * len(milliseconds) / sum(milliseconds), "calls": len(milliseconds)}
+    return {"images_per_second": 1000 * BATCH * len(milliseconds) / sum(milliseconds), "calls": len(milliseconds)}
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
 
     names = [OURS, *(name for name in arguments.peers if name != OURS)]
     rows: dict[str, Any] = {}
-    print(f"{'pictures a second, one thread':32}{'published':>10}", *(f"{name:>16}" for name in names))
+    print(f"{'images a second, one thread':32}{'published':>10}", *(f"{name:>16}" for name in names))
     for variant in arguments.variants:
         with tempfile.TemporaryDirectory() as folder:
             write_models(Path(folder), variant)
@@ -70,14 +70,14 @@ def main() -> None:
             for name in found:
                 if not difference(Path(folder), name, BATCH) < TOLERANCE["float32"]:
                     raise SystemExit(f"{name} computes something else than {OURS}.")
-        speeds = {name: runs[0]["pictures_per_second"] for name, runs in found.items()}
+        speeds = {name: runs[0]["images_per_second"] for name, runs in found.items()}
         rows[variant] = {"published": PUBLISHED.get(variant), **speeds}
         columns = (f"{speeds.get(name, float('nan')):16.1f}" for name in names)
         print(f"{variant:32}{PUBLISHED.get(variant, float('nan')):10.1f}", *columns, flush=True)
     turns.write(
         arguments.out,
         {
-            "what": "pictures a second by the paper's protocol: one thread, batches of 16, float32",
+            "what": "images a second by the paper's protocol: one thread, batches of 16, float32",
             "machine": describe_machine(("torch", "timm", "transformers")),
             "warm_up_seconds": arguments.warm_up,
             "seconds": arguments.seconds,

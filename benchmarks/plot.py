@@ -26,20 +26,18 @@ def list_others(variants: dict[str, Any], batch: str) -> list[str]:
 
 
 def draw_speed_and_accuracy(variants: dict[str, Any], batch: str) -> Any:
-    """Return a figure of ImageNet accuracy over pictures a second, a line a peer."""
+    """Return a figure of ImageNet accuracy over images a second, a line a peer."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     names = [name for name in variants if name in TOP1]
     for peer in [OURS, *list_others(variants, batch)]:
         rows = [variants[name][batch].get(peer) for name in names]
-        points = [(row["pictures_per_second"], TOP1[name]) for name, row in zip(names, rows, strict=True) if row]
+        points = [(row["images_per_second"], TOP1[name]) for name, row in zip(names, rows, strict=True) if row]
         is_ours = peer == OURS
         axes.plot(*zip(*points, strict=True), "o-", label=peer, lw=3 if is_ours else 1, zorder=3 if is_ours else 2)
     for name in names:
-        rate = variants[name][batch][OURS]["pictures_per_second"]
+        rate = variants[name][batch][OURS]["images_per_second"]
         axes.annotate(name, (rate, TOP1[name]), (8, -4), textcoords="offset points", fontsize=8)
-    axes.set(
-        xscale="log", xlabel=f"pictures a second, batches of {batch}", ylabel="top-1 on ImageNet, as published (%)"
-    )
+    axes.set(xscale="log", xlabel=f"images a second, batches of {batch}", ylabel="top-1 on ImageNet, as published (%)")
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.xaxis.set_minor_formatter("{x:.0f}")
     axes.legend(fontsize=8)

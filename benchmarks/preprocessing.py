@@ -1,9 +1,9 @@
 """How fast a JPEG file becomes pixel values, ours against transformers' two processors.
 
-Files of 640x480 pixels are decoded, resized, cropped and normalised one by one, on one thread and on two. Ours must
+Files of 640x480 pixels are decoded, resized, cropped and normalized one by one, on one thread and on two. Ours must
 give the bits of transformers' PIL processor.
 
-    python benchmarks/preprocessing.py [--pictures 64] [--rounds 5] [--out FILE]
+    python benchmarks/preprocessing.py [--images 64] [--rounds 5] [--out FILE]
 
 Needs `pip install -e '.[bench]'` (transformers, torchvision).
 """
@@ -41,8 +41,8 @@ def make_processor(name: str) -> Callable[[Path], np.ndarray]:
     theirs = getattr(transformers, classes[name])()
 
     def process(path: Path) -> np.ndarray:
-        with Image.open(path) as picture:
-            values = theirs(picture.convert("RGB"), return_tensors="np")["pixel_values"]
+        with Image.open(path) as image:
+            values = theirs(image.convert("RGB"), return_tensors="np")["pixel_values"]
         return values.transpose(0, 2, 3, 1)
 
     return process
@@ -60,10 +60,10 @@ def work(arguments: argparse.Namespace) -> dict[str, Any]:
             begin = time.perf_counter()
             list(pool.map(process, files))
             rates[threads] = len(files) / (time.perf_counter() - begin)
-    return {"pictures_per_second": rates}
+    return {"images_per_second": rates}
 
 
-def write_pictures(directory: Path, count: int) -> None:
+def write_images(directory: Path, count: int) -> None:
     """Write photograph-like files: smooth, with some noise."""
     generator = np.random.default_rng(0)
     for i in range(count):
@@ -76,7 +76,7 @@ def write_pictures(directory: Path, count: int) -> None:
 def main() -> None:
     """Measure, print, and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--pictures", type=int, default=128)
+    parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "preprocessing.json")
     parser.add_argument("--worker", choices=[OURS, PIL, TORCHVISION], help=argparse.SUPPRESS)
@@ -87,7 +87,7 @@ def main() -> None:
         return
 
     with tempfile.TemporaryDirectory() as folder:
-        write_pictures(Path(folder), arguments.pictures)
+        write_images(Path(folder), arguments.images)
         commands = {name: ["--worker", name, "--directory", folder] for name in (OURS, PIL, TORCHVISION)}
         found = turns.in_turns(__file__, commands, arguments.rounds)
         turns.need(found, OURS)
@@ -98,17 +98,17 @@ def main() -> None:
     if differing.get(PIL):
         raise SystemExit(f"Ours and transformers' PIL processor differ in {differing[PIL]} values.")
     rates = {
-        name: {threads: [run["pictures_per_second"][threads] for run in runs] for threads in ("1", "2")}
+        name: {threads: [run["images_per_second"][threads] for run in runs] for threads in ("1", "2")}
         for name, runs in found.items()
     }
     result: dict[str, Any] = {
-        "what": f"JPEG files of {WIDTH}x{HEIGHT} to pixel values of 224x224, pictures a second",
+        "what": f"JPEG files of {WIDTH}x{HEIGHT} to pixel values of 224x224, images a second",
         "machine": describe_machine(("pillow", "torch", "torchvision", "transformers")),
-        "pictures": arguments.pictures,
+        "images": arguments.images,
         "rounds": arguments.rounds,
         "processors": {
             name: {
-                "pictures_per_second": {threads: turns.spread(values) for threads, values in of.items()},
+                "images_per_second": {threads: turns.spread(values) for threads, values in of.items()},
                 "ours_times_as_fast": {
                     threads: turns.spread([a / b for a, b in zip(rates[OURS][threads], of[threads], strict=True)])
                     for threads in of
@@ -120,9 +120,9 @@ def main() -> None:
         "two_threads_over_one": turns.spread([b / a for a, b in zip(*rates[OURS].values(), strict=True)]),
     }
     turns.write(arguments.out, result)
-    print(f"{'pictures a second':28}{'one thread':>12}{'two':>8}{'ours is faster by':>20}")
+    print(f"{'images a second':28}{'one thread':>12}{'two':>8}{'ours is faster by':>20}")
     for name, row in result["processors"].items():
-        one, two = (row["pictures_per_second"][threads]["median"] for threads in ("1", "2"))
+        one, two = (row["images_per_second"][threads]["median"] for threads in ("1", "2"))
         print(f"{name:28}{one:12.0f}{two:8.0f}{row['ours_times_as_fast']['1']['median']:20.2f}")
 
 

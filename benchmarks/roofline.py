@@ -1,6 +1,6 @@
 """Which share of the machine's arithmetic a model reaches, and where its time goes.
 
-The rate of a large matrix product is what the machine can do. The operations of a picture are those of the matrix
+The rate of a large matrix product is what the machine can do. The operations of an image are those of the matrix
 products and convolutions that JAX was asked for, two for each multiplication with its addition. Where the time goes is
 told by the profiler, part of the model by part.
 

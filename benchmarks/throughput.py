@@ -1,4 +1,4 @@
-"""How many pictures a second pass, ours against what runs LeViT elsewhere.
+"""How many images a second pass, ours against what runs LeViT elsewhere.
 
 Two calls are under way at any time, as in a service that always has the next batch at hand: where a call returns before
 its computation ends, the next one is begun then; where it does not, two threads call.

@@ -96,24 +96,24 @@ def time_torch(arguments: argparse.Namespace) -> dict:
 
 
 def time_data(arguments: argparse.Namespace) -> dict:
-    """Measure how fast pictures can be read, and the share of a training that waits for them."""
+    """Measure how fast images can be read, and the share of a training that waits for them."""
     from PIL import Image
 
     import levit_flax as lf
-    from levit_flax.training import finetune, read_pictures, read_recipe
+    from levit_flax.training import finetune, read_images, read_recipe
     from levit_flax.training.data import TrainingRows, training_batches
 
     model, _ = lf.from_pretrained(arguments.model)
     rng = np.random.default_rng(0)
-    result: dict = {"pictures": arguments.pictures, "edge": EDGE, "ceiling_pictures_per_second": {}}
+    result: dict = {"images": arguments.images, "edge": EDGE, "ceiling_images_per_second": {}}
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(arguments.pictures):
+        for i in range(arguments.images):
             path = Path(folder, "data", "ab"[i % 2], f"{i}.jpg")
             path.parent.mkdir(parents=True, exist_ok=True)
             coarse = Image.fromarray(rng.integers(0, 256, (EDGE // 8, EDGE // 8, 3), np.uint8))
             coarse.resize((EDGE, EDGE), Image.Resampling.BICUBIC).save(path, quality=90)
         recipe = read_recipe("finetune", batch_size=arguments.batch, epochs=3, warmup_epochs=0)
-        train, _ = read_pictures(Path(folder, "data"), recipe)
+        train, _ = read_images(Path(folder, "data"), recipe)
         height, width = model.config.image_height_width
         rows = TrainingRows(train, recipe, lf.LevitImageProcessor(size=height, crop_size=(height, width)))
         for threads, processes in ((1, 0), (2, 0), (1, 2)):
@@ -124,9 +124,9 @@ def time_data(arguments: argparse.Namespace) -> dict:
             for _ in range(count):
                 next(batches)
             rate = count * arguments.batch / (time.perf_counter() - begin)
-            result["ceiling_pictures_per_second"][f"{threads} threads, {processes} processes"] = rate
+            result["ceiling_images_per_second"][f"{threads} threads, {processes} processes"] = rate
         report = finetune(Path(folder, "data"), Path(folder, "out"), model=arguments.model, recipe=recipe)
-    result["training_pictures_per_second"] = report["pictures_per_second"]
+    result["training_images_per_second"] = report["images_per_second"]
     result["share_waiting_for_data"] = report["share_waiting_for_data"]
     return result
 
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pictures", type=int, default=256, help="JPEGs to train on")
+    parser.add_argument("--images", type=int, default=256, help="JPEGs to train on")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training.json")
     parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
@@ -190,7 +190,7 @@ def main() -> None:
         turns.answer(lambda: WORKERS[arguments.worker](arguments))
         return
 
-    options = ["--batch", arguments.batch, "--steps", arguments.steps, "--pictures", arguments.pictures]
+    options = ["--batch", arguments.batch, "--steps", arguments.steps, "--images", arguments.images]
     models: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder:
         for variant in arguments.variants:

@@ -41,7 +41,7 @@ _HOMES = {
     "merge_heads": "surgery",
     "resize_image": "surgery",
     "replace_head": "surgery",
-    # Pictures in, labels out
+    # Images in, labels out
     "LevitImageProcessor": "image_processing",
     "LevitImageProcessorFast": "image_processing",
     "LevitFeatureExtractor": "image_processing",

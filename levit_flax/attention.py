@@ -122,8 +122,8 @@ class DownsamplingAttention(BiasedAttention):
         """Map [B K C] to [B Q features], and return the attention [B H Q K] with it."""
         value_dim = self.attention_ratio * self.key_dim
         kv = LinearNorm(self.num_heads * (self.key_dim + value_dim), **self.shared, name="kv")(x, train)
-        picture = x.reshape(x.shape[0], *self.grid, x.shape[-1])  # [B H W C]
-        coarse = picture[:, :: self.stride, :: self.stride].reshape(x.shape[0], -1, x.shape[-1])  # [B Q C]
+        image = x.reshape(x.shape[0], *self.grid, x.shape[-1])  # [B H W C]
+        coarse = image[:, :: self.stride, :: self.stride].reshape(x.shape[0], -1, x.shape[-1])  # [B Q C]
         query = LinearNorm(self.num_heads * self.key_dim, **self.shared, name="q")(coarse, train)
         mixed, attention = self.attend(
             *self.split_heads(query, self.key_dim), *self.split_heads(kv, self.key_dim, value_dim)

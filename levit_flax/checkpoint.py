@@ -59,7 +59,7 @@ def from_pretrained(
     Args:
         source: a directory, a Hub id such as "facebook/levit-128S", or "cifar10", the small model inside the package.
         dtype: type of the floating-point arrays; None keeps the file's.
-        image_size: size of the pictures in pixels, a side or (height, width), if not the checkpoint's; see
+        image_size: size of the images in pixels, a side or (height, width), if not the checkpoint's; see
             `resize_image`.
         num_labels: number of classes, if not the checkpoint's: then the heads are fresh, which a warning says; see
             `replace_head`.
@@ -135,7 +135,7 @@ def load_processor(directory: Path | None, config: LevitConfig) -> LevitImagePro
 
 
 def resize_processor(processor: LevitImageProcessor, config: LevitConfig) -> LevitImageProcessor:
-    """Return a processor that makes pictures for a config, with as much around the crop as the given one leaves."""
+    """Return a processor that makes images for a config, with as much around the crop as the given one leaves."""
     height, width = config.image_height_width
     old = processor.crop_size["height"], processor.crop_size["width"]
     if old == (height, width):

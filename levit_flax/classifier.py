@@ -1,4 +1,4 @@
-"""Pictures in, labels out: processor, jitted model and label names in one object."""
+"""Images in, labels out: processor, jitted model and label names in one object."""
 
 import os
 from collections import deque
@@ -20,22 +20,22 @@ from .surgery import fold_batch_norm, merge_heads
 
 T = TypeVar("T")
 
-# Pictures that are read ahead, as a multiple of the batch: enough to keep the device busy, and no more in memory.
+# Images that are read ahead, as a multiple of the batch: enough to keep the device busy, and no more in memory.
 READ_AHEAD = 2
 
 
 class ImageClassifier:
-    """Classify pictures with a LeViT model, on all local devices.
+    """Classify images with a LeViT model, on all local devices.
 
-    Pictures are read by threads while the devices compute. They travel as bytes and are normalised on the device, which
+    Images are read by threads while the devices compute. They travel as bytes and are normalized on the device, which
     comes to the same as the processor's arithmetic but for rounding in float32. Batches are filled up to a power of two
     per device, so that few shapes are ever compiled.
 
     Args:
         model: a model with a classifier. Two heads are merged and batch norms folded, which computes the same faster.
         variables: its variables; they are copied to every device.
-        processor: prepares the pictures; None for the usual one for the model's image size.
-        batch_size: the most pictures that are computed at once, rounded up to a multiple of the number of devices.
+        processor: prepares the images; None for the usual one for the model's image size.
+        batch_size: the most images that are computed at once, rounded up to a multiple of the number of devices.
         devices: where to compute; None for all local devices.
 
     Raises:
@@ -101,18 +101,18 @@ class ImageClassifier:
         return cls(model, variables, processor, batch_size)
 
     def __call__(self, images: Any, top_k: int = 5) -> list[list[dict[str, Any]]]:
-        """Classify pictures.
+        """Classify images.
 
         Args:
             images: what the processor takes: a path, a PIL image or an array, or a list of them.
-            top_k: how many classes to name for each picture, the likeliest first; all of them where there are fewer.
+            top_k: how many classes to name for each image, the likeliest first; all of them where there are fewer.
 
         Returns:
-            For each picture a list of {"label": str, "score": float}. Scores are in [0, 1]: softmax over the classes,
+            For each image a list of {"label": str, "score": float}. Scores are in [0, 1]: softmax over the classes,
             or a sigmoid for each class of a multi-label model. A regression model's are its raw outputs.
 
         Raises:
-            ImageError: a picture cannot be used; the message says which.
+            ImageError: an image cannot be used; the message says which.
             OSError: a file cannot be read.
 
         Example:
@@ -124,49 +124,49 @@ class ImageClassifier:
         return list(self.stream(flatten_images(images), top_k))
 
     def stream(self, images: Iterable[Any], top_k: int = 5) -> Iterator[list[dict[str, Any]]]:
-        """Classify any number of pictures, one after the other as they come, in constant memory.
+        """Classify any number of images, one after the other as they come, in constant memory.
 
         Args:
-            images: paths, PIL images or arrays, one picture each; taken from as needed.
+            images: paths, PIL images or arrays, one image each; taken from as needed.
             top_k: as in a call.
 
         Yields:
-            For each picture, in order, what a call returns.
+            For each image, in order, what a call returns.
 
         Raises:
-            ImageError: a picture cannot be used; the message says which.
+            ImageError: an image cannot be used; the message says which.
             OSError: a file cannot be read.
 
         Example:
             >>> classifier = ImageClassifier.from_pretrained("cifar10")
-            >>> pictures = (np.full((32, 32, 3), level, np.uint8) for level in range(256))  # made as they are needed
-            >>> sum(len(answer) for answer in classifier.stream(pictures, top_k=1))
+            >>> images = (np.full((32, 32, 3), level, np.uint8) for level in range(256))  # made as they are needed
+            >>> sum(len(answer) for answer in classifier.stream(images, top_k=1))
             256
         """
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}.")
         for i, logits in enumerate(self.stream_logits(images)):
             if isinstance(logits, ImageError):
-                raise ImageError(f"Picture {i} (counted from 0): {logits}") from logits
+                raise ImageError(f"Image {i} (counted from 0): {logits}") from logits
             if isinstance(logits, Exception):
                 raise logits
             yield self.name(logits, top_k)
 
     def stream_logits(self, images: Iterable[Any]) -> Iterator[np.ndarray | ImageError | OSError]:
-        """Compute the logits of any number of pictures, in constant memory.
+        """Compute the logits of any number of images, in constant memory.
 
         Args:
             images: as in `stream`.
 
         Yields:
-            For each picture, in order, its logits [num_labels], or the error that says why it cannot be used.
+            For each image, in order, its logits [num_labels], or the error that says why it cannot be used.
 
         Example:
             >>> classifier = ImageClassifier.from_pretrained("cifar10")
             >>> for result in classifier.stream_logits([np.zeros((32, 32, 3), np.uint8), "nowhere.jpg"]):
             ...     print(result if isinstance(result, Exception) else result.shape)
             (10,)
-            There is no picture at nowhere.jpg.
+            There is no image at nowhere.jpg.
         """
         waiting: tuple[list[Any], Any] | None = None
         for batch in self._read_batches(images):
@@ -179,7 +179,7 @@ class ImageClassifier:
             yield from self._finish(*waiting)
 
     def name(self, logits: np.ndarray, top_k: int) -> list[dict[str, Any]]:
-        """Turn the logits [num_labels] of one picture into its likeliest classes, as a call returns them.
+        """Turn the logits [num_labels] of one image into its likeliest classes, as a call returns them.
 
         Example:
             >>> classifier = ImageClassifier.from_pretrained("cifar10")
@@ -191,7 +191,7 @@ class ImageClassifier:
         return [{"label": labels[i], "score": float(row[i])} for i in np.argsort(-row, kind="stable")[:top_k]]
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
-        """Compute the logits [B num_labels] of pictures of the model's size, a batch at a time.
+        """Compute the logits [B num_labels] of images of the model's size, a batch at a time.
 
         Args:
             pixels: [B H W C], either uint8 levels or prepared by the processor.
@@ -228,12 +228,12 @@ class ImageClassifier:
             if batch:
                 yield batch
 
-    def _start(self, pictures: list[np.ndarray]) -> Any:
-        if not pictures:
+    def _start(self, images: list[np.ndarray]) -> Any:
+        if not images:
             return None
-        if any(pixels.dtype != np.uint8 for pixels in pictures):  # arrays of floats: the processor knows their range
-            pictures = [self.processor.rescale_and_normalize(pixels) for pixels in pictures]
-        return self._dispatch(np.stack(pictures))
+        if any(pixels.dtype != np.uint8 for pixels in images):  # arrays of floats: the processor knows their range
+            images = [self.processor.rescale_and_normalize(pixels) for pixels in images]
+        return self._dispatch(np.stack(images))
 
     def _finish(self, batch: list[Any], computing: Any) -> Iterator[Any]:
         rows = iter(() if computing is None else np.asarray(computing))
@@ -241,7 +241,7 @@ class ImageClassifier:
             yield pixels if isinstance(pixels, Exception) else next(rows)
 
     def _dispatch(self, pixels: np.ndarray) -> jax.Array:
-        """Start computing one batch, filled up with black pictures; the logits of these come last."""
+        """Start computing one batch, filled up with black images; the logits of these come last."""
         devices = self._sharding.num_devices
         per_device = -(-len(pixels) // devices)
         size = min(self.batch_size, devices << (per_device - 1).bit_length())

@@ -29,7 +29,7 @@ app = typer.Typer(
 T = TypeVar("T")
 
 DEFAULT_MODEL = "facebook/levit-128S"
-MANY = 64  # pictures from which on a progress bar is worth its line
+MANY = 64  # images from which on a progress bar is worth its line
 
 
 class DType(StrEnum):
@@ -157,19 +157,19 @@ def convert(
 
 @app.command()
 def classify(
-    paths: Annotated[list[Path], typer.Argument(help="Pictures, and folders that are searched for pictures.")],
+    paths: Annotated[list[Path], typer.Argument(help="Images, and folders that are searched for images.")],
     model: ModelOption = DEFAULT_MODEL,
-    top_k: Annotated[int, typer.Option(min=1, help="Classes to name for each picture.")] = 5,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes to name for each image.")] = 5,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Name what is in pictures."""
+    """Name what is in images."""
     from levit_flax.classifier import ImageClassifier
     from levit_flax.memory import keep_freed_memory
 
     keep_freed_memory()
-    files, broken = list_pictures(paths)
+    files, broken = list_images(paths)
     classifier = ImageClassifier.from_pretrained(model, revision=revision, local_files_only=offline)
     show = JsonList() if as_json else PredictionTable()
     for path, logits in zip(files, with_progress(classifier.stream_logits(files), len(files)), strict=True):
@@ -192,17 +192,17 @@ def with_progress(results: Iterable[T], total: int) -> Iterator[T]:
     from rich.console import Console
     from rich.progress import track
 
-    yield from track(results, total=total, description="pictures", console=Console(stderr=True), transient=True)
+    yield from track(results, total=total, description="images", console=Console(stderr=True), transient=True)
 
 
 class JsonList:
-    """Print a JSON list with an object for each picture, as they come."""
+    """Print a JSON list with an object for each image, as they come."""
 
     def __init__(self) -> None:
         self.separator = "["
 
     def add(self, file: str, predictions: list[dict[str, Any]]) -> None:
-        """Print one picture's object."""
+        """Print one image's object."""
         print(self.separator + "\n  " + json.dumps({"file": file, "predictions": predictions}), end="")
         self.separator = ","
 
@@ -212,10 +212,10 @@ class JsonList:
 
 
 class PredictionTable:
-    """Print a line for each class named, as they come, the picture's name before the first."""
+    """Print a line for each class named, as they come, the image's name before the first."""
 
     def add(self, file: str, predictions: list[dict[str, Any]]) -> None:
-        """Print one picture's lines."""
+        """Print one image's lines."""
         print(file)
         for prediction in predictions:
             print(f"  {prediction['score']:.4f}  {prediction['label']}")
@@ -224,20 +224,20 @@ class PredictionTable:
         """Print nothing more."""
 
 
-def list_pictures(paths: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
+def list_images(paths: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
     """Return the files to classify, folders searched in depth and in order, and what is wrong with the rest."""
-    from levit_flax.image_processing import picture_suffixes
+    from levit_flax.image_processing import image_suffixes
 
-    suffixes = picture_suffixes()
+    suffixes = image_suffixes()
     files, broken = [], {}
     for path in paths:
         if not path.is_dir():
-            files.append(path)  # whatever it is: if it is no picture, its reader says so
+            files.append(path)  # whatever it is: if it is no image, its reader says so
             continue
         found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in suffixes and file.is_file()]
         files += found
         if not found:
-            broken[str(path)] = f"The folder {path} holds no pictures."
+            broken[str(path)] = f"The folder {path} holds no images."
     return files, broken
 
 
@@ -254,9 +254,9 @@ class Crop(StrEnum):
 def evaluate(
     data: Annotated[str, typer.Argument(help="Directory with a folder for each class, or a Hugging Face dataset.")],
     model: ModelOption = DEFAULT_MODEL,
-    crop: Annotated[Crop, typer.Option(help="How pictures are resized and cropped.")] = Crop.MODEL,
+    crop: Annotated[Crop, typer.Option(help="How images are resized and cropped.")] = Crop.MODEL,
     split: Annotated[str, typer.Option(help="Part of a Hugging Face dataset.")] = "test",
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures computed at once.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images computed at once.")] = 64,
     output: Annotated[
         Path | None, typer.Option(help="Directory for metrics.json, confusion.csv and confusion.png.")
     ] = None,
@@ -274,14 +274,14 @@ def evaluate(
     if output is not None:
         from levit_flax.visualize import draw_confusion, new_figure
 
-        new_figure(1, 1)  # what is missing for the pictures is said before the work, not after it
+        new_figure(1, 1)  # what is missing for the images is said before the work, not after it
         checkpoint.make_directory(output)
     loaded = ImageClassifier.from_pretrained(model, image_size=image_size, revision=revision, local_files_only=offline)
     processor = evaluation.evaluation_processor(crop.value, loaded.processor)
     classifier = ImageClassifier(loaded.model, loaded.variables, processor, batch_size)
-    pictures = evaluation.read_data(data, classifier.model.config.id2label, split)
-    pictures = pictures._replace(images=with_progress(pictures.images, len(pictures.labels)))
-    result = evaluation.evaluate(classifier, pictures)
+    images = evaluation.read_data(data, classifier.model.config.id2label, split)
+    images = images._replace(images=with_progress(images.images, len(images.labels)))
+    result = evaluation.evaluate(classifier, images)
     numbers = {"model": model, "data": data, "crop": crop.value, **result.to_dict()}
     if output is not None:
         texts = {"metrics.json": json.dumps(numbers, indent=2) + "\n", "confusion.csv": result.confusion_csv()}
@@ -332,12 +332,10 @@ def finetune(
     skip: Annotated[
         Path | None,
         typer.Option(
-            help="File with pictures to leave out, a line each: paths relative to DATA, or rows such as train/17."
+            help="File with images to leave out, a line each: paths relative to DATA, or rows such as train/17."
         ),
     ] = None,
-    check_data: Annotated[
-        bool, typer.Option("--check-data", help="Decode every picture before the first step.")
-    ] = False,
+    check_data: Annotated[bool, typer.Option("--check-data", help="Decode every image before the first step.")] = False,
     threads: Annotated[int, typer.Option(min=1, help="Threads that decode and augment, in each process.")] = 2,
     processes: Annotated[int, typer.Option(min=0, help="Processes that do so beside this one.")] = 0,
     distributed: Annotated[
@@ -358,7 +356,7 @@ def finetune(
     force: Annotated[bool, typer.Option("--force", help="Begin anew in a directory that holds a run.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a model on labelled pictures, from a checkpoint or from scratch, with or without a teacher."""
+    """Train a model on labeled images, from a checkpoint or from scratch, with or without a teacher."""
     from levit_flax.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -426,19 +424,19 @@ def training_progress() -> Iterator[Callable[[Any], None]]:
             nonlocal last
             loss = "" if now.loss is None else f"loss {now.loss:.4f}  "
             accuracy = "" if now.accuracy is None else f"accuracy {now.accuracy:.2%}  "
-            numbers = f"{loss}{accuracy}{now.pictures_per_second:.0f} pictures/s"
+            numbers = f"{loss}{accuracy}{now.images_per_second:.0f} images/s"
             bar.update(task, completed=now.step, total=now.total, epoch=now.epoch, numbers=numbers)
             if now.evaluation is not None and now.evaluation != last:
                 last = now.evaluation
                 values = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in last.items())
-                console.print(f"{values}  {now.pictures_per_second:.0f} pictures/s")
+                console.print(f"{values}  {now.images_per_second:.0f} images/s")
 
         yield show
 
 
 @app.command()
 def explain(
-    picture: Annotated[Path, typer.Argument(help="The picture to explain.")],
+    image: Annotated[Path, typer.Argument(help="The image to explain.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The PNG file to write.")],
     model: ModelOption = DEFAULT_MODEL,
     label: Annotated[str | None, typer.Option(help="The class to explain; the likeliest if left out.")] = None,
@@ -446,7 +444,7 @@ def explain(
     revision: RevisionOption = None,
     offline: OfflineOption = False,
 ) -> None:
-    """Draw what a model sees in a picture: class activation, gradient, and the attention of every block."""
+    """Draw what a model sees in an image: class activation, gradient, and the attention of every block."""
     from levit_flax import visualize
     from levit_flax.checkpoint import write_atomically
     from levit_flax.classifier import ImageClassifier
@@ -455,13 +453,13 @@ def explain(
     if biases:
         figure = visualize.draw_bias_tables(classifier.model, classifier.variables)
     else:
-        figure = visualize.explain(classifier, picture, label)
+        figure = visualize.explain(classifier, image, label)
     write_atomically(output, lambda file: figure.savefig(file, format="png"))
     print(f"written to {output}")
 
 
 class Format(StrEnum):
-    """The formats of artefacts."""
+    """The formats of artifacts."""
 
     STABLEHLO = "stablehlo"
     ONNX = "onnx"
@@ -478,7 +476,7 @@ def export(
     offline: OfflineOption = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is in OUT.")] = False,
 ) -> None:
-    """Write a model as an artefact that runs without this library."""
+    """Write a model as an artifact that runs without this library."""
     from levit_flax.checkpoint import check_free
     from levit_flax.classifier import ImageClassifier
     from levit_flax.export import export_model

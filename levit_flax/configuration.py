@@ -86,7 +86,7 @@ class LevitConfig:
 
     Attributes:
         image_size: side of the square input in pixels, or (height, width). A square pair becomes an int.
-        num_channels: channels of the input picture.
+        num_channels: channels of the input image.
         kernel_size: side of the stem's convolution kernels.
         stride: stride of the stem's four convolutions.
         padding: zero padding of the stem's convolutions, on every side.
@@ -98,7 +98,7 @@ class LevitConfig:
         drop_path_rate: probability in [0, 1) that a residual branch is dropped while training, the same at every depth.
         mlp_ratio: hidden channels of the MLPs as a multiple of the stage's width; 0 for no MLP.
         attention_ratio: value channels per key channel.
-        initializer_range: kept for the round trip with transformers; initialisation here is the original code's, which
+        initializer_range: kept for the round trip with transformers; initialization here is the original code's, which
             has no such number.
         down_ops: the downsamplings between the stages; derived from `key_dim[0]` and `hidden_sizes` when left out.
         num_labels: number of classes; 0 for no classifier. Left out, it follows `id2label`, or is 2.

@@ -70,13 +70,11 @@ def run_demo() -> None:
         print(f"   {name:10} {named}  ({verdict})")
 
     print("4. Measure it")
-    print(
-        f"   {measure(classifier):.0f} pictures a second in batches of {SPEED_BATCH} on {jax.devices()[0].device_kind}"
-    )
+    print(f"   {measure(classifier):.0f} images a second in batches of {SPEED_BATCH} on {jax.devices()[0].device_kind}")
 
 
 def measure(classifier: ImageClassifier) -> float:
-    """Return prepared pictures classified a second, after a first call that compiles."""
+    """Return prepared images classified a second, after a first call that compiles."""
     config = classifier.model.config
     pixels = np.zeros((SPEED_BATCH, *config.image_height_width, config.num_channels), np.uint8)
     classifier.logits(pixels)

@@ -1,4 +1,4 @@
-"""How good a classifier is: top-1, top-5, loss and confusion over a folder of pictures or a Hugging Face dataset."""
+"""How good a classifier is: top-1, top-5, loss and confusion over a folder of images or a Hugging Face dataset."""
 
 import csv
 import io
@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .classifier import ImageClassifier
-from .image_processing import TIMM_CROP_PCT, LevitImageProcessor, picture_suffixes, size_for_edge
+from .image_processing import TIMM_CROP_PCT, LevitImageProcessor, image_suffixes, size_for_edge
 
 TOP_K = 5
 
 
 class Data(NamedTuple):
-    """Labelled pictures.
+    """Labeled images.
 
     Attributes:
         images: paths or PIL images, taken from one by one.
@@ -56,14 +56,14 @@ class Evaluation:
     """What came out of an evaluation.
 
     Attributes:
-        pictures: number of pictures counted.
-        top1: share of pictures whose likeliest class is right, in [0, 1].
-        top5: share of pictures whose class is among the five likeliest, in [0, 1].
+        images: number of images counted.
+        top1: share of images whose likeliest class is right, in [0, 1].
+        top5: share of images whose class is among the five likeliest, in [0, 1].
         loss: mean cross entropy, in nats.
-        confusion: number of pictures by true and by named class [num_labels num_labels].
+        confusion: number of images by true and by named class [num_labels num_labels].
         labels: class names.
-        seconds: time from the first picture to the last, compilation left out.
-        broken: what is wrong with the pictures that could not be read, which count nowhere.
+        seconds: time from the first image to the last, compilation left out.
+        broken: what is wrong with the images that could not be read, which count nowhere.
 
     Example:
         >>> result = Evaluation(4, 0.75, 1.0, 0.5, np.array([[2, 1], [0, 1]]), ("cat", "dog"), seconds=0.5)
@@ -71,7 +71,7 @@ class Evaluation:
         (0.75, 1)
     """
 
-    pictures: int
+    images: int
     top1: float
     top5: float
     loss: float
@@ -85,15 +85,15 @@ class Evaluation:
 
         Example:
             >>> result = Evaluation(4, 0.75, 1.0, 0.5, np.array([[2, 1], [0, 1]]), ("cat", "dog"), seconds=0.5)
-            >>> result.to_dict()["pictures_per_second"]
+            >>> result.to_dict()["images_per_second"]
             8.0
         """
         return {
-            "pictures": self.pictures,
+            "images": self.images,
             "top1": self.top1,
             "top5": self.top5,
             "loss": self.loss,
-            "pictures_per_second": self.pictures / self.seconds if self.seconds else None,
+            "images_per_second": self.images / self.seconds if self.seconds else None,
             "broken": self.broken,
         }
 
@@ -116,21 +116,21 @@ class Evaluation:
 
 
 def evaluate(classifier: ImageClassifier, data: Data) -> Evaluation:
-    """Classify labelled pictures and count.
+    """Classify labeled images and count.
 
     Args:
-        classifier: the model and what prepares its pictures.
-        data: pictures and the classes that they are of.
+        classifier: the model and what prepares its images.
+        data: images and the classes that they are of.
 
     Raises:
-        ValueError: there is no picture that can be read.
+        ValueError: there is no image that can be read.
 
     Example:
         >>> classifier = ImageClassifier.from_pretrained("cifar10")
         >>> black, white = np.zeros((32, 32, 3), np.uint8), np.full((32, 32, 3), 255, np.uint8)
         >>> result = evaluate(classifier, Data([black, white, "nowhere.jpg"], [0, 1, 2]))
-        >>> result.pictures, result.confusion.shape, result.broken
-        (2, (10, 10), ['There is no picture at nowhere.jpg.'])
+        >>> result.images, result.confusion.shape, result.broken
+        (2, (10, 10), ['There is no image at nowhere.jpg.'])
     """
     labels = classifier.model.config.id2label
     config = classifier.model.config
@@ -151,9 +151,9 @@ def evaluate(classifier: ImageClassifier, data: Data) -> Evaluation:
         losses += np.log(np.exp(wide - wide.max()).sum()) + wide.max() - wide[label]
     count = int(confusion.sum())
     if not count:
-        raise ValueError(f"There is no picture to count: {'; '.join(broken[:3]) or 'the data is empty'}.")
+        raise ValueError(f"There is no image to count: {'; '.join(broken[:3]) or 'the data is empty'}.")
     return Evaluation(
-        pictures=count,
+        images=count,
         top1=float(np.trace(confusion)) / count,
         top5=among_five / count,
         loss=float(losses) / count,
@@ -165,7 +165,7 @@ def evaluate(classifier: ImageClassifier, data: Data) -> Evaluation:
 
 
 def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> LevitImageProcessor:
-    """Return a processor that prepares pictures by the rule under which an accuracy was published.
+    """Return a processor that prepares images by the rule under which an accuracy was published.
 
     Args:
         rule: "model" for the model's own; "hf" for transformers' (shorter edge times 256 / 224, crop rounded down);
@@ -196,7 +196,7 @@ def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> Lev
 
 
 def read_data(source: str | Path, labels: Sequence[str], split: str = "test") -> Data:
-    """Find labelled pictures.
+    """Find labeled images.
 
     Args:
         source: a directory with a folder for each class, or a Hugging Face dataset by name (needs `datasets`).
@@ -205,7 +205,7 @@ def read_data(source: str | Path, labels: Sequence[str], split: str = "test") ->
         split: which part of a Hugging Face dataset.
 
     Raises:
-        ValueError: there are no pictures, or the classes are not the model's.
+        ValueError: there are no images, or the classes are not the model's.
         ImportError: a dataset is asked for, and `datasets` is not installed.
 
     Example:
@@ -226,10 +226,10 @@ def read_data(source: str | Path, labels: Sequence[str], split: str = "test") ->
 
 
 def read_folder(directory: Path, labels: Sequence[str]) -> Data:
-    """Find the pictures in a directory with a folder for each class; `read_data` says how they are matched.
+    """Find the images in a directory with a folder for each class; `read_data` says how they are matched.
 
     Raises:
-        ValueError: there are no folders, no pictures, or the classes are not the model's.
+        ValueError: there are no folders, no images, or the classes are not the model's.
 
     Example:
         >>> import tempfile
@@ -243,12 +243,12 @@ def read_folder(directory: Path, labels: Sequence[str]) -> Data:
     indices = match_classes(list(folders), labels, str(directory))
     found = [(path, index) for paths, index in zip(folders.values(), indices, strict=True) for path in paths]
     if not found:
-        raise ValueError(f"The folders of {directory} hold no pictures.")
+        raise ValueError(f"The folders of {directory} hold no images.")
     return Data([path for path, _ in found], [index for _, index in found])
 
 
 def class_folders(directory: Path) -> dict[str, list[Path]]:
-    """Return the pictures in each folder of a directory, by the folder's name, both in order; nothing that is hidden.
+    """Return the images in each folder of a directory, by the folder's name, both in order; nothing that is hidden.
 
     Raises:
         ValueError: there are no folders.
@@ -263,8 +263,8 @@ def class_folders(directory: Path) -> dict[str, list[Path]]:
     """
     folders = sorted(path for path in directory.iterdir() if path.is_dir() and not is_hidden(path, directory))
     if not folders:
-        raise ValueError(f"{directory} has no folders: expected one for each class, with the class's pictures in it.")
-    suffixes = picture_suffixes()
+        raise ValueError(f"{directory} has no folders: expected one for each class, with the class's images in it.")
+    suffixes = image_suffixes()
     return {
         folder.name: [
             path
@@ -330,12 +330,12 @@ def read_dataset(name: str, labels: Sequence[str], split: str) -> Data:
     data = load_dataset(name, split=split)
     import datasets
 
-    pictures = [key for key, kind in data.features.items() if isinstance(kind, datasets.Image)]
+    images = [key for key, kind in data.features.items() if isinstance(kind, datasets.Image)]
     classes = [key for key, kind in data.features.items() if isinstance(kind, datasets.ClassLabel)]
-    if not pictures or not classes:
+    if not images or not classes:
         raise ValueError(f"The dataset {name} has the columns {list(data.features)}: expected an image and a class.")
     indices = match_classes(data.features[classes[0]].names, labels, name)
-    return Data((row[pictures[0]] for row in data), [indices[label] for label in data[classes[0]]])
+    return Data((row[images[0]] for row in data), [indices[label] for label in data[classes[0]]])
 
 
 def match_classes(names: Sequence[str], labels: Sequence[str], where: str) -> list[int]:

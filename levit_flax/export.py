@@ -36,7 +36,7 @@ model = jax.export.deserialize(bytearray(Path("{file}").read_bytes()))
 logits = model.call(pixel_values)  # float32 {shape} -> float32 [B {classes}]
 ```
 
-`{about}` holds the class names (`labels`) and how pictures become pixel values (`preprocessing`, as in transformers).
+`{about}` holds the class names (`labels`) and how images become pixel values (`preprocessing`, as in transformers).
 """
 
 RUN_ONNX = """\
@@ -51,11 +51,11 @@ session = onnxruntime.InferenceSession("{file}")
 [logits] = session.run(None, {{"pixel_values": pixel_values}})  # float32 {shape} -> float32 [B {classes}]
 ```
 
-`{about}` holds the class names (`labels`) and how pictures become pixel values (`preprocessing`, as in transformers).
+`{about}` holds the class names (`labels`) and how images become pixel values (`preprocessing`, as in transformers).
 """
 
 
-# The name of the artefact, and the README beside it.
+# The name of the artifact, and the README beside it.
 FORMATS = {"stablehlo": (STABLEHLO_FILE, RUN_STABLEHLO), "onnx": (ONNX_FILE, RUN_ONNX)}
 
 
@@ -69,18 +69,18 @@ def export_model(
     platforms: Sequence[str] = PLATFORMS,
     overwrite: bool = False,
 ) -> None:
-    """Write a classifier as an artefact that runs without this library.
+    """Write a classifier as an artifact that runs without this library.
 
-    Heads are merged and batch norms folded first. The artefact maps pixel values, float32 [B H W C] with any B, to
+    Heads are merged and batch norms folded first. The artifact maps pixel values, float32 [B H W C] with any B, to
     logits, float32 [B num_labels]; class names and preprocessing lie beside it.
 
     Args:
         directory: where to; made if it does not exist.
         model: a model with a classifier.
-        variables: its variables, which become constants of the artefact.
-        processor: its settings are written beside the artefact.
+        variables: its variables, which become constants of the artifact.
+        processor: its settings are written beside the artifact.
         format: "stablehlo", or "onnx" (needs the extra of that name).
-        platforms: where a StableHLO artefact shall run, from "cpu", "cuda", "rocm" and "tpu".
+        platforms: where a StableHLO artifact shall run, from "cpu", "cuda", "rocm" and "tpu".
         overwrite: replace the content of a directory that is there.
 
     Raises:
@@ -103,7 +103,7 @@ def export_model(
     if foreign or not platforms:
         raise ValueError(f"There is no platform {foreign}: expected some of {', '.join(KNOWN_PLATFORMS)}.")
     model, variables = prepare(model, variables)
-    variables = jax.device_get(variables)  # constants of the artefact, bound to no device
+    variables = jax.device_get(variables)  # constants of the artifact, bound to no device
     config = model.config
     shape = [*config.image_height_width, config.num_channels]
 
@@ -111,7 +111,7 @@ def export_model(
         output: Any = model.apply(variables, pixel_values)
         return output.logits.astype(jnp.float32)
 
-    artefact = to_stablehlo(classify, shape, platforms) if format == "stablehlo" else to_onnx(classify, shape)
+    artifact = to_stablehlo(classify, shape, platforms) if format == "stablehlo" else to_onnx(classify, shape)
     file, text = FORMATS[format]
     about = {
         "model": type(model).__name__,
@@ -124,7 +124,7 @@ def export_model(
         "versions": {name: version(name) for name in ("levit-flax", "jax")},
     }
     with staged_directory(Path(directory), overwrite) as staging:
-        (staging / file).write_bytes(artefact)
+        (staging / file).write_bytes(artifact)
         (staging / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         (staging / README_FILE).write_text(
             text.format(
@@ -140,7 +140,7 @@ def export_model(
 
 
 def to_stablehlo(classify: Any, shape: Sequence[int], platforms: Sequence[str]) -> bytes:
-    """Return a function of pixel values as a serialized `jax.export` artefact with a symbolic batch.
+    """Return a function of pixel values as a serialized `jax.export` artifact with a symbolic batch.
 
     Args:
         classify: maps float32 [B H W C] to an array; JAX must be able to trace it.
@@ -152,8 +152,8 @@ def to_stablehlo(classify: Any, shape: Sequence[int], platforms: Sequence[str]) 
 
     Example:
         >>> from jax import export
-        >>> artefact = to_stablehlo(lambda pixel_values: pixel_values.mean((1, 2)), shape=(8, 8, 3), platforms=["cpu"])
-        >>> export.deserialize(bytearray(artefact)).call(jnp.ones((5, 8, 8, 3))).shape
+        >>> artifact = to_stablehlo(lambda pixel_values: pixel_values.mean((1, 2)), shape=(8, 8, 3), platforms=["cpu"])
+        >>> export.deserialize(bytearray(artifact)).call(jnp.ones((5, 8, 8, 3))).shape
         (5, 3)
     """
     try:
@@ -181,8 +181,8 @@ def to_onnx(classify: Any, shape: Sequence[int]) -> bytes:
 
     Example:
         >>> import onnxruntime
-        >>> artefact = to_onnx(lambda pixel_values: pixel_values.mean((1, 2)), shape=(8, 8, 3))
-        >>> session = onnxruntime.InferenceSession(artefact)
+        >>> artifact = to_onnx(lambda pixel_values: pixel_values.mean((1, 2)), shape=(8, 8, 3))
+        >>> session = onnxruntime.InferenceSession(artifact)
         >>> [means] = session.run(None, {"pixel_values": jax.device_get(jnp.ones((5, 8, 8, 3)))})
         >>> means.shape
         (5, 3)

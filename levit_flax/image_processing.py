@@ -1,4 +1,4 @@
-"""From pictures to the arrays that LeViT takes, bit for bit as transformers' `LevitImageProcessorPil` makes them."""
+"""From images to the arrays that LeViT takes, bit for bit as transformers' `LevitImageProcessorPil` makes them."""
 
 import json
 import math
@@ -22,17 +22,17 @@ TIMM_CROP_PCT = 0.9  # with which timm's accuracies of LeViT were measured
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# LeViT is evaluated on pictures resized to 256 before the crop of 224. Source: facebookresearch/LeViT datasets.py.
+# LeViT is evaluated on images resized to 256 before the crop of 224. Source: facebookresearch/LeViT datasets.py.
 RESIZE_RATIO = 256 / 224
 
 RETURN_TYPES = (None, "np", "jax", "pt")
 DATA_FORMATS = ("channels_last", "channels_first")
-CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGBA
+CHANNEL_COUNTS = (1, 3, 4)  # gray, RGB, RGBA
 
 # The names under which transformers' versions have written this processor.
 PROCESSOR_TYPES = ("LevitImageProcessor", "LevitImageProcessorFast", "LevitImageProcessorPil", "LevitFeatureExtractor")
 
-# Written by transformers and without effect on the pixels of a single picture: read past in silence.
+# Written by transformers and without effect on the pixels of a single image: read past in silence.
 HOUSEKEEPING_KEYS = frozenset(
     "_processor_class _valid_processor_keys auto_map data_format device disable_grouping feature_extractor_type"
     " image_processor_type image_seq_length input_data_format pad_size processor_class return_tensors use_fast".split()
@@ -51,35 +51,35 @@ Size = int | Sequence[int] | Mapping[str, int]
 
 
 class ImageError(ValueError):
-    """A picture cannot be used; the message says which one and why."""
+    """An image cannot be used; the message says which one and why."""
 
 
 class LevitImageProcessor:
-    """Resize, crop, rescale and normalise pictures for LeViT.
+    """Resize, crop, rescale and normalize images for LeViT.
 
     The result has the same bits as that of transformers' `LevitImageProcessorPil` wherever that one has a result, with
     these differences, all on purpose:
 
     - The output is channels last unless `data_format="channels_first"` is asked for.
-    - `do_convert_rgb` is on by default, so that grey, palette, CMYK and transparent pictures work. As in transformers,
+    - `do_convert_rgb` is on by default, so that gray, palette, CMYK and transparent images work. As in transformers,
       transparency in a PIL image or an array is laid over white, and dropped from a file that is given by its path.
-    - 16-bit pictures (modes "I" and "I;16") are scaled to 8 bits, where Pillow's conversion would clip them to white.
-    - Values that are not finite, pictures above the pixel limit (`PIL.Image.MAX_IMAGE_PIXELS`, which here also limits
-      the picture once resized) and settings that are None are refused.
+    - 16-bit images (modes "I" and "I;16") are scaled to 8 bits, where Pillow's conversion would clip them to white.
+    - Values that are not finite, images above the pixel limit (`PIL.Image.MAX_IMAGE_PIXELS`, which here also limits
+      the image once resized) and settings that are None are refused.
 
     Args:
         do_resize: whether to resize.
         size: n or {"shortest_edge": n} resizes the shorter edge to int(256 / 224 * n) pixels and keeps the aspect
             ratio; (height, width) or {"height": h, "width": w} resizes to just that.
         resample: Pillow's filter, `PIL.Image.Resampling`; bicubic by default.
-        do_center_crop: whether to crop the centre; a picture smaller than the crop gets black borders.
+        do_center_crop: whether to crop the center; an image smaller than the crop gets black borders.
         crop_size: n, (height, width) or {"height": h, "width": w}.
         do_rescale: whether to multiply the values by `rescale_factor`.
         rescale_factor: what takes levels 0 to 255 to the range that the mean refers to.
         do_normalize: whether to subtract `image_mean` and divide by `image_std`.
         image_mean: one number, or one per channel.
         image_std: one number, or one per channel.
-        do_convert_rgb: whether pictures of every kind become RGB.
+        do_convert_rgb: whether images of every kind become RGB.
 
     Raises:
         ValueError: a setting is not what it should be; the message names it.
@@ -135,7 +135,7 @@ class LevitImageProcessor:
         input_data_format: str | None = None,
         **overrides: Any,
     ) -> dict[str, Any]:
-        """Turn one picture or many into pixel values for the model.
+        """Turn one image or many into pixel values for the model.
 
         Args:
             images: a path, a PIL image, an array [H W], [H W C] or [C H W] (NumPy, JAX, PyTorch), an array of four
@@ -143,41 +143,41 @@ class LevitImageProcessor:
                 tag; of an animation the first frame is taken. Float arrays hold values in [0, 1] or whole levels 0 to
                 255.
             return_tensors: "np", "jax" or "pt" (PyTorch) for one array of the whole batch; None for a list of NumPy
-                arrays, one per picture, whose sizes may differ.
+                arrays, one per image, whose sizes may differ.
             data_format: "channels_last" for [B H W C], "channels_first" for [B C H W].
             input_data_format: the channel order of the arrays in `images`; inferred from their shapes when left out.
             **overrides: any parameter of the class, for this call only.
 
         Returns:
-            A dictionary with "pixel_values", float32 as long as rescaling or normalisation is on.
+            A dictionary with "pixel_values", float32 as long as rescaling or normalization is on.
 
         Raises:
-            ImageError: a picture cannot be used, or pictures of different sizes were to become one array.
+            ImageError: an image cannot be used, or images of different sizes were to become one array.
             FileNotFoundError: a path leads nowhere.
-            TypeError: something is not a picture, or an override is not a parameter.
+            TypeError: something is not an image, or an override is not a parameter.
             ValueError: a setting is not what it should be.
             ImportError: `return_tensors="pt"` without PyTorch.
 
         Example:
-            >>> pictures = [np.zeros((100, 200, 3), np.uint8), Image.new("L", (300, 250))]
-            >>> LevitImageProcessor().preprocess(pictures, return_tensors="jax")["pixel_values"].shape
+            >>> images = [np.zeros((100, 200, 3), np.uint8), Image.new("L", (300, 250))]
+            >>> LevitImageProcessor().preprocess(images, return_tensors="jax")["pixel_values"].shape
             (2, 224, 224, 3)
         """
         _check_choice("return_tensors", return_tensors, RETURN_TYPES)
         _check_choice("data_format", data_format, DATA_FORMATS)
         # Built anew even without overrides, so that an attribute that was assigned to is checked as well.
         processor = type(self)(**{**vars(self), **overrides})
-        pictures = list(flatten_images(images))
-        if not pictures:
-            raise ImageError("Expected at least one picture, found an empty list or batch.")
+        images = list(flatten_images(images))
+        if not images:
+            raise ImageError("Expected at least one image, found an empty list or batch.")
         results = []
-        for index, picture in enumerate(pictures):
+        for index, image in enumerate(images):
             try:
-                pixels = processor.rescale_and_normalize(processor.resize_and_crop(picture, input_data_format))
+                pixels = processor.rescale_and_normalize(processor.resize_and_crop(image, input_data_format))
             except ImageError as error:
-                if len(pictures) == 1:
+                if len(images) == 1:
                     raise
-                raise ImageError(f"Picture {index} of the {len(pictures)} (counted from 0): {error}") from error
+                raise ImageError(f"Image {index} of the {len(images)} (counted from 0): {error}") from error
             if data_format == "channels_first":
                 pixels = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
             results.append(pixels)
@@ -186,19 +186,19 @@ class LevitImageProcessor:
     __call__ = preprocess
 
     def resize_and_crop(self, image: Any, input_data_format: str | None = None) -> np.ndarray:
-        """Do the first half of the work for one picture: all that comes before the arithmetic on pixel values.
+        """Do the first half of the work for one image: all that comes before the arithmetic on pixel values.
 
         Args:
             image: a path, a PIL image, or an array [H W], [H W C] or [C H W].
             input_data_format: the channel order of an array; inferred from its shape when left out.
 
         Returns:
-            [H W C]: uint8 levels, or float32 in [0, 1] where the picture came as such; it may share memory with it.
+            [H W C]: uint8 levels, or float32 in [0, 1] where the image came as such; it may share memory with it.
 
         Raises:
-            ImageError: the picture cannot be used.
+            ImageError: the image cannot be used.
             FileNotFoundError: the path leads nowhere.
-            TypeError: `image` is not a picture.
+            TypeError: `image` is not an image.
 
         Example:
             >>> pixels = LevitImageProcessor().resize_and_crop(Image.new("RGB", (400, 300), "red"))
@@ -206,10 +206,10 @@ class LevitImageProcessor:
             ((224, 224, 3), 'uint8', [255, 0, 0])
         """
         _check_choice("input_data_format", input_data_format, (None, *DATA_FORMATS))
-        picture = _read(image, input_data_format, self.do_convert_rgb)
+        image = _read(image, input_data_format, self.do_convert_rgb)
         if self.do_resize:
-            picture = _resize(picture, self.size, self.resample)
-        pixels = np.asarray(picture)
+            image = _resize(image, self.size, self.resample)
+        pixels = np.asarray(image)
         if self.do_center_crop:
             height, width = self.crop_size["height"], self.crop_size["width"]
             top, left = self.crop_offset(pixels.shape[0] - height), self.crop_offset(pixels.shape[1] - width)
@@ -217,7 +217,7 @@ class LevitImageProcessor:
         return pixels
 
     def crop_offset(self, margin: int) -> int:
-        """Return where the centre crop begins in an edge that is `margin` pixels longer; below 0 for black borders.
+        """Return where the center crop begins in an edge that is `margin` pixels longer; below 0 for black borders.
 
         Example:
             >>> LevitImageProcessor().crop_offset(33)
@@ -244,7 +244,7 @@ class LevitImageProcessor:
         """
         if self.do_rescale and pixels.dtype.kind == "f" and pixels.min() >= 0 and 0 < pixels.max() <= 1:
             warnings.warn(
-                "The picture's values are in [0, 1] already, and do_rescale=True shrinks them once more; pass "
+                "The image's values are in [0, 1] already, and do_rescale=True shrinks them once more; pass "
                 "do_rescale=False if they are not levels 0 to 255.",
                 stacklevel=3,  # the caller of the processor
             )
@@ -397,9 +397,9 @@ LevitFeatureExtractor = LevitImageProcessor
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read a picture file as transformers' `load_image` does: the first frame, turned upright by its EXIF tag, as RGB.
+    """Read an image file as transformers' `load_image` does: the first frame, turned upright by its EXIF tag, as RGB.
 
-    Transparency is dropped: the colours that the file stores under it appear. 16-bit pictures are scaled to 8 bits.
+    Transparency is dropped: the colors that the file stores under it appear. 16-bit images are scaled to 8 bits.
 
     Args:
         path: the file; its format is told from its content.
@@ -409,7 +409,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImageError: the file is a directory, empty, not a picture, damaged, or above `PIL.Image.MAX_IMAGE_PIXELS`.
+        ImageError: the file is a directory, empty, not an image, damaged, or above `PIL.Image.MAX_IMAGE_PIXELS`.
 
     Source: transformers image_utils.py (`load_image`).
     """
@@ -419,20 +419,20 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def check_header(path: str | os.PathLike[str]) -> None:
-    """Raise what `load_image` raises for a file whose beginning is no picture's; nothing is decoded."""
+    """Raise what `load_image` raises for a file whose beginning is no image's; nothing is decoded."""
     with _opened(path):
         pass
 
 
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """Open a picture file, whose pixels are not decoded yet."""
+    """Open an image file, whose pixels are not decoded yet."""
     if not os.path.exists(path):
-        raise FileNotFoundError(f"There is no picture at {path}.")
+        raise FileNotFoundError(f"There is no image at {path}.")
     if not os.path.isfile(path):
-        raise ImageError(f"Expected a picture file, but {path} is a directory or a device.")
+        raise ImageError(f"Expected an image file, but {path} is a directory or a device.")
     if os.path.getsize(path) == 0:
-        raise ImageError(f"Expected a picture, but {path} is empty (0 bytes).")
+        raise ImageError(f"Expected an image, but {path} is empty (0 bytes).")
     with open(path, "rb") as file, _decoding(str(path)):
         image = Image.open(file)
         if _too_large(*image.size):
@@ -442,7 +442,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
 
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
-    """Turn whatever Pillow raises while it decodes the picture `name` into an ImageError."""
+    """Turn whatever Pillow raises while it decodes the image `name` into an ImageError."""
     try:
         yield
     except ImageError:
@@ -453,7 +453,7 @@ def _decoding(name: str) -> Iterator[None]:
             "PIL.Image.MAX_IMAGE_PIXELS."
         ) from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not a picture in a format that Pillow reads.") from error
+        raise ImageError(f"{name} is not an image in a format that Pillow reads.") from error
     except DECODER_ERRORS as error:
         raise ImageError(f"{name} cannot be decoded and is probably damaged ({error}).") from error
 
@@ -487,7 +487,7 @@ def _rgb_over_white(image: Image.Image) -> Image.Image:
 
 def _sixteen_to_eight_bits(levels: np.ndarray) -> np.ndarray:
     if levels.min() < 0 or levels.max() > 65535:
-        raise ImageError(f"Expected a 16-bit picture with levels 0 to 65535, found {levels.min()} to {levels.max()}.")
+        raise ImageError(f"Expected a 16-bit image with levels 0 to 65535, found {levels.min()} to {levels.max()}.")
     return np.round(levels / 257).astype(np.uint8)  # 65535 = 257 * 255
 
 
@@ -499,13 +499,13 @@ def size_for_edge(edge: int) -> int:
     return (7 * edge + 6) // 8
 
 
-def picture_suffixes() -> frozenset[str]:
-    """Return the endings of file names, in lower case, that pictures have."""
+def image_suffixes() -> frozenset[str]:
+    """Return the endings of file names, in lower case, that images have."""
     return frozenset(Image.registered_extensions())
 
 
 def flatten_images(images: Any) -> Iterator[Any]:
-    """Yield the pictures one by one out of nested lists and batches; the arguments are those of `preprocess`."""
+    """Yield the images one by one out of nested lists and batches; the arguments are those of `preprocess`."""
     if isinstance(images, list | tuple):
         for item in images:
             yield from flatten_images(item)
@@ -520,12 +520,12 @@ def flatten_images(images: Any) -> Iterator[Any]:
 
 
 def _read(image: Any, input_data_format: str | None, do_convert_rgb: bool) -> Image.Image | np.ndarray:
-    """Return the picture as an RGB image or as an array [H W C]."""
+    """Return the image as an RGB image or as an array [H W C]."""
     if isinstance(image, str | os.PathLike):
         return load_image(image)
     if isinstance(image, Image.Image):
         if 0 in image.size:
-            raise ImageError(f"Expected a picture with at least one pixel, found one of size {image.size}.")
+            raise ImageError(f"Expected an image with at least one pixel, found one of size {image.size}.")
         with _decoding("The PIL image"):  # which may not have read its file yet
             if do_convert_rgb:
                 return _rgb_over_white(image)
@@ -547,7 +547,7 @@ def _as_array(image: Any) -> np.ndarray:
 
 
 def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarray:
-    """Return a picture [H W], [H W C] or [C H W] as [H W C], refusing what is not a picture."""
+    """Return an image [H W], [H W C] or [C H W] as [H W C], refusing what is not an image."""
     if array.ndim == 2:
         array = array[:, :, None]
     elif array.ndim != 3:
@@ -555,7 +555,7 @@ def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarr
     elif (input_data_format or _infer_format(array.shape)) == "channels_first":
         array = np.moveaxis(array, 0, -1)
     if array.size == 0:
-        raise ImageError(f"Expected a picture with at least one pixel, found [H W C] shape {array.shape}.")
+        raise ImageError(f"Expected an image with at least one pixel, found [H W C] shape {array.shape}.")
     _require_finite(array)
     return array
 
@@ -563,7 +563,7 @@ def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarr
 def _infer_format(shape: tuple[int, ...]) -> str:
     first, last = (shape[axis] in CHANNEL_COUNTS for axis in (0, -1))
     if not first and not last:
-        raise ImageError(f"Expected a picture with 1, 3 or 4 channels first or last, found an array of shape {shape}.")
+        raise ImageError(f"Expected an image with 1, 3 or 4 channels first or last, found an array of shape {shape}.")
     if first and last:
         warnings.warn(
             f"An array of shape {shape} can be read both ways and is taken as channels first; pass input_data_format.",
@@ -574,20 +574,20 @@ def _infer_format(shape: tuple[int, ...]) -> str:
 
 def _require_finite(array: np.ndarray) -> None:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ImageError("Expected finite pixel values, found NaN or infinity in the picture.")
+        raise ImageError("Expected finite pixel values, found NaN or infinity in the image.")
 
 
 def _array_to_rgb(pixels: np.ndarray) -> np.ndarray:
-    """Repeat a grey picture's channel, or lay a transparent picture over white; [H W C] to [H W 3]."""
+    """Repeat a gray image's channel, or lay a transparent image over white; [H W C] to [H W 3]."""
     if pixels.shape[-1] == 1:
         return np.repeat(pixels, 3, axis=-1)
     if pixels.shape[-1] == 3:
         return pixels
     if pixels.shape[-1] != 4:
-        raise ImageError(f"Expected a picture with 1, 3 or 4 channels, found [H W C] shape {pixels.shape}.")
+        raise ImageError(f"Expected an image with 1, 3 or 4 channels, found [H W C] shape {pixels.shape}.")
     if pixels.dtype.kind == "f" and (pixels.min() < 0 or pixels.max() > 1):
         raise ImageError(
-            f"Expected a transparent float picture with values in [0, 1], found {pixels.min()} to {pixels.max()}."
+            f"Expected a transparent float image with values in [0, 1], found {pixels.min()} to {pixels.max()}."
         )
     whole = pixels.dtype.kind in "iu"
     white = 255 if whole else 1.0
@@ -596,21 +596,21 @@ def _array_to_rgb(pixels: np.ndarray) -> np.ndarray:
     return (np.round(rgb) if whole else rgb).astype(pixels.dtype)
 
 
-def _resize(picture: Image.Image | np.ndarray, size: Mapping[str, int], resample: int) -> np.ndarray:
+def _resize(image: Image.Image | np.ndarray, size: Mapping[str, int], resample: int) -> np.ndarray:
     """Resize with Pillow on 8-bit levels and return [H W C]; values in [0, 1] become levels and are scaled back."""
     scaled = False
-    if not isinstance(picture, Image.Image):
-        if picture.shape[-1] > 4:
-            raise ImageError(f"Pillow resizes pictures of up to 4 channels, found [H W C] shape {picture.shape}.")
-        levels, scaled = _to_levels(picture)
-        picture = Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
-    width, height = _resized_dimensions(*picture.size, size)
+    if not isinstance(image, Image.Image):
+        if image.shape[-1] > 4:
+            raise ImageError(f"Pillow resizes images of up to 4 channels, found [H W C] shape {image.shape}.")
+        levels, scaled = _to_levels(image)
+        image = Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
+    width, height = _resized_dimensions(*image.size, size)
     if _too_large(width, height):
         raise ImageError(
-            f"A picture of {picture.width} x {picture.height} pixels would be resized to {width} x {height}, more than "
+            f"An image of {image.width} x {image.height} pixels would be resized to {width} x {height}, more than "
             f"the limit of {Image.MAX_IMAGE_PIXELS:,} pixels; crop it first, or set size to (height, width)."
         )
-    resized = np.asarray(picture.resize((width, height), Image.Resampling(resample)))
+    resized = np.asarray(image.resize((width, height), Image.Resampling(resample)))
     if resized.ndim == 2:
         resized = resized[:, :, None]
     return _rescale(resized, 1 / 255) if scaled else resized
@@ -639,7 +639,7 @@ def _resized_dimensions(width: int, height: int, size: Mapping[str, int]) -> tup
 
 
 def _crop(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
-    """Cut [height width C] out of a picture; what lies outside of it is black."""
+    """Cut [height width C] out of an image; what lies outside of it is black."""
     inside = pixels[max(top, 0) : max(top, 0) + height, max(left, 0) : max(left, 0) + width]
     if inside.shape[:2] == (height, width):
         return inside
@@ -661,16 +661,16 @@ def _per_channel(name: str, value: float | tuple[float, ...], channels: int) -> 
     return value
 
 
-def _to_tensors(pictures: list[np.ndarray], return_tensors: str | None) -> Any:
+def _to_tensors(images: list[np.ndarray], return_tensors: str | None) -> Any:
     if return_tensors is None:
-        return pictures
-    shapes = sorted({picture.shape for picture in pictures})
+        return images
+    shapes = sorted({image.shape for image in images})
     if len(shapes) > 1:
         raise ImageError(
-            f"Pictures of different shapes {shapes} cannot become one array; crop them with do_center_crop=True, or "
+            f"Images of different shapes {shapes} cannot become one array; crop them with do_center_crop=True, or "
             "pass return_tensors=None for a list."
         )
-    batch = np.stack(pictures)
+    batch = np.stack(images)
     if return_tensors == "jax":
         import jax.numpy as jnp
 

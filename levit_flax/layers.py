@@ -25,7 +25,7 @@ class Layer(nn.Module, kw_only=True):
     """Hold the fields that every layer has and hands on to its children.
 
     Attributes:
-        folded: batch norms are folded into their neighbours, so that there are none, and biases in their place.
+        folded: batch norms are folded into their neighbors, so that there are none, and biases in their place.
         dtype: type of the computation.
         param_dtype: type of the parameters that `init` makes.
         precision: precision of matrix products and convolutions, as in `jax.lax.Precision`.
@@ -48,7 +48,7 @@ class Layer(nn.Module, kw_only=True):
 
 
 class BatchNorm(Layer):
-    """Normalise each channel over the batch while training, and by running statistics otherwise, as PyTorch does.
+    """Normalize each channel over the batch while training, and by running statistics otherwise, as PyTorch does.
 
     Flax's own layer differs where it matters to a converted model: it puts the biased variance into the running
     statistics (a factor of 1 - 1/n, felt most in the head, where n is the batch size) and counts no batches.
@@ -69,7 +69,7 @@ class BatchNorm(Layer):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Normalise `x` [... C] over all axes but the last."""
+        """Normalize `x` [... C] over all axes but the last."""
         channels = x.shape[-1]
         init = nn.initializers.zeros if self.zero_scale else nn.initializers.ones
         scale = self.param("scale", init, (channels,), self.param_dtype)
@@ -93,7 +93,7 @@ class BatchNorm(Layer):
                 if values == 1:
                     raise ValueError(
                         "Batch norm needs more than one value per channel when training, but the batch holds one:"
-                        " train with two pictures or more."
+                        " train with two images or more."
                     )
                 unbiased = var * (values / (values - 1))
                 for running, new in ((running_mean, mean), (running_var, unbiased)):
@@ -117,9 +117,9 @@ def take_patches(x: jax.Array, size: int, stride: int, padding: int) -> jax.Arra
     def gather(x: jax.Array) -> jax.Array:
         row, column, down, right = np.ogrid[:height, :width, :size, :size]
         columns = stride * column + right
-        # Indices for each picture, so that XLA splits a batch that many devices share.
+        # Indices for each image, so that XLA splits a batch that many devices share.
         rows = jnp.broadcast_to(stride * row + down, (len(x), height, 1, size, 1))
-        patches = jax.vmap(lambda picture, rows: picture[rows, columns])(jnp.pad(x, widths), rows)
+        patches = jax.vmap(lambda image, rows: image[rows, columns])(jnp.pad(x, widths), rows)
         # Apart from what follows: XLA copies whole pixels only as long as these axes are not merged.
         return jax.lax.optimization_barrier(patches)
 
@@ -153,7 +153,7 @@ def convolve_patches(
 
 
 class ConvNorm(Layer):
-    """Convolve without bias, then batch-normalise (`Conv2d_BN` of the original code)."""
+    """Convolve without bias, then batch-normalize (`Conv2d_BN` of the original code)."""
 
     features: int
     kernel_size: int
@@ -167,7 +167,7 @@ class ConvNorm(Layer):
             self.features,
             (self.kernel_size, self.kernel_size),
             strides=self.stride,
-            # Not "SAME", which pads an even picture on the right and at the bottom only.
+            # Not "SAME", which pads an even image on the right and at the bottom only.
             padding=self.padding,
             use_bias=self.folded,
             kernel_init=torch_uniform,
@@ -179,7 +179,7 @@ class ConvNorm(Layer):
 
 
 class LinearNorm(Layer):
-    """Multiply without bias, then batch-normalise over batch and tokens (`Linear_BN` of the original code)."""
+    """Multiply without bias, then batch-normalize over batch and tokens (`Linear_BN` of the original code)."""
 
     features: int
     zero_scale: bool = False
@@ -199,7 +199,7 @@ class LinearNorm(Layer):
 
 
 class NormLinear(Layer):
-    """Batch-normalise, then multiply and add a bias (`BN_Linear` of the original code): a classifier head."""
+    """Batch-normalize, then multiply and add a bias (`BN_Linear` of the original code): a classifier head."""
 
     features: int
 
@@ -231,7 +231,7 @@ def drop_path(module: nn.Module, branch: jax.Array, rate: float, train: bool) ->
     Args:
         module: the module that calls, for its random stream "drop_path".
         branch: [B ...].
-        rate: probability in [0, 1) to drop the branch of one picture, the same at every depth.
+        rate: probability in [0, 1) to drop the branch of one image, the same at every depth.
         train: False returns `branch` unchanged.
 
     Source: Huang et al. 2016, "Deep Networks with Stochastic Depth"; `Residual` in facebookresearch/LeViT levit.py.

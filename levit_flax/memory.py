@@ -14,7 +14,7 @@ def keep_freed_memory() -> bool:
     """Have the C library keep freed memory for what comes next instead of handing it back to the system.
 
     On a CPU, XLA asks for the whole working memory of a call anew each time, and the system clears every page of it: a
-    sixth of the time that training levit-128S takes with 32 pictures, and 9 to 24 % of classifying 64
+    sixth of the time that training levit-128S takes with 32 images, and 9 to 24 % of classifying 64
     (benchmarks/README.md). The commands `finetune`, `evaluate` and `classify` call this. Other programs may, before JAX
     computes anything, and compute in their main thread. It holds for the whole process: its memory then never shrinks
     below its peak, and a call of a jitted function returns when the CPU has computed it, not before.

@@ -1,7 +1,7 @@
 """The three LeViT models and their outputs.
 
 All of them are pure-functional Linen modules over the same parameter tree: `stem`, `stage_0/block_0/{attention,mlp}`,
-`downsample_0/{attention,mlp}`, `head`, `head_dist`. Pictures come in channels last.
+`downsample_0/{attention,mlp}`, `head`, `head_dist`. Images come in channels last.
 
 Source: Graham et al. 2021, "LeViT: a Vision Transformer in ConvNet's Clothing for Faster Inference" (section 4);
 facebookresearch/LeViT levit.py; transformers modeling_levit.py.
@@ -124,7 +124,7 @@ class LevitForImageClassificationWithTeacherOutput(ModelOutput):
 
 
 class Stem(Layer):
-    """Turn a picture into tokens by four strided convolutions (section 4.2 of the paper)."""
+    """Turn an image into tokens by four strided convolutions (section 4.2 of the paper)."""
 
     features: int
     kernel_size: int
@@ -245,7 +245,7 @@ def check_pixel_values(pixel_values: jax.Array, config: LevitConfig) -> None:
     expected = (*config.image_height_width, channels)
     wanted = f"LeViT expects pixel_values [B H W C] = [B {' '.join(map(str, expected))}]"
     if len(shape) != 4:
-        raise ValueError(f"{wanted}, but got {len(shape)} axes: {shape}. A single picture needs a batch axis in front.")
+        raise ValueError(f"{wanted}, but got {len(shape)} axes: {shape}. A single image needs a batch axis in front.")
     if shape[1:] == (channels, *expected[:2]) and shape[1:] != expected:
         raise ValueError(
             f"{wanted}, channels last, but got a channels-first batch {shape}: use"
@@ -255,13 +255,13 @@ def check_pixel_values(pixel_values: jax.Array, config: LevitConfig) -> None:
         raise ValueError(f"{wanted}, but got {shape[3]} channels in {shape}: the config's num_channels is {channels}.")
     if shape[1:] != expected:
         raise ValueError(
-            f"{wanted}, but got {shape[1]}x{shape[2]} pixels: resize the pictures with LevitImageProcessor, or give the"
+            f"{wanted}, but got {shape[1]}x{shape[2]} pixels: resize the images with LevitImageProcessor, or give the"
             f" model another image_size."
         )
     if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
         raise ValueError(
-            f"{wanted} in floating point, but got {pixel_values.dtype}: LevitImageProcessor rescales and normalises"
-            " pictures."
+            f"{wanted} in floating point, but got {pixel_values.dtype}: LevitImageProcessor rescales and normalizes"
+            " images."
         )
 
 
@@ -306,7 +306,7 @@ class LevitBase(nn.Module):
 
     Attributes:
         config: the architecture.
-        folded: the batch norms are folded into their neighbours; no batch statistics, and no training of them.
+        folded: the batch norms are folded into their neighbors; no batch statistics, and no training of them.
         dtype: type of the computation; None for float32, or float64 where the parameters are. Batch norm and softmax
             are computed in float32 at least.
         param_dtype: type of the parameters that `init` makes.
@@ -442,10 +442,10 @@ class LevitModel(LevitBase):
     def __call__(
         self, pixel_values: jax.Array, *, train: bool = False, return_dict: bool = True, **output_flags: bool
     ) -> LevitModelOutput | tuple[Any, ...]:
-        """Compute the features of a batch of pictures.
+        """Compute the features of a batch of images.
 
         Args:
-            pixel_values: float [B H W C], normalised as `LevitImageProcessor` does.
+            pixel_values: float [B H W C], normalized as `LevitImageProcessor` does.
             train: use and update batch statistics (`mutable=["batch_stats"]`), and drop residual branches (random
                 stream "drop_path", needed where the config's rate is above 0).
             return_dict: False returns `.to_tuple()`.
@@ -462,7 +462,7 @@ class LevitModel(LevitBase):
 
 
 class LevitForImageClassification(LevitBase):
-    """Classify pictures with one head.
+    """Classify images with one head.
 
     The published checkpoints have two heads: their accuracies belong to `LevitForImageClassificationWithTeacher`.
 
@@ -486,7 +486,7 @@ class LevitForImageClassification(LevitBase):
         return_dict: bool = True,
         **output_flags: bool,
     ) -> LevitForImageClassificationOutput | tuple[Any, ...]:
-        """Classify a batch of pictures, and compute the loss where labels are given.
+        """Classify a batch of images, and compute the loss where labels are given.
 
         Args:
             pixel_values: as in `LevitModel`.
@@ -514,7 +514,7 @@ class LevitForImageClassification(LevitBase):
 
 
 class LevitForImageClassificationWithTeacher(LevitBase):
-    """Classify pictures with two heads, one taught by the labels and one by a teacher, and average them.
+    """Classify images with two heads, one taught by the labels and one by a teacher, and average them.
 
     Example:
         >>> model, variables = LevitForImageClassificationWithTeacher.from_pretrained("cifar10")
@@ -529,7 +529,7 @@ class LevitForImageClassificationWithTeacher(LevitBase):
     def __call__(
         self, pixel_values: jax.Array, *, train: bool = False, return_dict: bool = True, **output_flags: bool
     ) -> LevitForImageClassificationWithTeacherOutput | tuple[Any, ...]:
-        """Classify a batch of pictures.
+        """Classify a batch of images.
 
         Args:
             pixel_values: as in `LevitModel`.

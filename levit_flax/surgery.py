@@ -116,10 +116,10 @@ def merge_heads(model: LevitBase, variables: Mapping[str, Any]) -> tuple[LevitFo
 def resize_image(
     model: LevitBase, variables: Mapping[str, Any], image_size: int | tuple[int, int]
 ) -> tuple[LevitBase, Variables]:
-    """Make a model for pictures of another size, square or not.
+    """Make a model for images of another size, square or not.
 
-    Only the tables of attention biases depend on the size of the picture: they hold a bias for every distance
-    (|dy|, |dx|) between two tokens. The new tables read the old ones where the same share of the picture lies between
+    Only the tables of attention biases depend on the size of the image: they hold a bias for every distance
+    (|dy|, |dx|) between two tokens. The new tables read the old ones where the same share of the image lies between
     the tokens: a distance d on a grid of R' tokens stands at d * R / R' on the old grid of R, along each axis. Between
     the old distances runs a cubic curve through them, even at zero, because the bias belongs to distances either way;
     beyond the largest old distance the last bias is held.
@@ -172,9 +172,9 @@ def cubic_weights(old: int, new: int) -> np.ndarray:
     for distance in range(new):
         place = min(distance * old / new, old - 1)
         first = int(place) - 1
-        for neighbour in range(first, first + 4):
-            held = min(abs(neighbour), old - 1)
-            weights[distance, held] += cubic(abs(place - neighbour))
+        for neighbor in range(first, first + 4):
+            held = min(abs(neighbor), old - 1)
+            weights[distance, held] += cubic(abs(place - neighbor))
     return weights
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what a model looks at and what it has learnt. Needs matplotlib: `pip install 'levit-flax[visualize]'`."""
+"""Images of what a model looks at and what it has learned. Needs matplotlib: `pip install 'levit-flax[visualize]'`."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from .surgery import fold_batch_norm, merge_heads
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CELL = 1.6  # inches of one picture in a figure
+CELL = 1.6  # inches of one image in a figure
 DPI = 120
 
 
@@ -33,7 +33,7 @@ def new_figure(rows: int, columns: int, cell: float = CELL) -> "tuple[Figure, np
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("Pictures are drawn by matplotlib: pip install 'levit-flax[visualize]'.") from None
+        raise ImportError("Images are drawn by matplotlib: pip install 'levit-flax[visualize]'.") from None
     figure = Figure(figsize=(cell * columns, cell * rows * 1.12), dpi=DPI, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
@@ -64,8 +64,8 @@ def attention_maps(
     Args:
         model: any model, folded or not.
         variables: its variables.
-        pixel_values: one prepared picture, float [1 H W C].
-        query: the point (y, x) that looks, as shares in [0, 1) of the picture's height and width; None for the mean
+        pixel_values: one prepared image, float [1 H W C].
+        query: the point (y, x) that looks, as shares in [0, 1) of the image's height and width; None for the mean
             over all queries.
 
     Returns:
@@ -94,9 +94,9 @@ def attention_maps(
 
 
 def bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return the attention biases of every attention by its path, as pictures [H 2*gh-1 2*gw-1].
+    """Return the attention biases of every attention by its path, as images [H 2*gh-1 2*gw-1].
 
-    The middle is a token's bias towards itself; up and left of it lie the tokens above and to the left. The tables hold
+    The middle is a token's bias toward itself; up and left of it lie the tokens above and to the left. The tables hold
     a quarter of this, because the bias does not tell left from right.
 
     Args:
@@ -109,13 +109,13 @@ def bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> dict[str, np.
         (6, 17, 17)
     """
     flat = flatten_dict(variables, sep="/")
-    pictures = {}
+    images = {}
     for name in attention_names(model):
         table = np.asarray(flat[f"params/{name}/attention/attention_biases"], np.float32)
         height, width = model.config.grids[int(name.partition("/")[0].rpartition("_")[2])]
         rows, columns = (np.abs(np.arange(-n + 1, n)) for n in (height, width))
-        pictures[name] = table.reshape(height, width, -1)[rows][:, columns].transpose(2, 0, 1)
-    return pictures
+        images[name] = table.reshape(height, width, -1)[rows][:, columns].transpose(2, 0, 1)
+    return images
 
 
 def saliency(
@@ -126,8 +126,8 @@ def saliency(
     Args:
         model: a model with a classifier.
         variables: its variables.
-        pixel_values: prepared pictures, float [B H W C].
-        label: the class whose logit is looked at; None for each picture's likeliest.
+        pixel_values: prepared images, float [B H W C].
+        label: the class whose logit is looked at; None for each image's likeliest.
 
     Returns:
         [B H W], 0 or more.
@@ -160,8 +160,8 @@ def class_activation_map(
     Args:
         model: a model with a classifier; two heads count as their average.
         variables: its variables.
-        pixel_values: prepared pictures, float [B H W C].
-        label: the class; None for each picture's likeliest.
+        pixel_values: prepared images, float [B H W C].
+        label: the class; None for each image's likeliest.
 
     Returns:
         [B gh gw], whose mean over the tokens is the class's logit.
@@ -185,20 +185,20 @@ def class_activation_map(
 
 
 def explain(classifier: ImageClassifier, image: Any, label: str | None = None) -> "Figure":
-    """Draw what a classifier sees in a picture.
+    """Draw what a classifier sees in an image.
 
     Args:
-        classifier: the model and what prepares its pictures.
+        classifier: the model and what prepares its images.
         image: a path, a PIL image or an array.
         label: the class to explain, by its name; None for the likeliest.
 
     Returns:
-        A figure: the picture as the model gets it; the class-activation map and the gradient saliency of the class;
-        and the attention of every block over the picture, the mean over its heads and queries.
+        A figure: the image as the model gets it; the class-activation map and the gradient saliency of the class;
+        and the attention of every block over the image, the mean over its heads and queries.
 
     Raises:
         ValueError: the model knows no such class.
-        ImageError: the picture cannot be used.
+        ImageError: the image cannot be used.
 
     Example:
         >>> classifier = ImageClassifier.from_pretrained("cifar10")
@@ -221,7 +221,7 @@ def explain(classifier: ImageClassifier, image: Any, label: str | None = None) -
     columns = max(4, *model.config.depths) + 1
     figure, axes = new_figure(1 + model.config.num_stages, columns)
     axes[0, 0].imshow(shown)
-    axes[0, 0].set_title("picture", fontsize=8)
+    axes[0, 0].set_title("image", fontsize=8)
     overlay(axes[0, 1], shown, activation, f"speaks for {names[index][:18]}")
     brightness = gradients / max(np.quantile(gradients, 0.995), np.finfo(np.float32).tiny)
     axes[0, 2].imshow(np.clip(brightness, 0, 1), cmap="gray")
@@ -235,21 +235,21 @@ def explain(classifier: ImageClassifier, image: Any, label: str | None = None) -
     return figure
 
 
-def overlay(ax: Any, picture: np.ndarray, heat: np.ndarray, title: str) -> None:
-    """Draw a coarse map over a picture, in one colour scale from its least to its largest value.
+def overlay(ax: Any, image: np.ndarray, heat: np.ndarray, title: str) -> None:
+    """Draw a coarse map over an image, in one color scale from its least to its largest value.
 
     Args:
         ax: matplotlib's axes.
-        picture: [H W C], uint8 levels or floats in [0, 1].
-        heat: [gh gw], stretched over the picture.
+        image: [H W C], uint8 levels or floats in [0, 1].
+        heat: [gh gw], stretched over the image.
         title: what stands above it.
 
     Example:
         >>> figure, [[ax]] = new_figure(1, 1)
         >>> overlay(ax, np.zeros((80, 80, 3), np.uint8), heat=np.arange(25).reshape(5, 5), title="attention")
     """
-    height, width = picture.shape[:2]
-    ax.imshow(picture.mean(-1), cmap="gray", vmin=0, vmax=255 if picture.dtype == np.uint8 else 1)
+    height, width = image.shape[:2]
+    ax.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1)
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     ax.imshow(heat, cmap="inferno", alpha=0.6, extent=extent, interpolation="bilinear")
     ax.set_title(title, fontsize=8)
@@ -296,9 +296,9 @@ def draw_bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> "Figure"
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     draw_bias_tables(*from_pretrained("cifar10")).savefig(f"{folder}/biases.png")
     """
-    pictures = bias_tables(model, variables)
-    figure, axes = new_figure(len(pictures), max(map(len, pictures.values())), cell=1.0)
-    for row, (name, heads) in zip(axes, pictures.items(), strict=True):
+    images = bias_tables(model, variables)
+    figure, axes = new_figure(len(images), max(map(len, images.values())), cell=1.0)
+    for row, (name, heads) in zip(axes, images.items(), strict=True):
         largest = float(np.abs(heads).max()) or 1.0  # untrained biases are zero
         for ax, head in zip(row, heads, strict=False):
             ax.imshow(head, cmap="RdBu_r", vmin=-largest, vmax=largest)
@@ -307,10 +307,10 @@ def draw_bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> "Figure"
 
 
 def draw_confusion(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
-    """Draw a confusion matrix [N N]: a row for each true class, as shares of its pictures.
+    """Draw a confusion matrix [N N]: a row for each true class, as shares of its images.
 
     Args:
-        confusion: number of pictures by true and by named class [N N], as in `evaluation.Evaluation`.
+        confusion: number of images by true and by named class [N N], as in `evaluation.Evaluation`.
         labels: the names of the N classes.
 
     Raises:

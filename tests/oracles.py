@@ -1,6 +1,6 @@
 """PyTorch models with random weights, statistics and biases, to compare with.
 
-A freshly initialised LeViT proves nothing: its residual branches are zero and its statistics are 0 and 1. Here every
+A freshly initialized LeViT proves nothing: its residual branches are zero and its statistics are 0 and 1. Here every
 tensor is random.
 """
 

@@ -1,4 +1,4 @@
-"""Pictures in, labels out, with the model that comes with the package."""
+"""Images in, labels out, with the model that comes with the package."""
 
 import itertools
 import json
@@ -21,14 +21,14 @@ from levit_flax.hub import EMBEDDED_DIRECTORY
 from levit_flax.image_processing import ImageError
 
 # MiB that a stream may add to the memory in use, however long it is: readings differ by less than 3. As the model takes
-# them pictures are 61 KiB each, so that the 512 of the shorter test would be 31 MiB, if they were kept.
+# them images are 61 KiB each, so that the 512 of the shorter test would be 31 MiB, if they were kept.
 KEPT = 6
-# MiB that the peak of memory may grow by after the first pictures, if it grew in every part of a stream as it did in
+# MiB that the peak of memory may grow by after the first images, if it grew in every part of a stream as it did in
 # the quietest: what is kept grows in all of them. A peak that happens to be higher, by up to 30 MiB when other
 # processes hold the threads up, is one part's alone.
 GROWTH = 18
 
-# Prints, for every part of a stream after the first pictures, the least memory that was in use (by the C library's
+# Prints, for every part of a stream after the first images, the least memory that was in use (by the C library's
 # account, which knows nothing of what its heaps keep in reserve) and the peak that the operating system saw, in MiB.
 STREAM = """
 import ctypes
@@ -62,7 +62,7 @@ def peak():
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
 
 
-def pictures():
+def images():
     generator = np.random.default_rng(0)
     for i in range(total):
         if i >= warm:
@@ -75,9 +75,9 @@ def pictures():
 
 classifier = lf.ImageClassifier.from_pretrained("cifar10")
 if method == "calls":
-    results = map(classifier, pictures())
+    results = map(classifier, images())
 else:
-    results = getattr(classifier, method)(pictures())
+    results = getattr(classifier, method)(images())
 assert sum(1 for _ in results) == total
 print(*in_use)
 print(*peaks, peak())
@@ -94,7 +94,7 @@ def make(**fields):
     return lf.ImageClassifier(model, jax.device_put(random_variables(model)))
 
 
-def pictures(count, size=40):
+def images(count, size=40):
     return list(np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8))
 
 
@@ -117,30 +117,30 @@ def test_the_embedded_model_is_small_and_described():
 
 
 def test_answers_are_sorted_labels_and_scores(classifier):
-    answers = classifier(pictures(5), top_k=3)
+    answers = classifier(images(5), top_k=3)
     assert [len(answer) for answer in answers] == [3] * 5
-    for answer in classifier(pictures(2), top_k=100):
+    for answer in classifier(images(2), top_k=100):
         scores = [entry["score"] for entry in answer]
         assert len(scores) == 10 and scores == sorted(scores, reverse=True)
         assert sum(scores) == pytest.approx(1, abs=1e-5)
         assert {entry["label"] for entry in answer} == set(classifier.model.config.id2label)
-    [single] = classifier(pictures(1)[0], top_k=1)
+    [single] = classifier(images(1)[0], top_k=1)
     assert type(single[0]["score"]) is float and type(single[0]["label"]) is str
 
 
 def test_batches_do_not_change_answers_and_compile_few_shapes(classifier):
-    many = classifier(pictures(7), top_k=10)
-    for i, picture in enumerate(pictures(7)):
-        [alone] = classifier(picture, top_k=10)
+    many = classifier(images(7), top_k=10)
+    for i, image in enumerate(images(7)):
+        [alone] = classifier(image, top_k=10)
         for entry, other in zip(alone, many[i], strict=True):
             assert entry["label"] == other["label"] and entry["score"] == pytest.approx(other["score"], abs=1e-5)
     assert classifier._logits._cache_size() <= 3  # 1, 2 and 4
 
 
 def test_scores_follow_the_problem_type():
-    picture = pictures(1)[0]
+    image = images(1)[0]
     softmax, sigmoid, raw = (
-        make(problem_type=kind)(picture)[0]
+        make(problem_type=kind)(image)[0]
         for kind in ("single_label_classification", "multi_label_classification", "regression")
     )
     assert [entry["label"] for entry in softmax] == [entry["label"] for entry in sigmoid] == [e["label"] for e in raw]
@@ -149,7 +149,7 @@ def test_scores_follow_the_problem_type():
     np.testing.assert_allclose([e["score"] for e in sigmoid], 1 / (1 + np.exp(-logits)), rtol=1e-4)
 
 
-def test_pictures_are_normalised_on_the_device_as_by_the_processor(classifier):
+def test_images_are_normalized_on_the_device_as_by_the_processor(classifier):
     levels = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
     for options in ({}, {"do_rescale": False}, {"do_normalize": False}, {"image_mean": 0.5, "image_std": 0.25}):
         processor = lf.LevitImageProcessor(**options)
@@ -158,7 +158,7 @@ def test_pictures_are_normalised_on_the_device_as_by_the_processor(classifier):
 
 
 def test_arrays_of_floats_and_bytes_agree(classifier):
-    levels = pictures(1)[0]
+    levels = images(1)[0]
     [as_bytes], [as_floats] = classifier(levels), classifier(levels.astype(np.float32))
     assert [e["label"] for e in as_bytes] == [e["label"] for e in as_floats]
     np.testing.assert_allclose([e["score"] for e in as_bytes], [e["score"] for e in as_floats], atol=1e-4)
@@ -170,7 +170,7 @@ def test_streaming_reads_no_further_than_it_must(classifier):
     def endless():
         while True:
             taken.append(0)
-            yield pictures(1)[0]
+            yield images(1)[0]
 
     stream = classifier.stream(endless(), top_k=1)
     first = [next(stream) for _ in range(10)]
@@ -179,13 +179,13 @@ def test_streaming_reads_no_further_than_it_must(classifier):
 
 
 def measure_stream(tmp_path, method, warm, part, total):
-    """Memory in use and its peak, in MiB, of every part of a stream of `total` pictures after the `warm` first."""
-    Image.fromarray(pictures(1, 100)[0]).save(tmp_path / "one.jpg")
+    """Memory in use and its peak, in MiB, of every part of a stream of `total` images after the `warm` first."""
+    Image.fromarray(images(1, 100)[0]).save(tmp_path / "one.jpg")
     command = [sys.executable, "-c", STREAM, method, str(tmp_path / "one.jpg"), *map(str, (warm, part, total))]
     environment = {**os.environ, "PYTHONMALLOC": "malloc"}  # so that the C library's account is of Python's objects too
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    print(f"MiB in use, and their peaks, after {warm} pictures and every {part} more:", done.stdout, sep="\n")
+    print(f"MiB in use, and their peaks, after {warm} images and every {part} more:", done.stdout, sep="\n")
     return [list(map(float, line.split())) for line in done.stdout.splitlines()]
 
 
@@ -195,7 +195,7 @@ needs_glibc = pytest.mark.skipif(
 
 
 @needs_glibc
-def test_a_long_stream_keeps_no_picture(tmp_path):
+def test_a_long_stream_keeps_no_image(tmp_path):
     in_use, _ = measure_stream(tmp_path, "stream_logits", 480, 512, 1504)
     assert in_use[-1] - in_use[0] < KEPT
 
@@ -214,20 +214,20 @@ def test_memory_stays_flat_over_a_long_stream(method, warm, part, total, tmp_pat
 
 
 @pytest.mark.parametrize("batch_size", [6, 8])
-def test_any_number_of_pictures_makes_the_same_few_shapes(batch_size):
+def test_any_number_of_images_makes_the_same_few_shapes(batch_size):
     model = lf.LevitForImageClassification(lf.LevitConfig(**SMALL))
     classifier = lf.ImageClassifier(
         model, random_variables(model), batch_size=batch_size, devices=jax.local_devices()[:1]
     )
     for count in range(1, 2 * batch_size + 1):
         assert classifier.logits(np.zeros((count, 64, 64, 3), np.uint8)).shape == (count, 5)
-        assert sum(1 for _ in classifier.stream_logits(pictures(count))) == count
+        assert sum(1 for _ in classifier.stream_logits(images(count))) == count
     assert classifier._logits._cache_size() == 4  # 1, 2, 4 and the whole batch
 
 
-def test_broken_pictures_in_a_stream(classifier, tmp_path):
-    (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    good = pictures(1)[0]
+def test_broken_images_in_a_stream(classifier, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    good = images(1)[0]
     results = list(classifier.stream_logits([good, tmp_path / "broken.jpg", good, tmp_path / "none.jpg", good]))
     assert [type(result).__name__ for result in results] == [
         "ndarray",
@@ -237,26 +237,26 @@ def test_broken_pictures_in_a_stream(classifier, tmp_path):
         "ndarray",
     ]
     np.testing.assert_allclose(results[0], results[4], rtol=1e-5, atol=1e-5)
-    with pytest.raises(ImageError, match=r"Picture 1 \(counted from 0\): .*broken\.jpg"):
+    with pytest.raises(ImageError, match=r"Image 1 \(counted from 0\): .*broken\.jpg"):
         classifier([good, tmp_path / "broken.jpg"])
 
 
 def test_a_processor_of_another_size_is_named(classifier):
     other = lf.ImageClassifier(classifier.model, classifier.variables, lf.LevitImageProcessor(size=64, crop_size=64))
     with pytest.raises(ValueError, match=r"makes \[H W C\] = \[64, 64, 3\] of it, but the model takes \[144, 144, 3\]"):
-        other(pictures(1))
+        other(images(1))
 
 
 def test_all_devices_compute_the_same(tmp_path):
     """Eight virtual devices: every batch is a multiple of eight, and the answers are those of one device."""
     script = (
         "import jax, numpy as np, levit_flax as lf\n"
-        "pictures = np.random.default_rng(0).integers(0, 256, (19, 40, 40, 3), np.uint8)\n"
+        "images = np.random.default_rng(0).integers(0, 256, (19, 40, 40, 3), np.uint8)\n"
         "assert jax.local_device_count() == 8\n"
         "many = lf.ImageClassifier.from_pretrained('cifar10', batch_size=12)\n"
         "assert many.batch_size == 16 and len(jax.tree.leaves(many.variables)[0].devices()) == 8\n"
         "one = lf.ImageClassifier(many.model, many.variables, many.processor, devices=jax.local_devices()[:1])\n"
-        "results = [np.stack(list(c.stream_logits(pictures))) for c in (many, one)]\n"
+        "results = [np.stack(list(c.stream_logits(images))) for c in (many, one)]\n"
         "np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-5)\n"
         "assert many._logits._cache_size() == 2, many._logits._cache_size()\n"
     )
@@ -267,7 +267,7 @@ def test_all_devices_compute_the_same(tmp_path):
 
 def test_wrong_calls(classifier):
     with pytest.raises(ValueError, match="top_k must be at least 1"):
-        classifier(pictures(1), top_k=0)
+        classifier(images(1), top_k=0)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         lf.ImageClassifier(classifier.model, classifier.variables, batch_size=0)
     with pytest.raises(ValueError, match="This model has no classifier"):

@@ -94,11 +94,11 @@ def test_transformers_reads_and_writes_the_same(tmp_path):
 
 
 def test_unknown_keys_are_kept_and_warned_of():
-    with pytest.warns(UserWarning, match=re.escape("does not use: colour, finetuned_by. They are kept")) as caught:
-        config = lf.LevitConfig.from_dict({"colour": {"b": 1, "a": [2]}, "finetuned_by": "me", "dtype": "float32"})
+    with pytest.warns(UserWarning, match=re.escape("does not use: color, finetuned_by. They are kept")) as caught:
+        config = lf.LevitConfig.from_dict({"color": {"b": 1, "a": [2]}, "finetuned_by": "me", "dtype": "float32"})
     assert len(caught) == 1
     hash(config)
-    assert config.to_dict()["colour"] == {"b": 1, "a": [2]} and "dtype" not in config.to_dict()
+    assert config.to_dict()["color"] == {"b": 1, "a": [2]} and "dtype" not in config.to_dict()
 
 
 def test_other_networks_are_refused():

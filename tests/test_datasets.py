@@ -13,12 +13,12 @@ from levit_flax.training import DataError, data  # noqa: E402
 
 NAMES = ["ant", "bee", "cat"]
 CLASS = datasets.ClassLabel(names=NAMES)
-PICTURES = [Image.new("RGB", (8, 6), (i, 0, 0)) for i in range(4)]
+IMAGES = [Image.new("RGB", (8, 6), (i, 0, 0)) for i in range(4)]
 
 
 def make(column, kind, values):
     features = datasets.Features({"note": datasets.Value("string"), "image": datasets.Image(), column: kind})
-    rows = {"note": ["x"] * len(values), "image": PICTURES[: len(values)], column: values}
+    rows = {"note": ["x"] * len(values), "image": IMAGES[: len(values)], column: values}
     return datasets.Dataset.from_dict(rows, features=features)
 
 
@@ -38,13 +38,13 @@ def make(column, kind, values):
     ],
 )
 def test_rows_of_every_kind(column, kind, values, targets, problem_type):
-    pictures = data.read_rows(make(column, kind, values), "the data", "train")
-    np.testing.assert_array_equal(pictures.targets, targets)
-    assert pictures.targets.dtype == (np.int32 if problem_type.startswith("single") else np.float32)
-    assert pictures.problem_type == problem_type
-    assert pictures.labels == (() if problem_type == "regression" else tuple(NAMES))
-    assert [pictures.load(i).getpixel((0, 0))[0] for i in range(len(pictures))] == list(range(len(values)))
-    assert pictures.select([len(values) - 1], "one").load(0).getpixel((0, 0))[0] == len(values) - 1
+    images = data.read_rows(make(column, kind, values), "the data", "train")
+    np.testing.assert_array_equal(images.targets, targets)
+    assert images.targets.dtype == (np.int32 if problem_type.startswith("single") else np.float32)
+    assert images.problem_type == problem_type
+    assert images.labels == (() if problem_type == "regression" else tuple(NAMES))
+    assert [images.load(i).getpixel((0, 0))[0] for i in range(len(images))] == list(range(len(values)))
+    assert images.select([len(values) - 1], "one").load(0).getpixel((0, 0))[0] == len(values) - 1
 
 
 def test_rows_without_a_target():
@@ -73,23 +73,23 @@ def test_rows_are_left_out_by_name(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(parts))
     found = data.read_dataset("zoo", {"train/1", "test/0"})
     assert [shade(found["train"], i) for i in range(3)] == [0, 2, 3] and [shade(found["test"], 0)] == [1]
-    assert found["train"].name(1) == "picture train/2 of zoo, train"
+    assert found["train"].name(1) == "image train/2 of zoo, train"
 
     whole = data.read_dataset("zoo")
     train, validation = data.leave_out(whole["train"], whole["test"], tmp_path, {"train/0", "test/1"})
     assert [shade(train, i) for i in range(4)] == [3, 1, 2, 3] and len(validation) == 1  # another ant in its place
-    with pytest.raises(DataError, match="no picture of the class bee left"):
+    with pytest.raises(DataError, match="no image of the class bee left"):
         data.leave_out(whole["train"], whole["test"], tmp_path, {"train/1"})
 
 
 def test_a_row_that_cannot_be_decoded_is_named(monkeypatch):
     features = datasets.Features({"image": datasets.Image(), "label": CLASS})
-    rows = {"image": [{"bytes": b"no picture", "path": None}] * 2, "label": [0, 1]}
+    rows = {"image": [{"bytes": b"no image", "path": None}] * 2, "label": [0, 1]}
     broken = datasets.Dataset.from_dict(rows, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict({"train": broken}))
-    with pytest.raises(DataError, match=r"^picture train/1 of zoo, train cannot be used: "):
+    with pytest.raises(DataError, match=r"^image train/1 of zoo, train cannot be used: "):
         data.read_dataset("zoo")["train"].load(1)
 
 
-def shade(pictures, index):
-    return pictures.load(index).getpixel((0, 0))[0]
+def shade(images, index):
+    return images.load(index).getpixel((0, 0))[0]

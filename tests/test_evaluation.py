@@ -1,4 +1,4 @@
-"""Evaluation: counted by hand, by every crop rule, and on the pictures that the embedded model's card speaks of."""
+"""Evaluation: counted by hand, by every crop rule, and on the images that the embedded model's card speaks of."""
 
 import json
 import os
@@ -28,14 +28,14 @@ def classifier():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three pictures of each class, one of them broken."""
+    """Three images of each class, one of them broken."""
     generator = np.random.default_rng(0)
     for name in CLASSES:
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(3):
             pixels = generator.integers(0, 256, (40, 50, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
-    (tmp_path / "data" / "cat" / "1.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "cat" / "1.png").write_bytes(b"no image")
     (tmp_path / "data" / "notes.txt").write_text("not looked at")
     return tmp_path / "data"
 
@@ -44,8 +44,8 @@ def test_counted_by_hand(classifier, folder):
     data = read_data(folder, CLASSES)
     assert data.labels == [i for i in range(7) for _ in range(3)]
     result = evaluate(classifier, data)
-    assert result.pictures == 20 and len(result.broken) == 1 and "1.png" in result.broken[0]
-    pairs = [(p, i) for p, i in zip(data.images, data.labels, strict=True) if "no picture" not in p.read_text("latin1")]
+    assert result.images == 20 and len(result.broken) == 1 and "1.png" in result.broken[0]
+    pairs = [(p, i) for p, i in zip(data.images, data.labels, strict=True) if "no image" not in p.read_text("latin1")]
     pixels = classifier.processor([path for path, _ in pairs], return_tensors="np")["pixel_values"]
     logits = np.asarray(jax.jit(classifier.model.apply)(classifier.variables, pixels).logits)
     labels = np.array([label for _, label in pairs])
@@ -66,7 +66,7 @@ def test_the_embedded_model_s_card_is_true(capsys):
     assert main(["evaluate", f"{CIFAR}/test", "--model", "cifar10", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     card = json.loads((EMBEDDED_DIRECTORY / "metrics.json").read_text())
-    assert (found["pictures"], found["top1"]) == (card["pictures"], card["top1"])
+    assert (found["images"], found["top1"]) == (card["images"], card["top1"])
 
 
 def test_classes_are_matched_by_name_or_by_order():
@@ -102,7 +102,7 @@ def test_a_dataset_by_name(classifier, monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
     data = read_data("zoo/animals", CLASSES, split="validation")
     assert asked == [(("zoo/animals",), {"split": "validation"})] and data.labels == list(range(7))
-    assert evaluate(classifier, data).pictures == 7
+    assert evaluate(classifier, data).images == 7
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"no directory zoo/animals.*pip install 'levit-flax\[datasets\]'"):
         read_data("zoo/animals", CLASSES)
@@ -115,7 +115,7 @@ def test_crop_rules_are_those_of_the_sources(rule, height, width):
     pytest.importorskip("timm")
     from timm.data import create_transform
 
-    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8))
     if rule == "timm":
         transform = create_transform(input_size=(3, 224, 224), interpolation="bicubic", crop_pct=0.9)
     else:
@@ -128,8 +128,8 @@ def test_crop_rules_are_those_of_the_sources(rule, height, width):
             ]
         )
     processor = evaluation_processor(rule, lf.LevitImageProcessor())
-    ours = processor(picture, return_tensors="np", data_format="channels_first")["pixel_values"][0]
-    np.testing.assert_allclose(ours, transform(picture).numpy(), atol=1e-5)
+    ours = processor(image, return_tensors="np", data_format="channels_first")["pixel_values"][0]
+    np.testing.assert_allclose(ours, transform(image).numpy(), atol=1e-5)
 
 
 def test_the_other_rules():
@@ -156,14 +156,14 @@ def test_the_command(capsys, classifier, folder, tmp_path):
         "--output",
         str(tmp_path / "out"),
     ]
-    assert main(arguments) == 1  # because of the broken picture
+    assert main(arguments) == 1  # because of the broken image
     out, err = capsys.readouterr()
     assert "top1" in out and err.startswith("error: ") and "1.png" in err and len(err.splitlines()) == 1
     assert sorted(os.listdir(tmp_path / "out")) == ["confusion.csv", "confusion.png", "metrics.json"]
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["pictures"] == 20
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["images"] == 20
     assert (tmp_path / "out" / "confusion.csv").read_text().startswith("true \\ named,ant,bee")
-    with Image.open(tmp_path / "out" / "confusion.png") as picture:
-        assert picture.format == "PNG"
+    with Image.open(tmp_path / "out" / "confusion.png") as image:
+        assert image.format == "PNG"
 
 
 def test_an_output_that_cannot_be_written_is_said_before_the_work(capsys, tmp_path):
@@ -178,8 +178,8 @@ def test_an_output_that_cannot_be_written_is_said_before_the_work(capsys, tmp_pa
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"
 
 
-def test_pictures_follow_the_image_size(capsys, classifier, folder, tmp_path):
-    """Of PyTorch weights too, whose own processor makes pictures of 64 pixels."""
+def test_images_follow_the_image_size(capsys, classifier, folder, tmp_path):
+    """Of PyTorch weights too, whose own processor makes images of 64 pixels."""
     config = lf.LevitConfig(**{**SMALL, "num_labels": 7, "id2label": CLASSES})
     model = lf.LevitForImageClassification(config)
     directory = tmp_path / "torch"
@@ -193,14 +193,14 @@ def test_pictures_follow_the_image_size(capsys, classifier, folder, tmp_path):
     resized = lf.resize_image(model, random_variables(model), (48, 32))
     processor = lf.LevitImageProcessor(size=round(70 * 48 / 64), crop_size=(48, 32))
     wanted = evaluate(lf.ImageClassifier(*resized, processor), read_data(folder, CLASSES))
-    assert found["pictures"] == 20 and found["loss"] == pytest.approx(wanted.loss, rel=1e-5)
+    assert found["images"] == 20 and found["loss"] == pytest.approx(wanted.loss, rel=1e-5)
 
 
 def test_nothing_to_count(capsys, classifier, tmp_path):
-    with pytest.raises(ValueError, match="no picture to count: the data is empty"):
+    with pytest.raises(ValueError, match="no image to count: the data is empty"):
         evaluate(classifier, Data([], []))
     with pytest.raises(ValueError, match="has no folders: expected one for each class"):
         read_data(tmp_path, CLASSES)
     (tmp_path / "ant").mkdir()
-    with pytest.raises(ValueError, match="hold no pictures"):
+    with pytest.raises(ValueError, match="hold no images"):
         read_data(tmp_path, CLASSES)

@@ -1,4 +1,4 @@
-"""Exported artefacts, run in processes that know nothing of this library."""
+"""Exported artifacts, run in processes that know nothing of this library."""
 
 import importlib.util
 import json
@@ -50,7 +50,7 @@ def needs(package):
 def exported_and_original(format, script, directory):
     """Return what the process printed, and pairs of logits for several batch sizes.
 
-    The artefact is made by a process of its own too: exporters do not keep to the strictness of these tests.
+    The artifact is made by a process of its own too: exporters do not keep to the strictness of these tests.
     """
     model = lf.LevitForImageClassificationWithTeacher(
         lf.LevitConfig(**{**SMALL, "image_size": (64, 48)}), precision="highest"

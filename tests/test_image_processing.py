@@ -1,4 +1,4 @@
-"""The image processor: bits against transformers, golden numbers without it, every kind of picture, every bad input."""
+"""The image processor: bits against transformers, golden numbers without it, every kind of image, every bad input."""
 
 import io
 import json
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 SEED = 20210402
 SHORT_SWEEP = 150
 FULL_SWEEP = 10_000
-# Some random cases are such that transformers raises (a float picture with fractions above 1, a scalar mean for a shape
+# Some random cases are such that transformers raises (a float image with fractions above 1, a scalar mean for a shape
 # that it cannot read, ...). They prove nothing, so most must not be of that kind.
 LEAST_COMPARED = 0.8
 
@@ -32,7 +32,7 @@ def random_levels(seed: int = SEED, height: int = 40, width: int = 50, channels:
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
-def picture(mode: str = "RGB") -> Image.Image:
+def make_image(mode: str = "RGB") -> Image.Image:
     return Image.fromarray(random_levels()).convert(mode)
 
 
@@ -54,7 +54,7 @@ def theirs() -> type:
 
 
 def random_array(rng: np.random.Generator) -> np.ndarray:
-    """A picture of any layout and type that transformers may accept."""
+    """An image of any layout and type that transformers may accept."""
     height, width = (int(side) for side in rng.integers(1, 70, 2))
     channels = int(rng.choice([1, 3, 3, 3, 4]))
     levels = rng.integers(0, 256, (height, width, channels))
@@ -73,7 +73,7 @@ def random_array(rng: np.random.Generator) -> np.ndarray:
     return np.moveaxis(array, -1, 0) if rng.random() < 0.5 else array
 
 
-def random_picture(rng: np.random.Generator) -> Image.Image:
+def random_image(rng: np.random.Generator) -> Image.Image:
     height, width = (int(side) for side in rng.integers(1, 70, 2))
     levels = rng.integers(0, 256, (height, width, 4), dtype=np.uint8)
     mode = str(rng.choice(["RGB", "RGB", "RGB", "L", "P", "1", "LA", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "RGBX"]))
@@ -109,7 +109,7 @@ def compare_with_transformers(theirs: type, count: int, seed: int) -> None:
     compared = 0
     for case in range(count):
         rng = np.random.default_rng((seed, case))
-        image = random_array(rng) if rng.random() < 0.5 else random_picture(rng)
+        image = random_array(rng) if rng.random() < 0.5 else random_image(rng)
         convert = bool(rng.random() < 0.8)
         options = random_options(rng, channels=3)
         # Half of the settings are the processor's own, the other half are given with the call.
@@ -148,8 +148,8 @@ def test_same_bits_as_transformers_for_a_photograph_sized_batch(theirs):
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "LA", "RGBA", "CMYK"])
 def test_files_are_read_as_transformers_reads_them(theirs, tmp_path, mode):
-    path = tmp_path / "picture.tiff" if mode == "CMYK" else tmp_path / "picture.png"
-    image = picture("RGB").convert(mode)
+    path = tmp_path / "image.tiff" if mode == "CMYK" else tmp_path / "image.png"
+    image = make_image("RGB").convert(mode)
     if "A" in mode:
         image.putalpha(Image.fromarray(random_levels(7)[..., 0]))
     image.save(path)
@@ -166,12 +166,12 @@ def test_the_settings_file_is_shared_with_transformers(theirs, tmp_path, written
     writers = {"ours": LevitImageProcessor, "theirs": theirs, "theirs_torchvision": transformers.LevitImageProcessor}
     writers[written_by](**settings).save_pretrained(tmp_path)
     ours = LevitImageProcessor.from_pretrained(tmp_path)
-    expected = theirs(**settings)(picture(), return_tensors="np")["pixel_values"]
+    expected = theirs(**settings)(make_image(), return_tensors="np")["pixel_values"]
     assert_same_bits(
-        ours(picture(), return_tensors="np", data_format="channels_first")["pixel_values"],
+        ours(make_image(), return_tensors="np", data_format="channels_first")["pixel_values"],
         expected,
     )
-    assert_same_bits(theirs.from_pretrained(tmp_path)(picture(), return_tensors="np")["pixel_values"], expected)
+    assert_same_bits(theirs.from_pretrained(tmp_path)(make_image(), return_tensors="np")["pixel_values"], expected)
     opened = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     assert isinstance(opened, transformers.LevitImageProcessor)
     assert dict(opened.size) == ours.size == {"shortest_edge": 42}
@@ -185,18 +185,18 @@ def test_the_settings_file_is_shared_with_transformers(theirs, tmp_path, written
 
 
 # Rounded to float32 after every step in exact rational arithmetic, with Python's fractions.
-GOLDEN_COLOUR = "4f4da73f5aed91be16d86ebf"
+GOLDEN_COLOR = "4f4da73f5aed91be16d86ebf"
 
 
-def test_pixel_values_of_one_colour():
-    """(level / 255 - mean) / std for the colour (200, 100, 50)."""
+def test_pixel_values_of_one_color():
+    """(level / 255 - mean) / std for the color (200, 100, 50)."""
     pixels = LevitImageProcessor()(Image.new("RGB", (300, 260), (200, 100, 50)), return_tensors="np")["pixel_values"]
     assert pixels.shape == (1, 224, 224, 3)
     assert pixels.dtype == np.float32
-    colour = pixels[0, 0, 0]
+    color = pixels[0, 0, 0]
     assert np.unique(pixels.reshape(-1, 3), axis=0).shape == (1, 3)
-    assert colour.tolist() == pytest.approx([1.3070468, -0.2850140, -0.9329847], abs=1e-6)
-    assert colour.tobytes().hex() == GOLDEN_COLOUR
+    assert color.tolist() == pytest.approx([1.3070468, -0.2850140, -0.9329847], abs=1e-6)
+    assert color.tobytes().hex() == GOLDEN_COLOR
 
 
 @pytest.mark.parametrize(
@@ -218,19 +218,19 @@ def test_resized_dimensions(height, width, size, expected):
 
 
 def test_bicubic_levels():
-    """A row of four levels doubled by Keys' cubic kernel (a = -0.5) at offsets 1/4 and 3/4, edges renormalised."""
+    """A row of four levels doubled by Keys' cubic kernel (a = -0.5) at offsets 1/4 and 3/4, edges renormalized."""
     row = np.repeat(np.array([[0, 100, 200, 40]], dtype=np.uint8)[..., None], 3, axis=-1)
     processor = LevitImageProcessor(size=(1, 8), do_center_crop=False)
     near, far = 0.8671875, 0.2265625  # weights of the nearest sample and of the one on the other side
     outer = {1.25: -0.0703125, 1.75: -0.0234375}
-    weights = np.array([outer[1.75], far, near, outer[1.25]])  # for a sample three quarters past the second neighbour
+    weights = np.array([outer[1.75], far, near, outer[1.25]])  # for a sample three quarters past the second neighbor
     padded = np.pad(row[0, :, 0].astype(float), 2, constant_values=np.nan)
     expected = []
     for target in range(8):
-        first = (target + 1) // 2  # of the four neighbours, in the padded row
-        neighbours, kernel = padded[first : first + 4], weights if target % 2 == 0 else weights[::-1]
-        inside = ~np.isnan(neighbours)
-        expected.append(np.sum(neighbours[inside] * kernel[inside]) / np.sum(kernel[inside]))
+        first = (target + 1) // 2  # of the four neighbors, in the padded row
+        neighbors, kernel = padded[first : first + 4], weights if target % 2 == 0 else weights[::-1]
+        inside = ~np.isnan(neighbors)
+        expected.append(np.sum(neighbors[inside] * kernel[inside]) / np.sum(kernel[inside]))
     expected = np.clip(np.floor(np.array(expected) + 0.5), 0, 255)
     assert processor.resize_and_crop(row, "channels_last")[0, :, 0].tolist() == expected.tolist()
 
@@ -240,7 +240,7 @@ def test_bicubic_levels():
     [(8, 4, 2), (9, 4, 2), (8, 5, 1), (7, 7, 0), (4, 8, -2), (4, 9, -3), (5, 8, -2), (1, 4, -2)],
 )
 def test_center_crop(length, crop, first):
-    """The first row kept is (length - crop) // 2, counted from the picture's own first row; outside it is black."""
+    """The first row kept is (length - crop) // 2, counted from the image's own first row; outside it is black."""
     rows = np.arange(1, length + 1, dtype=np.uint8)
     expected = [int(rows[row]) if 0 <= row < length else 0 for row in range(first, first + crop)]
     tall = np.broadcast_to(rows[:, None, None], (length, 6, 3))
@@ -251,26 +251,26 @@ def test_center_crop(length, crop, first):
     assert processor.resize_and_crop(wide, "channels_last")[0, :, 0].tolist() == expected
 
 
-def test_black_borders_are_black_before_normalisation():
+def test_black_borders_are_black_before_normalization():
     pixels = LevitImageProcessor(do_resize=False, crop_size=3)(Image.new("RGB", (1, 1), "white"))["pixel_values"][0]
     assert pixels[0, 0].tolist() == pytest.approx([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225])
     assert pixels[1, 1].tolist() == pytest.approx([0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225])
 
 
-def test_rescaling_and_normalising_can_be_left_out():
+def test_rescaling_and_normalizing_can_be_left_out():
     levels = random_levels(height=5, width=6)
     only = {"do_resize": False, "do_center_crop": False}
     neither = LevitImageProcessor(**only, do_rescale=False, do_normalize=False)(levels)["pixel_values"][0]
     assert_same_bits(neither, levels)
     rescaled = LevitImageProcessor(**only, do_normalize=False)(levels)["pixel_values"][0]
     assert_same_bits(rescaled, (levels / 255).astype(np.float32))
-    normalised = LevitImageProcessor(**only, do_rescale=False, image_mean=127.5, image_std=51)(levels)["pixel_values"][
+    normalized = LevitImageProcessor(**only, do_rescale=False, image_mean=127.5, image_std=51)(levels)["pixel_values"][
         0
     ]
-    assert_same_bits(normalised, ((levels.astype(np.float32) - np.float32(127.5)) / np.float32(51)))
+    assert_same_bits(normalized, ((levels.astype(np.float32) - np.float32(127.5)) / np.float32(51)))
 
 
-# --- kinds of pictures ----------------------------------------------------------------------------
+# --- kinds of images ----------------------------------------------------------------------------
 
 
 def values(image: object, **options: object) -> np.ndarray:
@@ -278,27 +278,27 @@ def values(image: object, **options: object) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "F"])
-def test_pictures_of_every_mode_become_rgb(mode):
-    image = picture("L").convert(mode) if mode in ("F", "PA") else picture(mode)
+def test_images_of_every_mode_become_rgb(mode):
+    image = make_image("L").convert(mode) if mode in ("F", "PA") else make_image(mode)
     assert_same_bits(values(image), values(image.convert("RGB")))
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
 @pytest.mark.parametrize("from_file", [False, True])
 def test_sixteen_bits_are_scaled_to_eight(mode, from_file, tmp_path):
-    grey = random_levels()[..., 0]
-    nearest = np.random.default_rng(SEED).integers(-128, 129, grey.shape)  # 16-bit levels that round to the same 8 bits
-    levels = np.clip(grey.astype(np.int32) * 257 + nearest, 0, 65535)
+    gray = random_levels()[..., 0]
+    nearest = np.random.default_rng(SEED).integers(-128, 129, gray.shape)  # 16-bit levels that round to the same 8 bits
+    levels = np.clip(gray.astype(np.int32) * 257 + nearest, 0, 65535)
     wide = Image.fromarray(levels.astype({"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]))
     assert wide.mode == mode
     if from_file:
         wide.save(tmp_path / "wide.tiff")
         wide = tmp_path / "wide.tiff"
-    assert_same_bits(values(wide), values(Image.fromarray(grey)))
+    assert_same_bits(values(wide), values(Image.fromarray(gray)))
 
 
 def test_levels_beyond_sixteen_bits_are_refused():
-    with pytest.raises(ImageError, match="Expected a 16-bit picture with levels 0 to 65535, found 0 to 70000"):
+    with pytest.raises(ImageError, match="Expected a 16-bit image with levels 0 to 65535, found 0 to 70000"):
         values(Image.fromarray(np.array([[0, 70000]], dtype=np.int32)))
 
 
@@ -311,21 +311,21 @@ def test_transparency_is_laid_over_white_in_memory_and_dropped_from_a_file(tmp_p
 
 
 def test_a_transparent_palette_is_read_without_a_warning(tmp_path):
-    image = picture("P")
+    image = make_image("P")
     image.save(tmp_path / "palette.png", transparency=bytes(range(256)))
     assert_same_bits(values(tmp_path / "palette.png"), values(image.convert("RGB")))
 
 
 def test_conversion_to_rgb_can_be_left_out():
     processor = LevitImageProcessor(size=16, crop_size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
-    assert processor(picture("L"), return_tensors="np")["pixel_values"].shape == (1, 16, 16, 1)
-    assert processor(picture("RGBA"), return_tensors="np")["pixel_values"].shape == (1, 16, 16, 4)
+    assert processor(make_image("L"), return_tensors="np")["pixel_values"].shape == (1, 16, 16, 1)
+    assert processor(make_image("RGBA"), return_tensors="np")["pixel_values"].shape == (1, 16, 16, 4)
 
 
 @pytest.mark.parametrize("shape", [(40, 50), (40, 50, 1), (1, 40, 50)])
-def test_grey_arrays_of_every_layout(shape):
-    grey = random_levels()[..., 0]
-    assert_same_bits(values(grey.reshape(shape)), values(Image.fromarray(grey)))
+def test_gray_arrays_of_every_layout(shape):
+    gray = random_levels()[..., 0]
+    assert_same_bits(values(gray.reshape(shape)), values(Image.fromarray(gray)))
 
 
 def test_channel_order_is_inferred_and_can_be_given():
@@ -357,7 +357,7 @@ def test_rescaling_twice_is_warned_of():
 def test_batches_of_every_form_are_the_same():
     jax = pytest.importorskip("jax")
     levels = np.stack([random_levels(1), random_levels(2)])
-    images = [Image.fromarray(picture) for picture in levels]
+    images = [Image.fromarray(image) for image in levels]
     expected = values(images)
     assert expected.shape == (2, 16, 16, 3)
     for batch in (
@@ -381,33 +381,33 @@ def test_torch_tensors_are_taken_and_given():
         values(torch.ones(3, 8, 8, requires_grad=True))
 
 
-def test_pictures_of_different_sizes():
+def test_images_of_different_sizes():
     images = [random_levels(height=30), random_levels(height=31)]
     assert values(images).shape == (2, 16, 16, 3)
     loose = LevitImageProcessor(size=16, do_center_crop=False)(images)["pixel_values"]
-    assert [picture.shape for picture in loose] == [(18, 30, 3), (18, 29, 3)]
+    assert [image.shape for image in loose] == [(18, 30, 3), (18, 29, 3)]
 
 
 def test_types_and_layouts_of_the_result():
     jax = pytest.importorskip("jax")
     processor = LevitImageProcessor(size=16, crop_size=(16, 12))
-    last = processor(picture(), return_tensors="np")["pixel_values"]
-    first = processor(picture(), return_tensors="np", data_format="channels_first")["pixel_values"]
-    on_device = processor(picture(), return_tensors="jax")["pixel_values"]
+    last = processor(make_image(), return_tensors="np")["pixel_values"]
+    first = processor(make_image(), return_tensors="np", data_format="channels_first")["pixel_values"]
+    on_device = processor(make_image(), return_tensors="jax")["pixel_values"]
     assert last.shape == (1, 16, 12, 3)
     assert first.flags.c_contiguous
     assert_same_bits(first, np.moveaxis(last, -1, 1))
     assert isinstance(on_device, jax.Array)
     assert_same_bits(np.asarray(on_device), last)
-    (only,) = processor.preprocess(picture())["pixel_values"]
+    (only,) = processor.preprocess(make_image())["pixel_values"]
     assert_same_bits(only, last[0])
 
 
 def test_the_two_halves_make_the_whole():
     processor = LevitImageProcessor(size=16, crop_size=16)
-    crop = processor.resize_and_crop(picture())
+    crop = processor.resize_and_crop(make_image())
     assert crop.dtype == np.uint8
-    assert_same_bits(processor.rescale_and_normalize(crop[None]), values(picture()))
+    assert_same_bits(processor.rescale_and_normalize(crop[None]), values(make_image()))
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -416,7 +416,7 @@ def test_the_two_halves_make_the_whole():
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["png", "webp"])
 def test_files_are_turned_upright_and_pil_images_are_left_alone(tmp_path, orientation, suffix):
-    upright = picture()
+    upright = make_image()
     turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the Transpose that undoes how the camera was held
     stored = upright.transpose(Image.Transpose(turns[orientation])) if orientation > 1 else upright
     exif = Image.Exif()
@@ -431,20 +431,20 @@ def test_files_are_turned_upright_and_pil_images_are_left_alone(tmp_path, orient
 
 
 def test_the_first_frame_of_an_animation(tmp_path):
-    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
     for name in ("moving.gif", "moving.png", "moving.webp"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
         assert_same_bits(values(tmp_path / name), values(frames[0]))
 
 
 def test_the_format_is_told_from_the_content(tmp_path):
-    picture().save(tmp_path / "lie.jpg", format="PNG")
-    assert_same_bits(values(tmp_path / "lie.jpg"), values(picture()))
+    make_image().save(tmp_path / "lie.jpg", format="PNG")
+    assert_same_bits(values(tmp_path / "lie.jpg"), values(make_image()))
 
 
 def test_a_file_is_closed_and_left_as_it_was(tmp_path):
-    path = tmp_path / "picture.png"
-    picture().save(path)
+    path = tmp_path / "image.png"
+    make_image().save(path)
     before = path.read_bytes()
     image = load_image(path)
     path.unlink()
@@ -454,7 +454,7 @@ def test_a_file_is_closed_and_left_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1)])
-def test_the_smallest_pictures(shape):
+def test_the_smallest_images(shape):
     assert values(Image.new("RGB", shape, "white")).shape == (1, 16, 16, 3)
 
 
@@ -464,7 +464,7 @@ def test_damaged_files_give_a_result_or_a_sentence(tmp_path):
     results = refused = 0
     for file_format in ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "PPM", "TGA", "ICO", "JPEG2000", "PCX", "SGI"):
         buffer = io.BytesIO()
-        picture("P" if file_format == "GIF" else "RGB").save(buffer, format=file_format)
+        make_image("P" if file_format == "GIF" else "RGB").save(buffer, format=file_format)
         for _ in range(20):
             content = np.frombuffer(buffer.getvalue(), np.uint8).copy()
             content[rng.integers(0, min(len(content), 200), 3)] = rng.integers(0, 256, 3)
@@ -484,20 +484,20 @@ def test_damaged_files_give_a_result_or_a_sentence(tmp_path):
 
 
 def test_a_missing_path(tmp_path):
-    with pytest.raises(FileNotFoundError, match=re.escape(f"There is no picture at {tmp_path / 'no.jpg'}.")):
-        values([picture(), tmp_path / "no.jpg"])
+    with pytest.raises(FileNotFoundError, match=re.escape(f"There is no image at {tmp_path / 'no.jpg'}.")):
+        values([make_image(), tmp_path / "no.jpg"])
 
 
 def test_bad_files(tmp_path):
     (tmp_path / "empty.jpg").touch()
-    (tmp_path / "text.jpg").write_text("This is not a picture.\n" * 100)
-    picture().save(tmp_path / "whole.jpg")
+    (tmp_path / "text.jpg").write_text("This is not an image.\n" * 100)
+    make_image().save(tmp_path / "whole.jpg")
     whole = (tmp_path / "whole.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     for path, message in [
-        (tmp_path, f"Expected a picture file, but {tmp_path} is a directory or a device."),
-        (tmp_path / "empty.jpg", f"Expected a picture, but {tmp_path / 'empty.jpg'} is empty (0 bytes)."),
-        (tmp_path / "text.jpg", f"{tmp_path / 'text.jpg'} is not a picture in a format that Pillow reads."),
+        (tmp_path, f"Expected an image file, but {tmp_path} is a directory or a device."),
+        (tmp_path / "empty.jpg", f"Expected an image, but {tmp_path / 'empty.jpg'} is empty (0 bytes)."),
+        (tmp_path / "text.jpg", f"{tmp_path / 'text.jpg'} is not an image in a format that Pillow reads."),
         (
             tmp_path / "cut.jpg",
             f"{tmp_path / 'cut.jpg'} cannot be decoded and is probably damaged (image file is trunc",
@@ -515,7 +515,7 @@ def test_bad_files(tmp_path):
 @pytest.mark.parametrize("limit", [1500, 900])  # Pillow warns above its limit, and raises above twice as many
 def test_a_decompression_bomb(tmp_path, monkeypatch, limit, action):
     path = tmp_path / "bomb.png"
-    picture().save(path)  # 2,000 pixels
+    make_image().save(path)  # 2,000 pixels
     assert load_image(path).size == (50, 40)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     expected = f"^{re.escape(str(path))} has more pixels than the limit of {limit:,}; if it can be trusted, raise PIL"
@@ -537,7 +537,7 @@ def test_a_strip_that_would_become_huge(monkeypatch):
     strip = Image.new("RGB", (1, 10_000))
     with pytest.raises(
         ImageError,
-        match=r"^A picture of 1 x 10000 pixels would be resized to 256 x 2560000, more than the limit of 89,478,485",
+        match=r"^An image of 1 x 10000 pixels would be resized to 256 x 2560000, more than the limit of 89,478,485",
     ):
         LevitImageProcessor()(strip)
     assert LevitImageProcessor(size=(256, 256))(strip)["pixel_values"][0].shape == (224, 224, 3)
@@ -551,8 +551,8 @@ FINE = random_levels(height=8, width=8)
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
-        ([], ImageError, "Expected at least one picture, found an empty list or batch."),
-        (np.zeros((0, 8, 8, 3), np.uint8), ImageError, "Expected at least one picture, found an empty list or batch."),
+        ([], ImageError, "Expected at least one image, found an empty list or batch."),
+        (np.zeros((0, 8, 8, 3), np.uint8), ImageError, "Expected at least one image, found an empty list or batch."),
         (None, TypeError, "Expected a path, a PIL image, an array or a list of these, found NoneType."),
         ({"a": FINE}, TypeError, "Expected a path, a PIL image, an array or a list of these, found dict."),
         ([FINE, 3], TypeError, "Expected a path, a PIL image, an array or a list of these, found int."),
@@ -562,11 +562,11 @@ FINE = random_levels(height=8, width=8)
         (
             np.zeros((8, 8, 2), np.uint8),
             ImageError,
-            "Expected a picture with 1, 3 or 4 channels first or last, found an array of shape (8, 8, 2).",
+            "Expected an image with 1, 3 or 4 channels first or last, found an array of shape (8, 8, 2).",
         ),
-        (np.zeros((3, 0, 8), np.uint8), ImageError, "Expected a picture with at least one pixel, found [H W C] shape"),
-        (Image.new("RGB", (0, 5)), ImageError, "Expected a picture with at least one pixel, found one of size (0, 5)."),
-        (np.full((8, 8, 3), np.nan), ImageError, "Expected finite pixel values, found NaN or infinity in the picture."),
+        (np.zeros((3, 0, 8), np.uint8), ImageError, "Expected an image with at least one pixel, found [H W C] shape"),
+        (Image.new("RGB", (0, 5)), ImageError, "Expected an image with at least one pixel, found one of size (0, 5)."),
+        (np.full((8, 8, 3), np.nan), ImageError, "Expected finite pixel values, found NaN or infinity in the image."),
         (Image.new("F", (8, 8), np.inf), ImageError, "Expected finite pixel values, found NaN or infinity in the pi"),
         (
             np.full((8, 8, 3), 300),
@@ -575,11 +575,11 @@ FINE = random_levels(height=8, width=8)
         ),
         (np.full((8, 8, 3), 7.5), ImageError, "Resizing expects whole levels 0 to 255 or values in [0, 1], found"),
         (np.full((8, 8, 3), -0.5), ImageError, "Resizing expects whole levels 0 to 255 or values in [0, 1], found"),
-        (np.full((8, 8, 4), 7.0), ImageError, "Expected a transparent float picture with values in [0, 1], found 7.0 "),
-        ([FINE, FINE * np.nan], ImageError, "Picture 1 of the 2 (counted from 0): Expected finite pixel values"),
+        (np.full((8, 8, 4), 7.0), ImageError, "Expected a transparent float image with values in [0, 1], found 7.0 "),
+        ([FINE, FINE * np.nan], ImageError, "Image 1 of the 2 (counted from 0): Expected finite pixel values"),
     ],
 )
-def test_bad_pictures(images, error, message):
+def test_bad_images(images, error, message):
     with pytest.raises(error, match="^" + re.escape(message)):
         values(images)
 
@@ -587,13 +587,13 @@ def test_bad_pictures(images, error, message):
 def test_the_wrong_channel_order_is_refused():
     with pytest.raises(ImageError, match=re.escape("with 1, 3 or 4 channels, found [H W C] shape (8, 3, 8).")):
         values(FINE, input_data_format="channels_first")
-    with pytest.raises(ImageError, match=re.escape("Pillow resizes pictures of up to 4 channels, found [H W C] shape")):
+    with pytest.raises(ImageError, match=re.escape("Pillow resizes images of up to 4 channels, found [H W C] shape")):
         values(FINE, input_data_format="channels_first", do_convert_rgb=False)
 
 
 def test_a_ragged_batch_cannot_be_stacked():
     expected = (
-        "Pictures of different shapes [(18, 22, 3), (20, 18, 3)] cannot become one array; crop them with "
+        "Images of different shapes [(18, 22, 3), (20, 18, 3)] cannot become one array; crop them with "
         "do_center_crop=True, or pass return_tensors=None for a list."
     )
     images = [random_levels(), random_levels(height=56)]
@@ -706,8 +706,8 @@ def test_settings_of_a_call_replace_the_processors_own_for_that_call():
         "image_mean": np.array([0.1, 0.2, 0.3]),
         "image_std": 2,
     }
-    found = processor(picture(), **overrides)["pixel_values"][0]
-    assert_same_bits(found, LevitImageProcessor(**overrides)(picture())["pixel_values"][0])
+    found = processor(make_image(), **overrides)["pixel_values"][0]
+    assert_same_bits(found, LevitImageProcessor(**overrides)(make_image())["pixel_values"][0])
     assert found.shape == (12, 12, 3)
     assert processor.to_dict() == before
 
@@ -715,10 +715,10 @@ def test_settings_of_a_call_replace_the_processors_own_for_that_call():
 def test_attributes_can_be_assigned_and_are_checked():
     processor = LevitImageProcessor(size=16)
     processor.crop_size = 12
-    assert processor(picture())["pixel_values"][0].shape == (12, 12, 3)
+    assert processor(make_image())["pixel_values"][0].shape == (12, 12, 3)
     processor.size = {"longest_edge": 3}
     with pytest.raises(ValueError, match=r"^size must be"):
-        processor(picture())
+        processor(make_image())
 
 
 def test_settings_survive_the_disk(tmp_path):
@@ -846,10 +846,10 @@ def test_a_name_that_is_no_directory_is_looked_up_on_the_hub(tmp_path, monkeypat
 
 
 def test_neither_torch_nor_transformers_is_imported(tmp_path):
-    picture().save(tmp_path / "picture.png")
+    make_image().save(tmp_path / "image.png")
     script = (
         "import sys; from levit_flax.image_processing import LevitImageProcessor as P;"
-        f"P()({str(tmp_path / 'picture.png')!r}, return_tensors='np');"
+        f"P()({str(tmp_path / 'image.png')!r}, return_tensors='np');"
         "print(sorted({'torch', 'torchvision', 'transformers', 'timm'} & set(sys.modules)))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

@@ -24,7 +24,7 @@ def convolve(x, kernel, strides, padding, precision):
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 3), (3, 7, 10, 4), (1, 5, 1, 2)])
 def test_patches_do_what_the_convolution_does(shape):
-    """In value, and in the derivative either way by pictures and by kernel; twice, too."""
+    """In value, and in the derivative either way by images and by kernel; twice, too."""
     rng = np.random.default_rng(0)
     with jax.enable_x64():
         point = rng.normal(size=shape), rng.normal(size=(3, 3, shape[-1], 6))
@@ -80,7 +80,7 @@ assert not (found := re.findall(r"(?:all|collective)-\\w+", program.as_text())),
 """
 
 
-def test_devices_take_patches_of_their_own_pictures():
+def test_devices_take_patches_of_their_own_images():
     """Nothing of a batch that four devices share goes from one to another."""
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     done = subprocess.run([sys.executable, "-c", SHARED], env=environment, capture_output=True, text=True, check=False)

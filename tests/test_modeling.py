@@ -58,7 +58,7 @@ def test_sizes_are_the_reference_s(name):
     assert count(TWO_HEADS(config), "batch_stats") == statistics
 
 
-def test_initialisation_is_the_original_s():
+def test_initialization_is_the_original_s():
     config = lf.VARIANTS["levit-128S"]
     variables = jax.jit(TWO_HEADS(config).init)(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
     params = {path: np.asarray(leaf) for path, leaf in flatten_dict(variables["params"], sep="/").items()}
@@ -149,7 +149,7 @@ def test_no_classes_means_no_classifier():
     assert run(model, variables, pixel_values).logits.shape == (2, 48)
 
 
-def test_a_picture_s_answer_does_not_depend_on_its_batch():
+def test_a_image_s_answer_does_not_depend_on_its_batch():
     model, variables, pixel_values = make(batch=4)
     apply = jax.jit(model.apply)
     alone = apply(variables, pixel_values[:1]).logits
@@ -216,7 +216,7 @@ def test_training_updates_statistics_and_counts():
     assert (after["mean"] != before["mean"]).all() and (after["var"] != before["var"]).all()
 
 
-def test_drop_path_drops_whole_branches_of_single_pictures():
+def test_drop_path_drops_whole_branches_of_single_images():
     rate, batch = 0.4, 512
     model, variables, _ = make(lf.LevitModel, drop_path_rate=rate, depths=(1, 0, 0), image_size=32, mlp_ratio=(0, 0, 0))
     proj = variables["params"]["stage_0"]["block_0"]["attention"]["proj"]["norm"]
@@ -277,9 +277,9 @@ def test_wrong_pixels_are_explained(shape, dtype, message):
         ONE_HEAD(lf.LevitConfig(**SMALL)).init(jax.random.key(0), jnp.zeros(shape, dtype))
 
 
-def test_training_on_one_picture_is_refused():
+def test_training_on_one_image_is_refused():
     model, variables, pixel_values = make(batch=1)
-    with pytest.raises(ValueError, match=r"more than one value per channel.*two pictures or more"):
+    with pytest.raises(ValueError, match=r"more than one value per channel.*two images or more"):
         run(model, variables, pixel_values, train=True, mutable=["batch_stats"])
 
 

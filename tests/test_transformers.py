@@ -26,7 +26,7 @@ CLASSES = ("LevitModel", "LevitForImageClassification", "LevitForImageClassifica
 
 
 def both(class_name, **fields):
-    """Return transformers' model and ours with its weights, in float32, and pictures for each."""
+    """Return transformers' model and ours with its weights, in float32, and images for each."""
     config = lf.LevitConfig(**{**SMALL, **fields})
     reference = torch_model(config, class_name).float()
     model, variables = convert.from_torch(state_dict(reference), config=config)
@@ -136,7 +136,7 @@ def test_another_number_of_classes(tmp_path, num_labels):
 
 
 def test_other_image_sizes_are_of_use_here(tmp_path):
-    """transformers' biases are uninitialised memory then; ours come from the checkpoint's."""
+    """transformers' biases are uninitialized memory then; ours come from the checkpoint's."""
     reference, *_ = both(CLASSES[2])
     reference.save_pretrained(tmp_path)
     _, variables = lf.from_pretrained(tmp_path, image_size=96)
@@ -152,11 +152,9 @@ def test_the_pipeline():
         model=transformers.LevitForImageClassificationWithTeacher.from_pretrained(EMBEDDED_DIRECTORY, dtype="float32"),
         image_processor=transformers.LevitImageProcessorPil.from_pretrained(EMBEDDED_DIRECTORY),
     )
-    pictures = [
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (150, 130 + i, 3), np.uint8)) for i in range(3)
-    ]
-    wanted = theirs(pictures, top_k=4)
-    found = lf.ImageClassifier.from_pretrained("cifar10")(pictures, top_k=4)
+    images = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (150, 130 + i, 3), np.uint8)) for i in range(3)]
+    wanted = theirs(images, top_k=4)
+    found = lf.ImageClassifier.from_pretrained("cifar10")(images, top_k=4)
     for one, other in zip(found, wanted, strict=True):
         assert [entry["label"] for entry in one] == [entry["label"] for entry in other]
         np.testing.assert_allclose(

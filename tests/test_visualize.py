@@ -45,12 +45,12 @@ def test_attention_maps_are_shares_of_the_attention(loaded, pixel_values):
 
 def test_bias_tables_are_the_biases_between_tokens(loaded):
     model, variables = loaded
-    pictures = visualize.bias_tables(model, variables)
-    picture = pictures["stage_0/block_0"]
+    images = visualize.bias_tables(model, variables)
+    image = images["stage_0/block_0"]
     table = variables["params"]["stage_0"]["block_0"]["attention"]["attention_biases"].reshape(4, 6, 1)
-    assert picture.shape == (1, 7, 11)
+    assert image.shape == (1, 7, 11)
     for dy, dx in ((0, 0), (-3, 2), (1, -5), (2, 5)):
-        assert picture[0, 3 + dy, 5 + dx] == table[abs(dy), abs(dx), 0]
+        assert image[0, 3 + dy, 5 + dx] == table[abs(dy), abs(dx), 0]
 
 
 def test_a_class_activation_map_adds_up_to_the_logit(loaded, pixel_values):
@@ -84,8 +84,8 @@ def test_the_command_draws(capsys, tmp_path):
     for extra in (["--label", "cat"], ["--biases"]):
         out = tmp_path / f"out{len(extra)}{extra[:1]}.png"
         assert main(["explain", str(tmp_path / "noise.png"), "-m", "cifar10", "-o", str(out), *extra]) == 0
-        with Image.open(out) as picture:
-            assert min(picture.size) > 400 and np.asarray(picture.convert("L")).std() > 10
+        with Image.open(out) as image:
+            assert min(image.size) > 400 and np.asarray(image.convert("L")).std() > 10
     assert main(["explain", str(tmp_path / "noise.png"), "-m", "cifar10", "-o", "x.png", "--label", "yak"]) == 1
     assert "error: The model has no class 'yak': its classes are airplane" in capsys.readouterr().err
     assert main(["explain", str(tmp_path / "none.png"), "-m", "cifar10", "-o", "x.png"]) == 1

@@ -26,7 +26,7 @@ ARCHITECTURE = {
     "attention_ratio": [2, 2],
     "down_ops": [["Subsample", 8, 2, 2, 0, 2]],
 }
-# Of 30 pictures 27 are trained on: three steps in each epoch, with three pictures left out. Every test that can trains
+# Of 30 images 27 are trained on: three steps in each epoch, with three images left out. Every test that can trains
 # by these values, since most of a tiny training's time is the compiler's.
 VALUES = {
     "architecture": ARCHITECTURE,
@@ -39,7 +39,7 @@ VALUES = {
 }
 STEPS_PER_EPOCH, STEPS = 3, 18
 
-# For this process as configuration, for others as environment. Tiny models run no faster for being optimised.
+# For this process as configuration, for others as environment. Tiny models run no faster for being optimized.
 COMPILER = {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0.0}
 
 
@@ -66,8 +66,8 @@ def standard_promotion(compiled):
     jax.config.update("jax_numpy_dtype_promotion", before)
 
 
-def write_pictures(directory: Path, each: int | Sequence[int] = 10, classes: Sequence[str] = CLASSES, seed: int = 0):
-    """Write pictures of noise over a grey that tells their class, and return the directory."""
+def write_images(directory: Path, each: int | Sequence[int] = 10, classes: Sequence[str] = CLASSES, seed: int = 0):
+    """Write images of noise over a gray that tells their class, and return the directory."""
     generator = np.random.default_rng(seed)
     counts = [each] * len(classes) if isinstance(each, int) else each
     for shade, (name, count) in enumerate(zip(classes, counts, strict=True)):
@@ -79,7 +79,7 @@ def write_pictures(directory: Path, each: int | Sequence[int] = 10, classes: Seq
 
 
 def truncate(path: Path) -> bytes:
-    """Cut a picture's pixels off after its header, and return what it was."""
+    """Cut an image's pixels off after its header, and return what it was."""
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     return whole

@@ -35,21 +35,21 @@ def load(directory: Path) -> LevitForImageClassificationWithTeacher:
 
 
 def measure(data: Path) -> tuple[float, int]:
-    """Return the shipped model's top-1 in [0, 1] on the test pictures by transformers alone, and their number."""
+    """Return the shipped model's top-1 in [0, 1] on the test images by transformers alone, and their number."""
     model, processor = load(OUT), LevitImageProcessorPil.from_pretrained(OUT)
     files = sorted((data / "test").glob("*/*.jpg"))
     hits = 0
     with torch.inference_mode():
         for i in range(0, len(files), BATCH):
-            pictures = [Image.open(path).convert("RGB") for path in files[i : i + BATCH]]
-            named = model(**processor(pictures, return_tensors="pt")).logits.argmax(1).tolist()
+            images = [Image.open(path).convert("RGB") for path in files[i : i + BATCH]]
+            named = model(**processor(images, return_tensors="pt")).logits.argmax(1).tolist()
             right = [model.config.label2id[path.parent.name] for path in files[i : i + BATCH]]
             hits += sum(map(int.__eq__, named, right))
     return hits / len(files), len(files)
 
 
 def write_probe() -> None:
-    """Store seeded pictures and PyTorch's logits for them, in float32, as the demo's proof of a right conversion."""
+    """Store seeded images and PyTorch's logits for them, in float32, as the demo's proof of a right conversion."""
     model, processor = load(OUT), LevitImageProcessorPil.from_pretrained(OUT)
     size = model.config.image_size
     levels = np.random.default_rng(0).integers(0, 256, (PROBES, size, size, 3), dtype=np.uint8)
@@ -93,10 +93,10 @@ def main() -> None:
     model.half().save_pretrained(OUT)
     LevitImageProcessorPil.from_pretrained(trained).save_pretrained(OUT)
     write_probe()
-    accuracy, pictures = measure(arguments.data)
+    accuracy, images = measure(arguments.data)
     result = {
         "data": "CIFAR-10, half of the test split",
-        "pictures": pictures,
+        "images": images,
         "top1": round(accuracy, 4),
         "parameters": model.num_parameters(),
         "bytes": (OUT / "model.safetensors").stat().st_size,

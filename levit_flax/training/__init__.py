@@ -1,12 +1,12 @@
 """Fine-tuning and training from scratch: recipes, data, distillation, and a loop that survives being killed.
 
-Needs `pip install 'levit-flax[train]'`: Grain reads the data, optax optimises, Orbax keeps checkpoints.
+Needs `pip install 'levit-flax[train]'`: Grain reads the data, optax optimizes, Orbax keeps checkpoints.
 """
 
 try:
     from .data import DataError as DataError
-    from .data import Pictures as Pictures
-    from .data import read_pictures as read_pictures
+    from .data import LabeledImages as LabeledImages
+    from .data import read_images as read_images
     from .loop import NotFiniteError as NotFiniteError
     from .loop import Progress as Progress
     from .loop import TrainingStopped as TrainingStopped
@@ -20,14 +20,14 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "DataError",
+    "LabeledImages",
     "NotFiniteError",
-    "Pictures",
     "Progress",
     "Recipe",
     "RecipeError",
     "TrainingStopped",
     "finetune",
-    "read_pictures",
+    "read_images",
     "read_recipe",
     "store_logits",
 ]

@@ -1,4 +1,4 @@
-"""Random changes to training pictures: those of one picture by Pillow on the host, those of a batch on the device.
+"""Random changes to training images: those of one image by Pillow on the host, those of a batch on the device.
 
 Source: the transforms of timm (data/auto_augment.py, data/transforms.py, data/random_erasing.py, data/mixup.py), which
 facebookresearch/LeViT trains with.
@@ -23,13 +23,11 @@ ERASE_RATIO = (0.3, 1 / 0.3)
 RESAMPLINGS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-def augment(
-    picture: Image.Image, rng: np.random.Generator, recipe: Recipe, processor: LevitImageProcessor
-) -> np.ndarray:
-    """Crop, flip and change one picture at random.
+def augment(image: Image.Image, rng: np.random.Generator, recipe: Recipe, processor: LevitImageProcessor) -> np.ndarray:
+    """Crop, flip and change one image at random.
 
     Args:
-        picture: of mode "RGB".
+        image: of mode "RGB".
         rng: the source of all randomness.
         recipe: says what is done.
         processor: gives the size, and resizes where the recipe has no random crop.
@@ -38,36 +36,34 @@ def augment(
         uint8 levels [H W 3] of the processor's crop size.
     """
     if recipe.crop_padding:
-        picture = crop_with_border(picture, rng, recipe.crop_padding)
+        image = crop_with_border(image, rng, recipe.crop_padding)
     if recipe.crop_scale:
-        picture = random_resized_crop(
-            picture, rng, recipe, (processor.crop_size["width"], processor.crop_size["height"])
-        )
+        image = random_resized_crop(image, rng, recipe, (processor.crop_size["width"], processor.crop_size["height"]))
     if rng.random() < recipe.flip:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if recipe.rand_augment:
         fill = tuple(round(255 * mean) for mean in np.broadcast_to(processor.image_mean, 3))
-        picture = rand_augment(picture, rng, recipe, fill)
+        image = rand_augment(image, rng, recipe, fill)
     if recipe.color_jitter:
-        picture = color_jitter(picture, rng, recipe.color_jitter)
-    return np.asarray(picture) if recipe.crop_scale else processor.resize_and_crop(picture)
+        image = color_jitter(image, rng, recipe.color_jitter)
+    return np.asarray(image) if recipe.crop_scale else processor.resize_and_crop(image)
 
 
-def crop_with_border(picture: Image.Image, rng: np.random.Generator, border: int) -> Image.Image:
-    """Reflect a border around a picture and cut its own size out at a random place."""
-    width, height = picture.size
+def crop_with_border(image: Image.Image, rng: np.random.Generator, border: int) -> Image.Image:
+    """Reflect a border around an image and cut its own size out at a random place."""
+    width, height = image.size
     pad = min(border, width - 1, height - 1)  # a reflection needs something to reflect
-    padded = np.pad(np.asarray(picture), ((pad, pad), (pad, pad), (0, 0)), mode="reflect")
+    padded = np.pad(np.asarray(image), ((pad, pad), (pad, pad), (0, 0)), mode="reflect")
     top, left = rng.integers(0, 2 * pad + 1, 2)
     return Image.fromarray(padded[top : top + height, left : left + width])
 
 
 def random_resized_crop(
-    picture: Image.Image, rng: np.random.Generator, recipe: Recipe, size: tuple[int, int]
+    image: Image.Image, rng: np.random.Generator, recipe: Recipe, size: tuple[int, int]
 ) -> Image.Image:
-    """Cut out a random share of a picture and resize it to `size` (width, height)."""
-    box = random_box(picture.size, rng, recipe.crop_scale, recipe.crop_ratio)
-    return picture.crop(box).resize(size, draw_resampling(rng, recipe))
+    """Cut out a random share of an image and resize it to `size` (width, height)."""
+    box = random_box(image.size, rng, recipe.crop_scale, recipe.crop_ratio)
+    return image.crop(box).resize(size, draw_resampling(rng, recipe))
 
 
 def random_box(
@@ -75,7 +71,7 @@ def random_box(
 ) -> tuple[int, int, int, int]:
     """Draw a box (left, top, right, bottom) with a share of the area and a ratio of the sides.
 
-    Where none of the draws fits into the picture, it is the largest one in the middle with a legal ratio.
+    Where none of the draws fits into the image, it is the largest one in the middle with a legal ratio.
     """
     width, height = size
     for _ in range(CROP_ATTEMPTS):
@@ -97,22 +93,22 @@ def draw_resampling(rng: np.random.Generator, recipe: Recipe) -> Image.Resamplin
     return RESAMPLINGS[name]
 
 
-def color_jitter(picture: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
+def color_jitter(image: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
     """Change brightness, contrast and saturation, in random order, each by a factor within 1 ± strength."""
     for i in rng.permutation(3):
         enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[i]
-        picture = enhance(picture).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
-    return picture
+        image = enhance(image).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+    return image
 
 
-def rand_augment(picture: Image.Image, rng: np.random.Generator, recipe: Recipe, fill: tuple[int, ...]) -> Image.Image:
+def rand_augment(image: Image.Image, rng: np.random.Generator, recipe: Recipe, fill: tuple[int, ...]) -> Image.Image:
     """Apply operations of RandAugment, each drawn with replacement and left out every other time.
 
     Args:
-        picture: of mode "RGB".
+        image: of mode "RGB".
         rng: the source of all randomness.
         recipe: gives their number, strength, the strength's deviation and the interpolation.
-        fill: the colour of what comes in from outside the picture.
+        fill: the color of what comes in from outside the image.
 
     Source: Cubuk et al. 2020, "RandAugment"; the variant "rand-m9-mstd0.5-inc1" of timm, in which every operation
         gets stronger with the magnitude.
@@ -123,8 +119,8 @@ def rand_augment(picture: Image.Image, rng: np.random.Generator, recipe: Recipe,
         magnitude = rng.normal(recipe.rand_augment_magnitude, recipe.rand_augment_deviation)
         strength = min(max(magnitude, 0.0), 10.0) / 10
         sign = int(rng.choice((-1, 1)))
-        picture = OPERATIONS[name](picture, strength, sign, fill, draw_resampling(rng, recipe))
-    return picture
+        image = OPERATIONS[name](image, strength, sign, fill, draw_resampling(rng, recipe))
+    return image
 
 
 Operation = Callable[[Image.Image, float, int, tuple[int, ...], Image.Resampling], Image.Image]
@@ -132,52 +128,52 @@ Operation = Callable[[Image.Image, float, int, tuple[int, ...], Image.Resampling
 
 def _affine(coefficients: Callable[[Image.Image, float], tuple[float, ...]]) -> Operation:
     def move(
-        picture: Image.Image, strength: float, sign: int, fill: tuple[int, ...], resample: Image.Resampling
+        image: Image.Image, strength: float, sign: int, fill: tuple[int, ...], resample: Image.Resampling
     ) -> Image.Image:
-        matrix = coefficients(picture, sign * strength)
-        return picture.transform(picture.size, Image.Transform.AFFINE, matrix, resample=resample, fillcolor=fill)
+        matrix = coefficients(image, sign * strength)
+        return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=resample, fillcolor=fill)
 
     return move
 
 
 def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
-    return lambda picture, strength, sign, *_: kind(picture).enhance(max(0.1, 1 + sign * 0.9 * strength))
+    return lambda image, strength, sign, *_: kind(image).enhance(max(0.1, 1 + sign * 0.9 * strength))
 
 
-def _add_below_middle(picture: Image.Image, amount: int) -> Image.Image:
+def _add_below_middle(image: Image.Image, amount: int) -> Image.Image:
     table = [min(255, level + amount) if level < 128 else level for level in range(256)]
-    return picture.point(table * len(picture.getbands()))
+    return image.point(table * len(image.getbands()))
 
 
 OPERATIONS: dict[str, Operation] = {
-    "auto_contrast": lambda picture, *_: ImageOps.autocontrast(picture),
-    "equalize": lambda picture, *_: ImageOps.equalize(picture),
-    "invert": lambda picture, *_: ImageOps.invert(picture),
-    "rotate": lambda picture, strength, sign, fill, resample: picture.rotate(
+    "auto_contrast": lambda image, *_: ImageOps.autocontrast(image),
+    "equalize": lambda image, *_: ImageOps.equalize(image),
+    "invert": lambda image, *_: ImageOps.invert(image),
+    "rotate": lambda image, strength, sign, fill, resample: image.rotate(
         sign * 30 * strength, resample=resample, fillcolor=fill
     ),
-    # One bit must stay: Pillow refuses none, and timm's picture of none is black.
-    "posterize": lambda picture, strength, *_: ImageOps.posterize(picture, max(1, 4 - int(4 * strength))),
-    "solarize": lambda picture, strength, *_: ImageOps.solarize(picture, 256 - int(256 * strength)),
-    "solarize_add": lambda picture, strength, *_: _add_below_middle(picture, int(110 * strength)),
+    # One bit must stay: Pillow refuses none, and timm's image of none is black.
+    "posterize": lambda image, strength, *_: ImageOps.posterize(image, max(1, 4 - int(4 * strength))),
+    "solarize": lambda image, strength, *_: ImageOps.solarize(image, 256 - int(256 * strength)),
+    "solarize_add": lambda image, strength, *_: _add_below_middle(image, int(110 * strength)),
     "color": _enhance(ImageEnhance.Color),
     "contrast": _enhance(ImageEnhance.Contrast),
     "brightness": _enhance(ImageEnhance.Brightness),
     "sharpness": _enhance(ImageEnhance.Sharpness),
-    "shear_x": _affine(lambda picture, share: (1, 0.3 * share, 0, 0, 1, 0)),
-    "shear_y": _affine(lambda picture, share: (1, 0, 0, 0.3 * share, 1, 0)),
-    "translate_x": _affine(lambda picture, share: (1, 0, 0.45 * share * picture.width, 0, 1, 0)),
-    "translate_y": _affine(lambda picture, share: (1, 0, 0, 0, 1, 0.45 * share * picture.height)),
+    "shear_x": _affine(lambda image, share: (1, 0.3 * share, 0, 0, 1, 0)),
+    "shear_y": _affine(lambda image, share: (1, 0, 0, 0.3 * share, 1, 0)),
+    "translate_x": _affine(lambda image, share: (1, 0, 0.45 * share * image.width, 0, 1, 0)),
+    "translate_y": _affine(lambda image, share: (1, 0, 0, 0, 1, 0.45 * share * image.height)),
 }
 
 
 def erase(key: jax.Array, pixel_values: jax.Array, probability: float) -> jax.Array:
-    """Replace a random rectangle by normal noise, in a random part of the pictures.
+    """Replace a random rectangle by normal noise, in a random part of the images.
 
     Args:
         key: random key.
-        pixel_values: normalised pictures, float [B H W C].
-        probability: of each picture to be changed.
+        pixel_values: normalized images, float [B H W C].
+        probability: of each image to be changed.
 
     Source: Zhong et al. 2020, "Random Erasing Data Augmentation"; timm's "pixel" mode.
     """
@@ -212,7 +208,7 @@ def mix(key: jax.Array, pixel_values: jax.Array, targets: jax.Array, recipe: Rec
         recipe: gives the probabilities and the parameters of the beta distributions.
 
     Returns:
-        The pictures and their targets.
+        The images and their targets.
 
     Source: Zhang et al. 2018, "mixup"; Yun et al. 2019, "CutMix"; timm's "batch" mode.
     """
@@ -225,16 +221,16 @@ def mix(key: jax.Array, pixel_values: jax.Array, targets: jax.Array, recipe: Rec
     kept_by_cut = 1.0 if not recipe.cutmix else jax.random.beta(cut_key, recipe.cutmix, recipe.cutmix)
 
     side = jnp.sqrt(1 - kept_by_cut)
-    centre = jnp.floor(jax.random.uniform(place_key, (2,)) * jnp.array([height, width]))
+    center = jnp.floor(jax.random.uniform(place_key, (2,)) * jnp.array([height, width]))
     extent = jnp.floor(side * jnp.array([height, width]))
-    low = jnp.clip(centre - extent // 2, 0, jnp.array([height, width]))
-    high = jnp.clip(centre + (extent + 1) // 2, 0, jnp.array([height, width]))
+    low = jnp.clip(center - extent // 2, 0, jnp.array([height, width]))
+    high = jnp.clip(center + (extent + 1) // 2, 0, jnp.array([height, width]))
     rows, columns = jnp.arange(height), jnp.arange(width)
     inside = ((rows >= low[0]) & (rows < high[0]))[:, None] & ((columns >= low[1]) & (columns < high[1]))[None, :]
     kept_by_cut = 1 - inside.mean()  # what was clipped at the border stays
 
     dtype = pixel_values.dtype
-    weights = jnp.where(cut, 1 - inside.astype(dtype), jnp.asarray(kept, dtype))  # [H W], of the picture itself
+    weights = jnp.where(cut, 1 - inside.astype(dtype), jnp.asarray(kept, dtype))  # [H W], of the image itself
     weights = jnp.where(use, weights, 1)[None, :, :, None].astype(dtype)
     share = jnp.where(use, jnp.where(cut, kept_by_cut, kept), 1).astype(targets.dtype)
     # Not weights * x + (1 - weights) * y, which would spread an infinity into what is not mixed.

@@ -1,7 +1,7 @@
-"""Labelled pictures for training: found, checked, shuffled, augmented and batched, the same way on every host.
+"""Labeled images for training: found, checked, shuffled, augmented and batched, the same way on every host.
 
-The order of the pictures and all randomness follow from the recipe's seed and the place in the training, never from
-threads, processes or hosts: whatever reads them, a step sees the same pictures.
+The order of the images and all randomness follow from the recipe's seed and the place in the training, never from
+threads, processes or hosts: whatever reads them, a step sees the same images.
 """
 
 import multiprocessing
@@ -27,9 +27,9 @@ from .recipe import Recipe
 
 TRAIN_FOLDER = "train"
 VALIDATION_FOLDERS = ("validation", "val", "valid", "test")
-NAMED = 5  # unusable pictures that a message names
+NAMED = 5  # unusable images that a message names
 
-READER = LevitImageProcessor(do_resize=False, do_center_crop=False)  # makes RGB of a dataset's pictures
+READER = LevitImageProcessor(do_resize=False, do_center_crop=False)  # makes RGB of a dataset's images
 
 
 class DataError(ValueError):
@@ -39,16 +39,16 @@ class DataError(ValueError):
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     try:
-        ...         read_pictures(folder, Recipe())
+        ...         read_images(folder, Recipe())
         ...     except DataError as error:
         ...         print(str(error).removeprefix(folder))
-         has no folders: expected one for each class, with the class's pictures in it.
+         has no folders: expected one for each class, with the class's images in it.
     """
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Labelled pictures.
+class LabeledImages:
+    """Labeled images.
 
     Attributes:
         images: a list of paths, or anything that gives PIL images by index.
@@ -59,8 +59,8 @@ class Pictures:
 
     Example:
         >>> red = Image.new("RGB", (8, 8), "red")
-        >>> pictures = Pictures([red, red], np.array([0, 1], np.int32), ("cat", "dog"), "two pictures")
-        >>> len(pictures)
+        >>> images = LabeledImages([red, red], np.array([0, 1], np.int32), ("cat", "dog"), "two images")
+        >>> len(images)
         2
     """
 
@@ -74,24 +74,24 @@ class Pictures:
         return len(self.targets)
 
     def name(self, index: int) -> str:
-        """Return what one picture is called in messages.
+        """Return what one image is called in messages.
 
         Example:
-            >>> Pictures([Path("a.jpg")], np.zeros(1, np.int32), ("cat",), "the data").name(0)
+            >>> LabeledImages([Path("a.jpg")], np.zeros(1, np.int32), ("cat",), "the data").name(0)
             'a.jpg'
         """
         image = self.images[index] if isinstance(self.images, list) else None
-        return str(image) if isinstance(image, str | Path) else f"picture {row_key(self.images, index)} of {self.where}"
+        return str(image) if isinstance(image, str | Path) else f"image {row_key(self.images, index)} of {self.where}"
 
     def key(self, index: int, root: Path = Path()) -> str:
-        """Return the name of one picture in a skip list.
+        """Return the name of one image in a skip list.
 
         Args:
-            index: of the picture.
+            index: of the image.
             root: the directory that the paths of files are given relative to.
 
         Example:
-            >>> Pictures([Path("data/cat/1.jpg")], np.zeros(1, np.int32), ("cat",), "data").key(0, Path("data"))
+            >>> LabeledImages([Path("data/cat/1.jpg")], np.zeros(1, np.int32), ("cat",), "data").key(0, Path("data"))
             'cat/1.jpg'
         """
         image = self.images[index] if isinstance(self.images, list) else None
@@ -100,13 +100,13 @@ class Pictures:
         return row_key(self.images, index)
 
     def load(self, index: int) -> Image.Image:
-        """Decode one picture as RGB.
+        """Decode one image as RGB.
 
         Raises:
             DataError: it cannot be decoded.
 
         Example:
-            >>> Pictures([Image.new("L", (8, 4))], np.zeros(1, np.int32), ("cat",), "the data").load(0).mode
+            >>> LabeledImages([Image.new("L", (8, 4))], np.zeros(1, np.int32), ("cat",), "the data").load(0).mode
             'RGB'
         """
         try:
@@ -117,17 +117,17 @@ class Pictures:
         except Exception as error:  # a dataset decodes by itself, and raises whatever its decoder stumbles over
             raise DataError(f"{self.name(index)} cannot be used: {error}") from error
 
-    def select(self, indices: Any, where: str) -> "Pictures":
-        """Return some of the pictures, under another name.
+    def select(self, indices: Any, where: str) -> "LabeledImages":
+        """Return some of the images, under another name.
 
         Example:
-            >>> pictures = Pictures(["a.jpg", "b.jpg"], np.array([0, 1], np.int32), ("cat", "dog"), "the data")
-            >>> pictures.select([1], "the dogs").images
+            >>> images = LabeledImages(["a.jpg", "b.jpg"], np.array([0, 1], np.int32), ("cat", "dog"), "the data")
+            >>> images.select([1], "the dogs").images
             ['b.jpg']
         """
         listed = isinstance(self.images, list)
         chosen = [self.images[i] for i in indices] if listed else Chosen(self.images, indices)
-        return Pictures(chosen, self.targets[indices], self.labels, where, self.problem_type)
+        return LabeledImages(chosen, self.targets[indices], self.labels, where, self.problem_type)
 
 
 @dataclass(frozen=True)
@@ -172,20 +172,20 @@ def row_key(images: Any, index: int) -> str:
     return str(images.key(index)) if hasattr(images, "key") else str(index)
 
 
-def read_pictures(
+def read_images(
     source: str | Path, recipe: Recipe, skip: Collection[str] = (), check: bool = False
-) -> tuple[Pictures, Pictures]:
-    """Find the pictures to train on and those to validate on.
+) -> tuple[LabeledImages, LabeledImages]:
+    """Find the images to train on and those to validate on.
 
     Args:
         source: a directory with a folder for each class; one with `train` and `validation` (or `val`, `valid`, `test`)
             that hold a folder for each class; or a Hugging Face dataset by name (needs `datasets`).
         recipe: gives the share to hold back, and the seed, where there is no part for validation.
-        skip: pictures to leave out: paths relative to the source, or rows of a dataset such as "train/17".
-        check: decode every picture first, rather than only read its header.
+        skip: images to leave out: paths relative to the source, or rows of a dataset such as "train/17".
+        check: decode every image first, rather than only read its header.
 
     Raises:
-        DataError: there are too few pictures or classes, the two parts differ in their classes, or pictures cannot be
+        DataError: there are too few images or classes, the two parts differ in their classes, or images cannot be
             used.
         ImportError: a dataset is asked for, and `datasets` is not installed.
 
@@ -196,18 +196,18 @@ def read_pictures(
         ...         path = Path(folder, ("cat", "dog")[i % 2], f"{i}.png")
         ...         path.parent.mkdir(exist_ok=True)
         ...         Image.new("RGB", (8, 8)).save(path)
-        ...     train, validation = read_pictures(folder, Recipe(batch_size=4))
+        ...     train, validation = read_images(folder, Recipe(batch_size=4))
         >>> len(train), len(validation), train.labels
         (18, 2, ('cat', 'dog'))
     """
-    parts = find_pictures(source, recipe, skip)
+    parts = find_images(source, recipe, skip)
     for part in parts:
-        check_pictures(part, decode=check)
+        check_images(part, decode=check)
     return parts
 
 
-def find_pictures(source: str | Path, recipe: Recipe, skip: Collection[str]) -> tuple[Pictures, Pictures]:
-    """Do what `read_pictures` does, but for looking into the files."""
+def find_images(source: str | Path, recipe: Recipe, skip: Collection[str]) -> tuple[LabeledImages, LabeledImages]:
+    """Do what `read_images` does, but for looking into the files."""
     directory = Path(source).expanduser()
     parts = read_folders(directory, skip) if directory.is_dir() else read_dataset(str(source), skip)
     train = parts[TRAIN_FOLDER]
@@ -226,11 +226,11 @@ def find_pictures(source: str | Path, recipe: Recipe, skip: Collection[str]) -> 
             )
     for part in (train, validation):
         if not len(part):
-            raise DataError(f"{part.where} has no pictures: expected one or more.")
+            raise DataError(f"{part.where} has no images: expected one or more.")
     return train, validation
 
 
-def read_folders(directory: Path, skip: Collection[str]) -> dict[str, Pictures]:
+def read_folders(directory: Path, skip: Collection[str]) -> dict[str, LabeledImages]:
     """Return the parts of a directory by name, of which one is "train"."""
     if not (directory / TRAIN_FOLDER).is_dir():
         return {TRAIN_FOLDER: read_classes(directory, directory, skip)}
@@ -239,8 +239,8 @@ def read_folders(directory: Path, skip: Collection[str]) -> dict[str, Pictures]:
     return {name: read_classes(directory / name, directory, skip) for name in names}
 
 
-def read_classes(directory: Path, root: Path, skip: Collection[str]) -> Pictures:
-    """Return the pictures of a directory with a folder for each class."""
+def read_classes(directory: Path, root: Path, skip: Collection[str]) -> LabeledImages:
+    """Return the images of a directory with a folder for each class."""
     try:
         folders = class_folders(directory)
     except ValueError as error:
@@ -251,13 +251,13 @@ def read_classes(directory: Path, root: Path, skip: Collection[str]) -> Pictures
     }
     empty = [name for name, paths in left.items() if not paths]
     if empty:
-        raise DataError(f"{directory / empty[0]} holds no pictures: fill the folder of the class, or remove it.")
+        raise DataError(f"{directory / empty[0]} holds no images: fill the folder of the class, or remove it.")
     images = [path for paths in left.values() for path in paths]
     targets = np.repeat(np.arange(len(left), dtype=np.int32), [len(paths) for paths in left.values()])
-    return Pictures(images, targets, tuple(left), str(directory))
+    return LabeledImages(images, targets, tuple(left), str(directory))
 
 
-def read_dataset(name: str, skip: Collection[str] = ()) -> dict[str, Pictures]:
+def read_dataset(name: str, skip: Collection[str] = ()) -> dict[str, LabeledImages]:
     """Return the parts of a Hugging Face dataset by name, of which one is "train"."""
     found = load_dataset(name)
     if TRAIN_FOLDER not in found:
@@ -273,21 +273,21 @@ def read_dataset(name: str, skip: Collection[str] = ()) -> dict[str, Pictures]:
     }
 
 
-def read_rows(dataset: Any, name: str, part: str) -> Pictures:
-    """Return the pictures of one split: its first image column and its first column of labels or numbers."""
-    pictures = read_columns(dataset, f"{name}, {part}", part)
-    if pictures.problem_type == "single_label_classification":
-        known = (pictures.targets >= 0) & (pictures.targets < len(pictures.labels))
+def read_rows(dataset: Any, name: str, part: str) -> LabeledImages:
+    """Return the images of one split: its first image column and its first column of labels or numbers."""
+    images = read_columns(dataset, f"{name}, {part}", part)
+    if images.problem_type == "single_label_classification":
+        known = (images.targets >= 0) & (images.targets < len(images.labels))
         if not known.all():
             raise DataError(
-                f"{pictures.where}: {(~known).sum()} of {len(known)} rows have none of the {len(pictures.labels)}"
+                f"{images.where}: {(~known).sum()} of {len(known)} rows have none of the {len(images.labels)}"
                 f" classes, the first of which is row {np.argmin(known)}: expected a split whose classes are known."
             )
-    return pictures
+    return images
 
 
-def read_columns(dataset: Any, where: str, part: str) -> Pictures:
-    """Return the pictures of one split, whatever their targets are."""
+def read_columns(dataset: Any, where: str, part: str) -> LabeledImages:
+    """Return the images of one split, whatever their targets are."""
     import datasets
 
     image = next((key for key, kind in dataset.features.items() if isinstance(kind, datasets.Image)), None)
@@ -295,58 +295,60 @@ def read_columns(dataset: Any, where: str, part: str) -> Pictures:
         entry, images = getattr(kind, "feature", None), Column(dataset, str(image), part)
         if isinstance(kind, datasets.ClassLabel):
             classes = [-1 if index is None else index for index in dataset[key]]
-            return Pictures(images, np.asarray(classes, np.int32), tuple(kind.names), where)
+            return LabeledImages(images, np.asarray(classes, np.int32), tuple(kind.names), where)
         if isinstance(entry, datasets.ClassLabel):
             rows = np.zeros((len(dataset), entry.num_classes), np.float32)
             for row, indices in zip(rows, dataset[key], strict=True):
                 row[list(indices)] = 1
-            return Pictures(images, rows, tuple(entry.names), where, "multi_label_classification")
+            return LabeledImages(images, rows, tuple(entry.names), where, "multi_label_classification")
         if getattr(entry or kind, "dtype", "").startswith("float"):
             values = np.asarray(dataset[key], np.float32).reshape(len(dataset), -1)
-            return Pictures(images, values, (), where, "regression")
+            return LabeledImages(images, values, (), where, "regression")
     raise DataError(
         f"{where} has the columns {', '.join(dataset.features)}: expected an image, and a class, a list of classes or"
         " numbers."
     )
 
 
-def split(pictures: Pictures, recipe: Recipe) -> tuple[Pictures, Pictures]:
-    """Hold back a share of the pictures, of each class where there are classes, for validation."""
+def split(images: LabeledImages, recipe: Recipe) -> tuple[LabeledImages, LabeledImages]:
+    """Hold back a share of the images, of each class where there are classes, for validation."""
     if not recipe.validation_share:
         raise DataError(
-            f"{pictures.where} has no part for validation and validation_share is 0: expected one of the two."
+            f"{images.where} has no part for validation and validation_share is 0: expected one of the two."
         )
     rng = np.random.default_rng(recipe.seed)
-    single = pictures.targets.ndim == 1
-    groups = range(len(pictures.labels)) if single else [0]
+    single = images.targets.ndim == 1
+    groups = range(len(images.labels)) if single else [0]
     held = []
     for group in groups:
-        members = np.flatnonzero(pictures.targets == group) if single else np.arange(len(pictures))
+        members = np.flatnonzero(images.targets == group) if single else np.arange(len(images))
         if len(members) < 2:
-            of = f" of the class {pictures.labels[group]}" if single else ""
+            of = f" of the class {images.labels[group]}" if single else ""
             raise DataError(
-                f"{pictures.where} has {len(members)} picture{of}: expected at least two, one to train on and one to"
+                f"{images.where} has {len(members)} image{of}: expected at least two, one to train on and one to"
                 " validate on."
             )
         share = min(max(1, round(recipe.validation_share * len(members))), len(members) - 1)
         held.append(rng.permutation(members)[:share])
     back = np.sort(np.concatenate(held))
-    rest = np.setdiff1d(np.arange(len(pictures)), back)
-    where = pictures.where
-    return pictures.select(rest, f"{where}, for training"), pictures.select(back, f"{where}, for validation")
+    rest = np.setdiff1d(np.arange(len(images)), back)
+    where = images.where
+    return images.select(rest, f"{where}, for training"), images.select(back, f"{where}, for validation")
 
 
-def leave_out(train: Pictures, validation: Pictures, root: Path, skip: Collection[str]) -> tuple[Pictures, Pictures]:
-    """Leave pictures out of a training that has begun, while all others keep their places in it.
+def leave_out(
+    train: LabeledImages, validation: LabeledImages, root: Path, skip: Collection[str]
+) -> tuple[LabeledImages, LabeledImages]:
+    """Leave images out of a training that has begun, while all others keep their places in it.
 
     Args:
-        train: the pictures to train on; one that is left out gives its place to another one of its class.
-        validation: the pictures to validate on.
+        train: the images to train on; one that is left out gives its place to another one of its class.
+        validation: the images to validate on.
         root: the directory that paths are relative to.
-        skip: the pictures to leave out, as in `read_pictures`.
+        skip: the images to leave out, as in `read_images`.
 
     Raises:
-        DataError: a class would be left without pictures to train on, or nothing would be left to validate on.
+        DataError: a class would be left without images to train on, or nothing would be left to validate on.
     """
     kept, kept_back = (
         np.array([part.key(i, root) not in skip for i in range(len(part))]) for part in (train, validation)
@@ -357,39 +359,39 @@ def leave_out(train: Pictures, validation: Pictures, root: Path, skip: Collectio
         others = np.flatnonzero(kept & (train.targets == train.targets[index])) if single else np.flatnonzero(kept)
         if not len(others):
             of = f" of the class {train.labels[train.targets[index]]}" if single else ""
-            raise DataError(f"{train.where} would have no picture{of} left: leave out fewer.")
+            raise DataError(f"{train.where} would have no image{of} left: leave out fewer.")
         places[index] = others[index % len(others)]
     if not kept_back.any():
-        raise DataError(f"{validation.where} would have no picture left: leave out fewer.")
+        raise DataError(f"{validation.where} would have no image left: leave out fewer.")
     return train.select(places, train.where), validation.select(np.flatnonzero(kept_back), validation.where)
 
 
-def check_pictures(pictures: Pictures, decode: bool) -> None:
-    """Raise DataError unless every file has a picture's header or, where asked for, can be decoded."""
+def check_images(images: LabeledImages, decode: bool) -> None:
+    """Raise DataError unless every file has an image's header or, where asked for, can be decoded."""
 
     def fault(index: int) -> str | None:
         try:
             if decode:
-                pictures.load(index)
+                images.load(index)
             else:
-                check_header(pictures.images[index])
+                check_header(images.images[index])
         except (DataError, ImageError, OSError) as error:
             return str(error)
         return None
 
-    if not decode and not isinstance(pictures.images, list):
+    if not decode and not isinstance(images.images, list):
         return  # the rows of a dataset have no headers
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        faults = [text for text in pool.map(fault, range(len(pictures))) if text]
+        faults = [text for text in pool.map(fault, range(len(images))) if text]
     if faults:
         raise DataError(
-            f"{len(faults)} of the {len(pictures)} pictures of {pictures.where} cannot be used:"
+            f"{len(faults)} of the {len(images)} images of {images.where} cannot be used:"
             f" {'; '.join(faults[:NAMED])}. Mend or remove them, or list their paths in a file for --skip."
         )
 
 
 def read_skip_list(path: Path) -> frozenset[str]:
-    """Read the paths of pictures to leave out, one a line, relative to the data."""
+    """Read the paths of images to leave out, one a line, relative to the data."""
     lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
     return frozenset(line.strip() for line in lines if line.strip())
 
@@ -409,7 +411,7 @@ class TrainingRows:
     A batch has `accumulation` parts, of which each host reads an equal range of rows.
     """
 
-    pictures: Pictures
+    images: LabeledImages
     recipe: Recipe
     processor: LevitImageProcessor
     teacher_logits: np.ndarray | None = None  # [N L]
@@ -417,8 +419,8 @@ class TrainingRows:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in one epoch; pictures that do not fill a batch are left out, others in each epoch."""
-        return len(self.pictures) // self.recipe.batch_size
+        """Steps in one epoch; images that do not fill a batch are left out, others in each epoch."""
+        return len(self.images) // self.recipe.batch_size
 
     @property
     def local_size(self) -> int:
@@ -427,20 +429,20 @@ class TrainingRows:
 
     @cached_property
     def _order(self) -> Any:
-        # Grain adds the epoch to the seed: neighbouring seeds would have most of their orders in common.
+        # Grain adds the epoch to the seed: neighboring seeds would have most of their orders in common.
         [seed] = np.random.SeedSequence(self.recipe.seed).generate_state(1)
-        return grain.MapDataset.range(len(self.pictures)).shuffle(seed=int(seed))
+        return grain.MapDataset.range(len(self.images)).shuffle(seed=int(seed))
 
     def __len__(self) -> int:
         return self.recipe.epochs * self.steps_per_epoch * self.local_size
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         epoch, place = self.locate(row)
-        index = self._order[epoch * len(self.pictures) + place // self.recipe.repeats]
+        index = self._order[epoch * len(self.images) + place // self.recipe.repeats]
         rng = np.random.default_rng([self.recipe.seed, epoch, place])
         record = {
-            "pixels": augment(self.pictures.load(index), rng, self.recipe, self.processor),
-            "targets": self.pictures.targets[index],
+            "pixels": augment(self.images.load(index), rng, self.recipe, self.processor),
+            "targets": self.images.targets[index],
         }
         if self.teacher_logits is not None:
             record["teacher_logits"] = self.teacher_logits[index]
@@ -463,7 +465,7 @@ def training_batches(rows: TrainingRows, threads: int, processes: int = 0, first
 
     Args:
         rows: what to read.
-        threads: that decode and augment pictures, in each process.
+        threads: that decode and augment images, in each process.
         processes: that do so beside this one; 0 for none.
         first: the step to begin with.
     """
@@ -486,7 +488,7 @@ def training_batches(rows: TrainingRows, threads: int, processes: int = 0, first
 
 
 def follow_parent(*_: int) -> None:
-    """Have this process end when the one that it reads pictures for does, and leave the signals to that one."""
+    """Have this process end when the one that it reads images for does, and leave the signals to that one."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -499,22 +501,22 @@ def follow_parent(*_: int) -> None:
 
 
 def evaluation_batches(
-    pictures: Pictures, processor: LevitImageProcessor, batch_size: int, shard: Shard = Shard()
+    images: LabeledImages, processor: LevitImageProcessor, batch_size: int, shard: Shard = Shard()
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield a host's part of every picture in batches, the last one filled up with weight 0.
+    """Yield a host's part of every image in batches, the last one filled up with weight 0.
 
     Yields:
         pixels [1 B H W C], targets [1 B ...] and weights [1 B].
     """
     local = batch_size // shard.count
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(pictures), batch_size):
+        for start in range(0, len(images), batch_size):
             first = start + shard.index * local
             indices = np.arange(first, first + local)
-            kept = np.minimum(indices, len(pictures) - 1)
-            pixels = list(pool.map(lambda i: processor.resize_and_crop(pictures.load(i)), kept))
+            kept = np.minimum(indices, len(images) - 1)
+            pixels = list(pool.map(lambda i: processor.resize_and_crop(images.load(i)), kept))
             yield {
                 "pixels": np.stack(pixels)[None],
-                "targets": pictures.targets[kept][None],
-                "weights": (indices < len(pictures)).astype(np.float32)[None],
+                "targets": images.targets[kept][None],
+                "weights": (indices < len(images)).astype(np.float32)[None],
             }

@@ -1,6 +1,6 @@
 """The training loop: checks everything, then steps without waiting for the device, and survives being killed.
 
-    levit_flax.training.finetune("pictures", "out", model="facebook/levit-128S")
+    levit_flax.training.finetune("images", "out", model="facebook/levit-128S")
 
 A run lives in one directory: `checkpoints/` to go on from, `model/` with the best model so far, `metrics.csv`,
 `curves.png`, `tensorboard/`, and `run.json`, which says what was asked for.
@@ -32,12 +32,12 @@ from levit_flax.visualize import new_figure
 from .checkpoints import Checkpoints
 from .data import (
     DataError,
-    Pictures,
+    LabeledImages,
     Shard,
     TrainingRows,
-    check_pictures,
+    check_images,
     evaluation_batches,
-    find_pictures,
+    find_images,
     leave_out,
     training_batches,
 )
@@ -79,7 +79,7 @@ OWN_NAMES = (
     TENSORBOARD_DIRECTORY,
 )
 
-IN_FLIGHT = 4  # steps that may wait for the device; more would only hold their pictures in memory
+IN_FLIGHT = 4  # steps that may wait for the device; more would only hold their images in memory
 DEFAULT_THREADS = 2
 
 
@@ -116,8 +116,8 @@ class Progress(NamedTuple):
         total: steps of the whole training.
         epoch: counted from 1.
         loss: mean since the last evaluation; None before the first step that is known.
-        accuracy: share of right pictures since the last evaluation, in [0, 1]; None for regression too.
-        pictures_per_second: since the start of this process.
+        accuracy: share of right images since the last evaluation, in [0, 1]; None for regression too.
+        images_per_second: since the start of this process.
         seconds_left: estimate.
         evaluation: the last row of metrics.csv; None before the first.
 
@@ -132,7 +132,7 @@ class Progress(NamedTuple):
     epoch: int
     loss: float | None
     accuracy: float | None
-    pictures_per_second: float
+    images_per_second: float
     seconds_left: float
     evaluation: Mapping[str, float] | None
 
@@ -154,21 +154,21 @@ def finetune(
     show: Callable[[Progress], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train a model on labelled pictures, on all devices of all hosts.
+    """Train a model on labeled images, on all devices of all hosts.
 
     Args:
-        data: as in `read_pictures`.
+        data: as in `read_images`.
         output: directory of the run; made if it does not exist.
         model: the checkpoint to start from, as in `levit_flax.from_pretrained`; None for the recipe's architecture from
             scratch.
         recipe: how to train; a `Recipe`, or what `read_recipe` takes.
-        teacher: as in `make_teacher`; needed where the recipe distils.
+        teacher: as in `make_teacher`; needed where the recipe distills.
         resume: go on from the last checkpoint of the run in `output`, if there is one.
         overwrite: begin anew in a directory that holds a run.
-        skip: pictures to leave out, as in `read_pictures`.
-        check_data: decode every picture before the first step.
+        skip: images to leave out, as in `read_images`.
+        check_data: decode every image before the first step.
         export_torch: PyTorch layout in which the best model is written too, such as "hf".
-        threads: that decode and augment pictures, in each process.
+        threads: that decode and augment images, in each process.
         processes: that do so beside this one; 0 for none.
         show: called now and then with how far the training is.
         **options: revision, token, cache_dir and local_files_only, as in `levit_flax.from_pretrained`.
@@ -209,10 +209,10 @@ def finetune(
     new_figure(1, 1)  # what is missing for the curves is said before the work, not after it
     together(lambda: check_output(output, resume, overwrite), only_first=True)
 
-    def find() -> tuple[dict[str, Any] | None, Pictures, Pictures]:
+    def find() -> tuple[dict[str, Any] | None, LabeledImages, LabeledImages]:
         check_sources(output, overwrite, model, teacher)
         begun = read_run(output) if resume else None
-        return begun, *find_pictures(data, recipe, frozenset(begun["skip"]) if begun else skip)
+        return begun, *find_images(data, recipe, frozenset(begun["skip"]) if begun else skip)
 
     begun, train, validation = together(find)
     asked = {
@@ -224,7 +224,7 @@ def finetune(
     }
     agree({**asked, "skip": sorted(skip), "begun": begun})
 
-    def read() -> tuple[Student, TeacherSource, Pictures, Pictures]:
+    def read() -> tuple[Student, TeacherSource, LabeledImages, LabeledImages]:
         if begun:
             check_same(output, begun, asked)
         check_batch(recipe, train)
@@ -232,7 +232,7 @@ def finetune(
         root = Path(data).expanduser()
         parts = leave_out(train, validation, root, skip) if begun else (train, validation)
         for part in parts:
-            check_pictures(part, decode=check_data)
+            check_images(part, decode=check_data)
         student = make_student(model, recipe, parts[0], **options)
         if export_torch:
             # Only whoever wants PyTorch weights pays for this.
@@ -242,9 +242,9 @@ def finetune(
             if export_torch == "hf":
                 check_transformers_size(student.model.config)
         config, of_teacher = student.model.config, {k: v for k, v in options.items() if k != "revision"}
-        pictures, held_back = (align_classes(part, config) for part in parts)
-        source = make_teacher(teacher, recipe, config, student.processor, pictures, root, **of_teacher)
-        return student, source, pictures, held_back
+        images, held_back = (align_classes(part, config) for part in parts)
+        source = make_teacher(teacher, recipe, config, student.processor, images, root, **of_teacher)
+        return student, source, images, held_back
 
     run = Run(output, recipe, *together(read), threads, processes, show, asked)
     together(lambda: prepare_output(output, None if begun else {**asked, "skip": sorted(skip)}), only_first=True)
@@ -266,16 +266,16 @@ def finetune(
     return report
 
 
-def check_batch(recipe: Recipe, pictures: Pictures) -> None:
-    """Raise RecipeError unless batches of this size can be made of the pictures, and be spread over the devices."""
-    part, devices, count = recipe.batch_size // recipe.accumulation, jax.device_count(), len(pictures)
+def check_batch(recipe: Recipe, images: LabeledImages) -> None:
+    """Raise RecipeError unless batches of this size can be made of the images, and be spread over the devices."""
+    part, devices, count = recipe.batch_size // recipe.accumulation, jax.device_count(), len(images)
     if recipe.batch_size > count:
         raise RecipeError(
-            f"batch_size is {recipe.batch_size}, but {pictures.where} has {count} pictures: expected {count} or less."
+            f"batch_size is {recipe.batch_size}, but {images.where} has {count} images: expected {count} or less."
         )
     if part < 2 and recipe.batch_norm != "freeze":
         raise RecipeError(
-            "A batch of one picture cannot be trained on, since the head's batch norm has one value a picture: expected"
+            "A batch of one image cannot be trained on, since the head's batch norm has one value an image: expected"
             ' batch_size / accumulation of at least 2, or batch_norm = "freeze".'
         )
     if part % devices:
@@ -375,7 +375,7 @@ def agree(asked: dict[str, Any]) -> None:
     others = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
     if (others != others[0]).any():
         raise RecipeError(
-            "The hosts were not asked for the same, or do not see the same pictures: expected one command, and the same"
+            "The hosts were not asked for the same, or do not see the same images: expected one command, and the same"
             f" data at one path on all {jax.process_count()} of them."
         )
 
@@ -388,7 +388,7 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any,
         yield name, old, new
 
 
-def fingerprint(train: Pictures, validation: Pictures) -> dict[str, Any]:
+def fingerprint(train: LabeledImages, validation: LabeledImages) -> dict[str, Any]:
     """Return what tells one set of data from another: counts, classes, and a digest of names and targets."""
     digest = hashlib.sha256()
     for part in (train, validation):
@@ -397,8 +397,8 @@ def fingerprint(train: Pictures, validation: Pictures) -> dict[str, Any]:
             digest.update(f"{path.parent.name}/{path.name}\n".encode())
         digest.update(part.targets.tobytes())
     return {
-        "training_pictures": len(train),
-        "validation_pictures": len(validation),
+        "training_images": len(train),
+        "validation_images": len(validation),
         "classes": len(train.labels),
         "sha256": digest.hexdigest(),
     }
@@ -413,8 +413,8 @@ class Run:
         recipe: Recipe,
         student: Student,
         teacher: TeacherSource,
-        train: Pictures,
-        validation: Pictures,
+        train: LabeledImages,
+        validation: LabeledImages,
         threads: int,
         processes: int,
         show: Callable[[Progress], None] | None,
@@ -456,7 +456,7 @@ class Run:
             state = self.restore(checkpoints)
             step = first = int(state.step)
             begin = None
-            if self.evaluation_due(step):  # which a picture that could not be used had put off
+            if self.evaluation_due(step):  # which an image that could not be used had put off
                 self.end_epoch(checkpoints, state, step)
             while step < self.total:
                 batch = self.next_batch(checkpoints, state, step)
@@ -487,7 +487,7 @@ class Run:
         return state
 
     def close(self) -> None:
-        """End the threads and processes that read pictures."""
+        """End the threads and processes that read images."""
         if self.batches is not None:
             self.batches.close()
 
@@ -512,13 +512,13 @@ class Run:
         return Batch(**self.place(arrays))
 
     def unusable(self, checkpoints: Checkpoints, state: State, step: int, error: DataError) -> DataError:
-        """Save the state, and return what to raise where a picture cannot be used."""
+        """Save the state, and return what to raise where an image cannot be used."""
         if self.shard.count > 1:  # the other hosts know nothing of it, and all have to take part in saving
             return error
         self.save(checkpoints, state, step)
         checkpoints.wait()
         return DataError(
-            f"{error} The state after step {step} of {self.total} is saved: mend the picture, or list its path in a"
+            f"{error} The state after step {step} of {self.total} is saved: mend the image, or list its path in a"
             " file for --skip, and go on with --resume."
         )
 
@@ -559,9 +559,9 @@ class Run:
         except DataError as error:
             raise self.unusable(checkpoints, state, step, error) from error
         for name, totals in (("train", self.totals), ("validation", validation)):
-            row[f"{name}_loss"] = totals.loss / totals.pictures
+            row[f"{name}_loss"] = totals.loss / totals.images
             if classes:
-                row[f"{name}_accuracy"] = totals.correct / totals.pictures
+                row[f"{name}_accuracy"] = totals.correct / totals.images
         self.totals = Totals()
         self.history.append(row)
         if jax.process_index() == 0:
@@ -579,7 +579,7 @@ class Run:
             write_best(self.output, self.student.model, variables, self.student.processor, row, self.asked)
 
     def evaluate(self, variables: Any) -> "Totals":
-        """Return the totals over the validation pictures."""
+        """Return the totals over the validation images."""
         size = max(self.recipe.batch_size // self.recipe.accumulation, jax.device_count())
         totals = Totals()
         waiting = None
@@ -601,9 +601,9 @@ class Run:
             step=step,
             total=self.total,
             epoch=(step - 1) // self.rows.steps_per_epoch + 1,
-            loss=totals.loss / totals.pictures if totals.pictures else None,
-            accuracy=totals.correct / totals.pictures if classes and totals.pictures else None,
-            pictures_per_second=done * self.recipe.batch_size / seconds,
+            loss=totals.loss / totals.images if totals.images else None,
+            accuracy=totals.correct / totals.images if classes and totals.images else None,
+            images_per_second=done * self.recipe.batch_size / seconds,
             seconds_left=(self.total - step) * seconds / done,
             evaluation=self.history[-1] if self.history else None,
         )
@@ -629,7 +629,7 @@ class Run:
             "output": str(self.output),
             "best": best,
             "last": last,
-            "pictures_per_second": steps * self.recipe.batch_size / seconds if steps else None,
+            "images_per_second": steps * self.recipe.batch_size / seconds if steps else None,
             "share_waiting_for_data": self.waited / seconds if steps else None,
             "devices": jax.device_count(),
             "platform": jax.default_backend(),
@@ -641,17 +641,17 @@ class Run:
 
 @dataclasses.dataclass
 class Totals:
-    """Sums over pictures: of their losses, of those that are right, and their number."""
+    """Sums over images: of their losses, of those that are right, and their number."""
 
     loss: float = 0.0
     correct: float = 0.0
-    pictures: float = 0.0
+    images: float = 0.0
 
-    def add(self, loss: float, correct: float, pictures: int) -> None:
+    def add(self, loss: float, correct: float, images: int) -> None:
         """Add a batch by its mean loss."""
-        self.loss += loss * pictures
+        self.loss += loss * images
         self.correct += correct
-        self.pictures += pictures
+        self.images += images
 
     def add_sums(self, sums: Any) -> None:
         """Add what `Task.evaluate_step` returns."""

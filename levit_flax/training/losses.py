@@ -1,4 +1,4 @@
-"""What training minimises: the labels' loss by the kind of problem, and a teacher's.
+"""What training minimizes: the labels' loss by the kind of problem, and a teacher's.
 
 Source: facebookresearch/LeViT losses.py (`DistillationLoss`) and timm's SoftTargetCrossEntropy.
 """
@@ -46,7 +46,7 @@ def distillation_loss(logits: jax.Array, teacher_logits: jax.Array, kind: str, t
         teacher_logits: [B L]; no gradient flows into them.
         kind: "hard" for the cross entropy with the teacher's likeliest class; "soft" for the Kullback-Leibler
             divergence from its probabilities, times the temperature squared and, as in the reference, over the number
-            of logits rather than of pictures.
+            of logits rather than of images.
         temperature: divides both logits of the soft loss.
 
     Source: Touvron et al. 2021, "Training data-efficient image transformers & distillation through attention".

@@ -112,10 +112,10 @@ tags: [levit, jax]
 from levit_flax import ImageClassifier
 
 classifier = ImageClassifier.from_pretrained("{MODEL_DIRECTORY}")  # this directory, or its Hub id
-classifier("picture.jpg")
+classifier("image.jpg")
 ```
 
-Measured at the end of the epoch that it was taken from, on the pictures held back for validation:
+Measured at the end of the epoch that it was taken from, on the images held back for validation:
 
 | | |
 |---|---|

@@ -49,19 +49,19 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model is trained. The defaults are the recipe "finetune", made for a few hundred pictures or more.
+    """How a model is trained. The defaults are the recipe "finetune", made for a few hundred images or more.
 
     Attributes:
-        epochs: passes over the training pictures.
-        batch_size: pictures in one step of the optimizer, over all devices and hosts.
+        epochs: passes over the training images.
+        batch_size: images in one step of the optimizer, over all devices and hosts.
         accumulation: parts that a batch is computed in, one after the other, to save memory; batch norm sees the parts.
-        seed: decides the order of the pictures, their augmentation and stochastic depth.
-        validation_share: share of the pictures held back where the data has no validation part of its own, in (0, 1).
+        seed: decides the order of the images, their augmentation and stochastic depth.
+        validation_share: share of the images held back where the data has no validation part of its own, in (0, 1).
 
         architecture: for training from scratch, a published variant's name or a table of `LevitConfig` fields.
         heads: what becomes of two heads where there is no teacher: "merge" into one with their average as its logits,
             keep the "first", or teach "both" by the labels. With a teacher there are always two.
-        image_size: side of the pictures in pixels; None for the checkpoint's.
+        image_size: side of the images in pixels; None for the checkpoint's.
         drop_path_rate: probability in [0, 1) that a residual branch is dropped; None for the checkpoint's.
         batch_norm: "train" its statistics, "freeze" them, or "freeze_with_parameters" where the learning rate is 0.
         compute_dtype: type of the computation; parameters, batch norm and softmax stay in float32.
@@ -87,23 +87,23 @@ class Recipe:
         distillation_alpha: weight of the teacher's loss against the labels', in [0, 1].
         distillation_temperature: of the soft loss.
 
-        crop_scale: smallest and largest share of the picture's area in a random crop; () for no random crop, which
+        crop_scale: smallest and largest share of the image's area in a random crop; () for no random crop, which
             then is the evaluation's own.
         crop_ratio: smallest and largest ratio of width to height of a random crop.
-        crop_padding: pixels reflected around a picture before its random crop, at its own size.
+        crop_padding: pixels reflected around an image before its random crop, at its own size.
         interpolation: "bicubic", "bilinear", or one of the two at "random", for random crops and RandAugment.
-        flip: probability of a mirrored picture.
-        rand_augment: operations of RandAugment per picture; 0 for none.
+        flip: probability of a mirrored image.
+        rand_augment: operations of RandAugment per image; 0 for none.
         rand_augment_magnitude: their strength, in [0, 10].
         rand_augment_deviation: standard deviation of the strength.
         color_jitter: largest relative change of brightness, contrast and saturation; 0 for none.
-        erase: probability that a rectangle of a picture is replaced by noise.
+        erase: probability that a rectangle of an image is replaced by noise.
         mixup: parameter of the beta distribution of mixup; 0 for none.
         cutmix: parameter of the beta distribution of cutmix; 0 for none.
         mix_probability: probability that a batch is mixed.
         mix_switch: where both are given, the probability that it is cutmix.
-        repeats: how often each picture of an epoch is taken, each time augmented anew; an epoch then holds a share of
-            the pictures.
+        repeats: how often each image of an epoch is taken, each time augmented anew; an epoch then holds a share of
+            the images.
 
         checkpoint_every: epochs between checkpoints, with an evaluation each.
 

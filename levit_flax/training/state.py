@@ -47,7 +47,7 @@ class Metrics:
 
     Attributes:
         loss: mean over the batch.
-        correct: number of pictures whose class was named, mixed ones by their larger part.
+        correct: number of images whose class was named, mixed ones by their larger part.
         gradient: norm of all gradients together, before clipping.
     """
 
@@ -57,7 +57,7 @@ class Metrics:
 
 
 class Batch(NamedTuple):
-    """Pictures of one step.
+    """Images of one step.
 
     Attributes:
         pixels: [A B H W C], uint8 levels, or floating-point values prepared by the processor; A parts of a batch
@@ -83,7 +83,7 @@ class Task:
         processor: gives mean and standard deviation of the pixel values.
         params: the tree of the model's parameters, or of their shapes.
         steps_per_epoch: steps of the optimizer in one pass over the data.
-        teacher: gives the logits that `head_dist` learns from; None where the batches bring them or nothing distils.
+        teacher: gives the logits that `head_dist` learns from; None where the batches bring them or nothing distills.
 
     Raises:
         RecipeError: `learning_rates` does not fit the parameters.
@@ -122,7 +122,7 @@ class Task:
         Args:
             state: before the step; donated where this is jitted.
             teacher_variables: the first argument of the teacher; None without one.
-            batch: the pictures.
+            batch: the images.
 
         Returns:
             The state after the step, and what the step saw.
@@ -223,19 +223,19 @@ class Task:
         return jax.tree.map(blend, state.average, variables)
 
     def evaluate_step(self, variables: Variables, batch: Batch, weights: jax.Array) -> dict[str, jax.Array]:
-        """Return the totals of one batch in evaluation: "loss", "correct" and "pictures".
+        """Return the totals of one batch in evaluation: "loss", "correct" and "images".
 
         Args:
             variables: the model's.
-            batch: the pictures, with A = 1.
-            weights: [1 B], 1 for a picture that counts and 0 for what fills the batch up.
+            batch: the images, with A = 1.
+            weights: [1 B], 1 for an image that counts and 0 for what fills the batch up.
         """
         pixel_values, targets = self.prepare(jax.tree.map(lambda x: x[0], batch), smoothing=0.0)
         output: Any = self.model.apply(variables, pixel_values)
         logits = output.logits.astype(targets.dtype)
         losses = jax.vmap(lambda row, target: label_loss(row[None], target[None], self.problem_type))(logits, targets)
         hits = count_correct(logits, targets, self.problem_type, weights[0])
-        return {"loss": jnp.sum(losses * weights[0]), "correct": hits, "pictures": weights.sum()}
+        return {"loss": jnp.sum(losses * weights[0]), "correct": hits, "images": weights.sum()}
 
 
 def compute_parts(compute: Any, statistics: Any, batch: Batch, keys: jax.Array) -> tuple[Any, Any]:
@@ -255,7 +255,7 @@ def compute_parts(compute: Any, statistics: Any, batch: Batch, keys: jax.Array) 
 
 
 def count_correct(logits: jax.Array, targets: jax.Array, problem_type: str, weights: Any = 1.0) -> jax.Array:
-    """Return how many pictures are right: the likeliest class, or all of a picture's labels; 0 for regression."""
+    """Return how many images are right: the likeliest class, or all of an image's labels; 0 for regression."""
     if problem_type == SINGLE_LABEL:
         right = logits.argmax(-1) == targets.argmax(-1)
     elif problem_type == "multi_label_classification":

@@ -20,7 +20,7 @@ from levit_flax.modeling import (
 )
 from levit_flax.surgery import change_heads, merge_heads, replace_head, resize_image
 
-from .data import Pictures
+from .data import LabeledImages
 from .losses import SINGLE_LABEL
 from .recipe import Recipe, RecipeError
 
@@ -31,7 +31,7 @@ class Student(NamedTuple):
     Attributes:
         model: the module.
         variables: in float32.
-        processor: prepares its pictures.
+        processor: prepares its images.
     """
 
     model: LevitBase
@@ -39,13 +39,13 @@ class Student(NamedTuple):
     processor: LevitImageProcessor
 
 
-def make_student(source: str | Path | None, recipe: Recipe, pictures: Pictures, **options: Any) -> Student:
-    """Make the model that a recipe trains on labelled pictures.
+def make_student(source: str | Path | None, recipe: Recipe, images: LabeledImages, **options: Any) -> Student:
+    """Make the model that a recipe trains on labeled images.
 
     Args:
         source: a checkpoint, as in `levit_flax.from_pretrained`; None for the recipe's architecture from scratch.
         recipe: says what becomes of the heads, the image size and stochastic depth.
-        pictures: give the classes. Heads for other classes are fresh, which a warning says.
+        images: give the classes. Heads for other classes are fresh, which a warning says.
         **options: revision, token, cache_dir and local_files_only, as in `levit_flax.from_pretrained`.
 
     Raises:
@@ -53,14 +53,14 @@ def make_student(source: str | Path | None, recipe: Recipe, pictures: Pictures, 
         ValueError: the checkpoint cannot be trained.
         OSError: there is no such checkpoint, or it cannot be read or fetched.
     """
-    student = load_student(source, recipe, options) if source is not None else new_student(recipe, pictures)
+    student = load_student(source, recipe, options) if source is not None else new_student(recipe, images)
     model, variables = student.model, student.variables
     if recipe.image_size is not None:
         model, variables = resize_image(model, variables, recipe.image_size)
-    model, variables = set_classes(model, variables, pictures, jax.random.key(recipe.seed))
+    model, variables = set_classes(model, variables, images, jax.random.key(recipe.seed))
     changes: dict[str, Any] = {}
-    if pictures.problem_type != (model.config.problem_type or SINGLE_LABEL):
-        changes["problem_type"] = pictures.problem_type
+    if images.problem_type != (model.config.problem_type or SINGLE_LABEL):
+        changes["problem_type"] = images.problem_type
     if recipe.drop_path_rate is not None:
         changes["drop_path_rate"] = recipe.drop_path_rate
     dtype = None if recipe.compute_dtype == "float32" else jnp.dtype(recipe.compute_dtype)
@@ -74,7 +74,7 @@ def head_class(recipe: Recipe) -> type[LevitBase]:
     return LevitForImageClassificationWithTeacher if two else LevitForImageClassification
 
 
-def new_student(recipe: Recipe, pictures: Pictures) -> Student:
+def new_student(recipe: Recipe, images: LabeledImages) -> Student:
     """Make a fresh model of the recipe's architecture."""
     architecture = recipe.architecture
     if architecture is None:
@@ -88,14 +88,14 @@ def new_student(recipe: Recipe, pictures: Pictures) -> Student:
         config = VARIANTS[architecture]
     else:
         raise RecipeError(f"architecture is {architecture!r}: expected one of {', '.join(VARIANTS)}, or a table.")
-    config = dataclasses.replace(config, **class_fields(pictures))
+    config = dataclasses.replace(config, **class_fields(images))
     model = head_class(recipe)(config)
     height, width = config.image_height_width
     pixel_values = jnp.zeros((1, height, width, config.num_channels))
     variables = jax.jit(model.init)(jax.random.key(recipe.seed), pixel_values)
     if isinstance(architecture, str):
         return Student(model, variables, checkpoint.load_processor(None, config))
-    # The shorter edge fills the crop: small pictures have no border to spare.
+    # The shorter edge fills the crop: small images have no border to spare.
     size = size_for_edge(max(height, width))
     return Student(model, variables, LevitImageProcessor(size=size, crop_size=(height, width)))
 
@@ -121,27 +121,27 @@ def load_student(source: str | Path, recipe: Recipe, options: Mapping[str, Any])
     return Student(model, variables, checkpoint.load_processor(resolved.directory, model.config))
 
 
-def class_fields(pictures: Pictures) -> dict[str, Any]:
-    """Return the fields of a config that say what the classes of the pictures are."""
-    if pictures.labels:
-        return {"num_labels": len(pictures.labels), "id2label": dict(enumerate(pictures.labels))}
-    return {"num_labels": pictures.targets.shape[1], "id2label": None}
+def class_fields(images: LabeledImages) -> dict[str, Any]:
+    """Return the fields of a config that say what the classes of the images are."""
+    if images.labels:
+        return {"num_labels": len(images.labels), "id2label": dict(enumerate(images.labels))}
+    return {"num_labels": images.targets.shape[1], "id2label": None}
 
 
 def set_classes(
-    model: LevitBase, variables: Variables, pictures: Pictures, key: jax.Array
+    model: LevitBase, variables: Variables, images: LabeledImages, key: jax.Array
 ) -> tuple[LevitBase, Variables]:
-    """Give the model the classes of the pictures, with fresh heads where it has others."""
+    """Give the model the classes of the images, with fresh heads where it has others."""
     config = model.config
-    fields = class_fields(pictures)
-    if pictures.labels:
-        same = sorted(config.id2label) == sorted(pictures.labels)
+    fields = class_fields(images)
+    if images.labels:
+        same = sorted(config.id2label) == sorted(images.labels)
     else:
-        same = (config.num_labels, config.problem_type) == (fields["num_labels"], pictures.problem_type)
+        same = (config.num_labels, config.problem_type) == (fields["num_labels"], images.problem_type)
     if same:
         return model, variables
     warnings.warn(
-        f"The model's {config.num_labels} classes are not the {fields['num_labels']} of {pictures.where}: its heads are"
+        f"The model's {config.num_labels} classes are not the {fields['num_labels']} of {images.where}: its heads are"
         " fresh.",
         stacklevel=2,
     )
@@ -149,14 +149,14 @@ def set_classes(
     return model.clone(config=dataclasses.replace(model.config, **fields)), variables
 
 
-def align_classes(pictures: Pictures, config: LevitConfig) -> Pictures:
-    """Return the pictures with their targets in the order of a model's classes, which have the same names."""
-    if not pictures.labels or pictures.labels == config.id2label:
-        return pictures
-    indices = [config.label2id[label] for label in pictures.labels]
-    if pictures.targets.ndim == 1:
-        targets = pictures.targets.dtype.type(indices)[pictures.targets]
+def align_classes(images: LabeledImages, config: LevitConfig) -> LabeledImages:
+    """Return the images with their targets in the order of a model's classes, which have the same names."""
+    if not images.labels or images.labels == config.id2label:
+        return images
+    indices = [config.label2id[label] for label in images.labels]
+    if images.targets.ndim == 1:
+        targets = images.targets.dtype.type(indices)[images.targets]
     else:
-        targets = pictures.targets.copy()
-        targets[:, indices] = pictures.targets
-    return dataclasses.replace(pictures, targets=targets, labels=config.id2label)
+        targets = images.targets.copy()
+        targets[:, indices] = images.targets
+    return dataclasses.replace(images, targets=targets, labels=config.id2label)

@@ -16,7 +16,7 @@ from levit_flax.classifier import ImageClassifier, prepare
 from levit_flax.configuration import LevitConfig
 from levit_flax.image_processing import LevitImageProcessor
 
-from .data import Pictures
+from .data import LabeledImages
 from .recipe import Recipe, RecipeError
 from .state import Teacher
 
@@ -24,12 +24,12 @@ STORED_SUFFIX = ".npz"
 
 
 class TeacherSource(NamedTuple):
-    """What training asks for the teacher's logits: a function and its variables, or what was stored for each picture.
+    """What training asks for the teacher's logits: a function and its variables, or what was stored for each image.
 
     Attributes:
         function: (variables, pixel_values [B H W C] as the student sees them) -> logits [B L]; or None.
         variables: the function's first argument.
-        logits: [N L], one row for each training picture; or None.
+        logits: [N L], one row for each training image; or None.
     """
 
     function: Teacher | None = None
@@ -42,7 +42,7 @@ def make_teacher(
     recipe: Recipe,
     config: LevitConfig,
     processor: LevitImageProcessor,
-    pictures: Pictures,
+    images: LabeledImages,
     root: Path,
     **options: Any,
 ) -> TeacherSource:
@@ -50,56 +50,55 @@ def make_teacher(
 
     Args:
         teacher: a checkpoint, as in `levit_flax.from_pretrained`; an .npz file of `store_logits`; or a function from
-            pixel values [B H W C], normalised for the student, to logits [B L] in the order of its classes.
+            pixel values [B H W C], normalized for the student, to logits [B L] in the order of its classes.
         recipe: says how the student learns from it.
         config: the student's.
         processor: the student's.
-        pictures: the ones to train on.
-        root: the directory that stored logits name the pictures relative to.
+        images: the ones to train on.
+        root: the directory that stored logits name the images relative to.
         **options: token, cache_dir and local_files_only, as in `levit_flax.from_pretrained`.
 
     Raises:
-        RecipeError: the recipe distils and there is no teacher, or the other way round; it mixes pictures that
-            logits were stored for; or the pictures do not have one class each.
+        RecipeError: the recipe distills and there is no teacher, or the other way round; it mixes images that
+            logits were stored for; or the images do not have one class each.
         ValueError: the teacher does not know the student's classes.
     """
-    check_teacher(teacher, recipe, pictures)
+    check_teacher(teacher, recipe, images)
     if teacher is None:
         return TeacherSource()
     if callable(teacher):
         return TeacherSource(check_width(teacher, config.num_labels))
     if Path(teacher).suffix == STORED_SUFFIX:
-        return TeacherSource(logits=read_logits(Path(teacher), pictures, root, config))
+        return TeacherSource(logits=read_logits(Path(teacher), images, root, config))
     return load_teacher(teacher, config, processor, options)
 
 
 def check_teacher(
-    teacher: str | Path | Callable[[jax.Array], jax.Array] | None, recipe: Recipe, pictures: Pictures
+    teacher: str | Path | Callable[[jax.Array], jax.Array] | None, recipe: Recipe, images: LabeledImages
 ) -> None:
-    """Raise RecipeError where a recipe, a teacher and the pictures do not fit each other; nothing is read."""
+    """Raise RecipeError where a recipe, a teacher and the images do not fit each other; nothing is read."""
     if (teacher is None) == (recipe.distillation != "none"):
         expected = "a teacher (--teacher)" if teacher is None else 'distillation="hard" or "soft"'
         raise RecipeError(
             f"distillation is {recipe.distillation!r} and there is {'no' if teacher is None else 'a'} teacher: expected"
             f" {expected}."
         )
-    if teacher is not None and pictures.problem_type != "single_label_classification":
+    if teacher is not None and images.problem_type != "single_label_classification":
         raise RecipeError(
-            f"A teacher's answer is one class, but {pictures.where} is for {pictures.problem_type}: expected"
-            ' distillation = "none", or pictures of one class each.'
+            f"A teacher's answer is one class, but {images.where} is for {images.problem_type}: expected"
+            ' distillation = "none", or images of one class each.'
         )
     stored = isinstance(teacher, str | Path) and Path(teacher).suffix == STORED_SUFFIX
     if stored and (recipe.mixup or recipe.cutmix):
         raise RecipeError(
-            f"{teacher} holds logits of whole pictures, and the recipe mixes pictures: expected mixup = 0 and"
-            " cutmix = 0."
+            f"{teacher} holds logits of whole images, and the recipe mixes images: expected mixup = 0 and cutmix = 0."
         )
 
 
 def load_teacher(
     source: str | Path, config: LevitConfig, processor: LevitImageProcessor, options: dict[str, Any]
 ) -> TeacherSource:
-    """Load a model as a teacher; it sees the student's pictures, resized and normalised as it was trained with."""
+    """Load a model as a teacher; it sees the student's images, resized and normalized as it was trained with."""
     resolved = checkpoint.resolve(source, **options)
     model, variables = checkpoint.from_pretrained(resolved.directory, dtype="float32")
     own_processor = checkpoint.load_processor(resolved.directory, model.config)
@@ -132,7 +131,7 @@ def check_width(function: Callable[[jax.Array], jax.Array], width: int) -> Teach
         expected = (pixel_values.shape[0], width)
         if logits.shape != expected:
             raise ValueError(
-                f"The teacher's logits have the shape {logits.shape}: expected {expected}, a row for each picture and a"
+                f"The teacher's logits have the shape {logits.shape}: expected {expected}, a row for each image and a"
                 " column for each of the student's classes, in their order."
             )
         return logits
@@ -153,16 +152,16 @@ def match_labels(own: Sequence[str], wanted: Sequence[str], where: str) -> list[
 
 
 def store_logits(path: str | Path, classifier: ImageClassifier, data: str | Path, files: Sequence[str | Path]) -> None:
-    """Store a classifier's logits for pictures, for `finetune` to learn from.
+    """Store a classifier's logits for images, for `finetune` to learn from.
 
     Args:
         path: the .npz file to write: "files", paths relative to `data`; "labels", the classes; "logits" [N L].
         classifier: the teacher.
         data: the directory that training will be given.
-        files: the pictures, below `data`.
+        files: the images, below `data`.
 
     Raises:
-        ImageError: a picture cannot be used.
+        ImageError: an image cannot be used.
         OSError: a file cannot be read, or the result not be written.
 
     Example:
@@ -190,14 +189,14 @@ def store_logits(path: str | Path, classifier: ImageClassifier, data: str | Path
     checkpoint.write_atomically(Path(path), write)
 
 
-def read_logits(path: Path, pictures: Pictures, root: Path, config: LevitConfig) -> np.ndarray:
-    """Return the stored logits [N L] of the training pictures, in the order of the student's classes.
+def read_logits(path: Path, images: LabeledImages, root: Path, config: LevitConfig) -> np.ndarray:
+    """Return the stored logits [N L] of the training images, in the order of the student's classes.
 
     Raises:
-        ValueError: the file is not one of `store_logits`, or lacks a picture or a class.
+        ValueError: the file is not one of `store_logits`, or lacks an image or a class.
     """
-    if not isinstance(pictures.images, list):
-        raise ValueError(f"{path} names pictures by their paths, which those of {pictures.where} do not have.")
+    if not isinstance(images.images, list):
+        raise ValueError(f"{path} names images by their paths, which those of {images.where} do not have.")
     try:
         with np.load(path) as stored:
             files, labels, logits = (stored[name] for name in ("files", "labels", "logits"))
@@ -208,11 +207,11 @@ def read_logits(path: Path, pictures: Pictures, root: Path, config: LevitConfig)
     except Exception as error:  # a damaged archive raises whatever its reader stumbles over
         raise ValueError(f"{path} is not a file of stored logits: {error}") from None
     rows = {name: row for row, name in enumerate(files.tolist())}
-    names = [Path(image).relative_to(root).as_posix() for image in pictures.images]
+    names = [Path(image).relative_to(root).as_posix() for image in images.images]
     missing = [name for name in names if name not in rows]
     if missing:
         raise ValueError(
-            f"{path} has no logits for {len(missing)} of the {len(names)} training pictures, the first of which is"
+            f"{path} has no logits for {len(missing)} of the {len(names)} training images, the first of which is"
             f" {missing[0]}: store them for all."
         )
     order = match_labels(labels.tolist(), config.id2label, str(path))

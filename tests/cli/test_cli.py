@@ -28,7 +28,7 @@ PARAMETERS = 77_730  # of the small config of these tests, with two heads
 
 
 @pytest.fixture
-def picture(tmp_path):
+def make_image(tmp_path):
     path = tmp_path / "noise.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8)).save(path)
     return path
@@ -79,19 +79,19 @@ def test_help_is_quick():
 
 
 @pytest.mark.parametrize("switch", ["true", "false"])
-def test_what_was_compiled_is_kept_unless_switched_off(picture, tmp_path, monkeypatch, switch):
+def test_what_was_compiled_is_kept_unless_switched_off(image, tmp_path, monkeypatch, switch):
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", switch)
-    quickest("classify", "--model", "cifar10", picture, runs=1)
+    quickest("classify", "--model", "cifar10", image, runs=1)
     kept = list((tmp_path / "cache" / "levit-flax" / "compiled").glob("*-cache"))
     assert bool(kept) == (switch == "true")
 
 
 @pytest.mark.measurement
-def test_a_cold_answer_is_quick(picture):
-    assert quickest("classify", "--model", "cifar10", picture) < COLD_CLASSIFY_SECONDS
+def test_a_cold_answer_is_quick(image):
+    assert quickest("classify", "--model", "cifar10", image) < COLD_CLASSIFY_SECONDS
 
 
-def test_convert_reports_and_what_it_wrote_classifies(capsys, torch_directory, picture, tmp_path):
+def test_convert_reports_and_what_it_wrote_classifies(capsys, torch_directory, image, tmp_path):
     out_directory = tmp_path / "out"
     status, out, _ = run(capsys, "convert", torch_directory, out_directory, "--no-verify", "--json")
     report = json.loads(out)
@@ -104,9 +104,9 @@ def test_convert_reports_and_what_it_wrote_classifies(capsys, torch_directory, p
     provenance = json.loads((out_directory / "config.json").read_text())["levit_flax"]["provenance"]
     assert provenance["source"] == str(torch_directory) and len(provenance["files"]["model.safetensors"]) == 64
 
-    status, out, _ = run(capsys, "classify", "--model", out_directory, picture, "--json", "--top-k", 2)
+    status, out, _ = run(capsys, "classify", "--model", out_directory, image, "--json", "--top-k", 2)
     [answer] = json.loads(out)
-    assert status == 0 and answer["file"] == str(picture) and len(answer["predictions"]) == 2
+    assert status == 0 and answer["file"] == str(image) and len(answer["predictions"]) == 2
 
     status, out, _ = run(capsys, "info", out_directory)
     assert status == 0 and f"{PARAMETERS}" in out
@@ -136,12 +136,12 @@ def test_info_lists_the_variants(capsys):
     assert status == 0 and json.loads(out)["levit-384"]["parameters"] == 39_128_836
 
 
-def test_a_broken_picture_among_good_ones(capsys, picture, tmp_path):
+def test_a_broken_image_among_good_ones(capsys, image, tmp_path):
     folder = tmp_path / "folder"
     (folder / "deeper").mkdir(parents=True)
     (folder / "a.jpg").write_bytes(b"")
     (folder / "b.txt").write_text("not looked at")
-    picture.rename(folder / "deeper" / "c.png")
+    image.rename(folder / "deeper" / "c.png")
     status, out, err = run(capsys, "classify", "-m", "cifar10", folder, tmp_path / "none.jpg")
     assert status == 1
     assert "c.png" in out and "a.jpg" not in out
@@ -188,9 +188,9 @@ def test_bad_weights_are_a_sentence(capsys, kind, torch_directory, tmp_path, mon
     assert not (tmp_path / "out").exists() and not (tmp_path / "evil-was-here").exists()
 
 
-def bad_picture(kind, path):
+def bad_image(kind, path):
     if kind == "text":
-        path.write_text("This is no picture.")
+        path.write_text("This is no image.")
     elif kind == "zero bytes":
         path.write_bytes(b"")
     elif kind == "bomb":
@@ -198,9 +198,9 @@ def bad_picture(kind, path):
 
 
 @pytest.mark.parametrize("kind", ["text", "zero bytes", "bomb", "missing"])
-def test_bad_pictures_are_a_sentence(capsys, kind, tmp_path):
-    path = tmp_path / "picture.jpg"
-    bad_picture(kind, path)
+def test_bad_images_are_a_sentence(capsys, kind, tmp_path):
+    path = tmp_path / "image.jpg"
+    bad_image(kind, path)
     status, out, err = run(capsys, "classify", "--model", "cifar10", path, "--json")
     assert status == 1 and json.loads(out) == []
     assert err.startswith("error: ") and len(err.splitlines()) == 1 and str(path) in err
@@ -275,4 +275,4 @@ def test_demo_shows_everything(capsys):
     status, out, _ = run(capsys, "demo")
     assert status == 0
     assert str(EMBEDDED_DIRECTORY) in out and "250 tensors mapped" in out
-    assert "largest difference" in out and "chelsea" in out and "pictures a second" in out
+    assert "largest difference" in out and "chelsea" in out and "images a second" in out

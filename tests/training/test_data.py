@@ -1,6 +1,6 @@
 """The data of a training, the models and teachers that it begins with, and what is said where something is wrong.
 
-Pictures are known by their colour. The trainings change the heads alone, since most of a tiny training's time is the
+Images are known by their color. The trainings change the heads alone, since most of a tiny training's time is the
 compiler's.
 """
 
@@ -26,17 +26,17 @@ pytest.importorskip("tensorboardX")
 pytest.importorskip("matplotlib")
 
 import training_runs
-from training_runs import ARCHITECTURE, CLASSES, tiny_recipe, truncate, write_pictures, write_recipe
+from training_runs import ARCHITECTURE, CLASSES, tiny_recipe, truncate, write_images, write_recipe
 
 import levit_flax as lf
 from configs import random_variables
 from levit_flax.cli import main
-from levit_flax.training import DataError, Pictures, RecipeError, finetune, outputs, store_logits
+from levit_flax.training import DataError, LabeledImages, RecipeError, finetune, outputs, store_logits
 from levit_flax.training.data import (
     Shard,
     TrainingRows,
     evaluation_batches,
-    find_pictures,
+    find_images,
     read_skip_list,
     training_batches,
 )
@@ -50,7 +50,7 @@ CONFIG = lf.LevitConfig(**ARCHITECTURE, num_labels=3, id2label=CLASSES, drop_pat
 PROCESSOR = lf.LevitImageProcessor(size=28, crop_size=32)
 ROUNDING = 1e-5  # float32, through a small model
 NOTHING = {"crop_scale": (), "flip": 0.0, "color_jitter": 0.0, "drop_path_rate": 0.0}
-# One step of the heads, on all of the 27 pictures, so that the order of these is of no consequence.
+# One step of the heads, on all of the 27 images, so that the order of these is of no consequence.
 QUICK = {
     **NOTHING,
     "epochs": 1,
@@ -76,7 +76,7 @@ def _no_curves():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("data") / "pictures")
+    return write_images(tmp_path_factory.mktemp("data") / "images")
 
 
 def save(directory, model_class=ONE_HEAD, seed=0, processor=PROCESSOR, **changes):
@@ -98,7 +98,7 @@ def two_heads(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """A model that counts its classes in another order and sees colours on another scale."""
+    """A model that counts its classes in another order and sees colors on another scale."""
     own = lf.LevitImageProcessor(size=28, crop_size=32, image_mean=[0.4, 0.5, 0.6], image_std=[0.3, 0.2, 0.25])
     return save(tmp_path_factory.mktemp("teacher") / "model", seed=1, processor=own, id2label=("cat", "ant", "bee"))
 
@@ -119,7 +119,7 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-# Which pictures there are
+# Which images there are
 
 
 def touch(directory, *names):
@@ -130,13 +130,13 @@ def touch(directory, *names):
     return directory
 
 
-def listed(pictures, root):
-    """Return (path, class) of every picture, in order."""
-    names = [path.relative_to(root).as_posix() for path in pictures.images]
-    return [(name, pictures.labels[target]) for name, target in zip(names, pictures.targets, strict=True)]
+def listed(images, root):
+    """Return (path, class) of every image, in order."""
+    names = [path.relative_to(root).as_posix() for path in images.images]
+    return [(name, images.labels[target]) for name, target in zip(names, images.targets, strict=True)]
 
 
-def test_pictures_are_found_by_their_endings_at_any_depth(tmp_path):
+def test_images_are_found_by_their_endings_at_any_depth(tmp_path):
     touch(
         tmp_path, "train/fly/b.png", "train/fly/a.JPG", "train/fly/c.txt", "train/fly/png", "train/fly/deep/er/d.webp"
     )
@@ -144,7 +144,7 @@ def test_pictures_are_found_by_their_endings_at_any_depth(tmp_path):
     touch(tmp_path, "train/ant/._2.png", "train/ant/.checkpoints/2.png")
     touch(tmp_path, "val/fly/1.png", "val/ant/1.png", "val/Bee/1.png", "elsewhere/yak/1.png")
     (tmp_path / "train" / "ant" / "folder.png").mkdir()
-    train, validation = find_pictures(tmp_path, tiny_recipe(), ())
+    train, validation = find_images(tmp_path, tiny_recipe(), ())
     assert train.labels == validation.labels == ("Bee", "ant", "fly")
     assert listed(train, tmp_path / "train") == [
         ("Bee/1.gif", "Bee"),
@@ -162,18 +162,18 @@ def test_the_part_for_validation_has_four_names(tmp_path):
     touch(tmp_path, *(f"train/{name}" for name in names))
     for part in ("test", "valid", "val", "validation"):  # each before the ones that are there already
         touch(tmp_path, f"{part}/ant/{part}.png", f"{part}/bee/1.png", f"{part}/cat/1.png")
-        train, validation = find_pictures(tmp_path, tiny_recipe(), ())
+        train, validation = find_images(tmp_path, tiny_recipe(), ())
         assert [name for name, _ in listed(train, tmp_path / "train")] == names
         assert listed(validation, tmp_path)[0] == (f"{part}/ant/{part}.png", "ant") and len(validation) == 3
     (tmp_path / "validation" / "dog").mkdir()
     touch(tmp_path, "validation/dog/1.png")
     with pytest.raises(DataError, match=r"train has 3 classes and .*validation 4: .* but dog is in one only"):
-        find_pictures(tmp_path, tiny_recipe(), ())
+        find_images(tmp_path, tiny_recipe(), ())
 
 
 def test_a_train_folder_alone_is_divided(tmp_path):
     touch(tmp_path, *(f"train/{name}/{i}.png" for name in CLASSES for i in range(4)), "other/1.png")
-    train, validation = find_pictures(tmp_path, tiny_recipe(), ())
+    train, validation = find_images(tmp_path, tiny_recipe(), ())
     assert (len(train), len(validation), train.labels) == (9, 3, CLASSES)
 
 
@@ -182,14 +182,14 @@ def test_a_share_of_each_class_is_held_back(tmp_path):
     touch(tmp_path, *(f"{name}/{i}.png" for name, count in counts.items() for i in range(count)))
     chosen = []
     for seed in (3, 3, 4):
-        train, validation = find_pictures(tmp_path, tiny_recipe(validation_share=0.25, seed=seed), ())
+        train, validation = find_images(tmp_path, tiny_recipe(validation_share=0.25, seed=seed), ())
         rest, back = listed(train, tmp_path), listed(validation, tmp_path)
         assert sorted(rest + back) == sorted((f"{c}/{i}.png", c) for c, count in counts.items() for i in range(count))
         assert [[label for _, label in back].count(name) for name in CLASSES] == [5, 3, 1]
         chosen.append((rest, back))
     assert chosen[0] == chosen[1] != chosen[2]
     assert [int(name.split("/")[1][:-4]) for name, _ in chosen[0][1][:5]] != list(range(5))  # at random
-    train, validation = find_pictures(tmp_path, tiny_recipe(validation_share=0.9), ())
+    train, validation = find_images(tmp_path, tiny_recipe(validation_share=0.9), ())
     assert train.targets.tolist() == [0, 0, 1, 2]  # one of each at least, on either side
 
 
@@ -200,11 +200,11 @@ def test_a_skip_list(tmp_path):
     path.write_bytes(b"\xef\xbb\xbftrain/ant/1 x.png\n\n  \t\r\nval/cat/0 x.png \r\nnowhere/1.png\ntrain/bee\n1 x.png")
     skip = read_skip_list(path)
     assert skip == {"train/ant/1 x.png", "val/cat/0 x.png", "nowhere/1.png", "train/bee", "1 x.png"}
-    found = [name for part in find_pictures(tmp_path, tiny_recipe(), skip) for name, _ in listed(part, tmp_path)]
+    found = [name for part in find_images(tmp_path, tiny_recipe(), skip) for name, _ in listed(part, tmp_path)]
     assert found == [name for name in names if name not in ("train/ant/1 x.png", "val/cat/0 x.png")]
     everything = {name for name in names if name.startswith("train/bee")}
-    with pytest.raises(DataError, match="train/bee holds no pictures: fill the folder of the class, or remove it"):
-        find_pictures(tmp_path, tiny_recipe(), everything)
+    with pytest.raises(DataError, match="train/bee holds no images: fill the folder of the class, or remove it"):
+        find_images(tmp_path, tiny_recipe(), everything)
 
 
 # Which rows a step sees
@@ -214,13 +214,13 @@ UNTOUCHED = lf.LevitImageProcessor(do_resize=False, do_center_crop=False)
 
 
 def numbered(count):
-    """Return pictures whose red tells their number, as their class does."""
+    """Return images whose red tells their number, as their class does."""
     images = [Image.new("RGB", (6, 5), (i, 0, 0)) for i in range(count)]
-    return Pictures(images, np.arange(count, dtype=np.int32), tuple(map(str, range(count))), "the data")
+    return LabeledImages(images, np.arange(count, dtype=np.int32), tuple(map(str, range(count))), "the data")
 
 
 def numbers(rows):
-    """Return the number of the picture in every row, [steps B]."""
+    """Return the number of the image in every row, [steps B]."""
     batches = list(training_batches(rows, 2))
     found = np.array([batch["pixels"][..., 0, 0, 0].ravel() for batch in batches])
     np.testing.assert_array_equal(found, [batch["targets"].ravel() for batch in batches])
@@ -228,7 +228,7 @@ def numbers(rows):
 
 
 @pytest.mark.parametrize("count", [24, 29])
-def test_every_picture_once_an_epoch_in_another_order(count):
+def test_every_image_once_an_epoch_in_another_order(count):
     def orders(seed):
         found = numbers(TrainingRows(numbered(count), tiny_recipe(**NOTHING, epochs=5, seed=seed), UNTOUCHED))
         assert found.shape == (5 * 3, 8)
@@ -244,7 +244,7 @@ def test_every_picture_once_an_epoch_in_another_order(count):
 
 
 def test_repeated_augmentation_is_the_references(monkeypatch):
-    """Timm's sampler, given our order of the pictures."""
+    """Timm's sampler, given our order of the images."""
     sampler = pytest.importorskip("timm.data.distributed_sampler")
     torch = pytest.importorskip("torch")
     changes = {**NOTHING, "epochs": 2}
@@ -266,18 +266,18 @@ def test_repeated_augmentation_is_the_references(monkeypatch):
 def noise(count):
     generator = np.random.default_rng(0)
     images = [Image.fromarray(generator.integers(0, 256, (12, 14, 3), np.uint8)) for _ in range(count)]
-    return Pictures(images, np.arange(count, dtype=np.int32), tuple(map(str, range(count))), "the data")
+    return LabeledImages(images, np.arange(count, dtype=np.int32), tuple(map(str, range(count))), "the data")
 
 
 SMALL_CROPS = lf.LevitImageProcessor(size=7, crop_size=8)
 
 
 def test_every_row_of_a_training_is_augmented_anew():
-    """Of pictures that are all the same, so that only the augmentation can tell the rows apart."""
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
-    pictures = Pictures([picture] * 16, np.zeros(16, np.int32), ("one", "two"), "the data")
+    """Of images that are all the same, so that only the augmentation can tell the rows apart."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
+    images = LabeledImages([image] * 16, np.zeros(16, np.int32), ("one", "two"), "the data")
     for repeats in (1, 4):
-        rows = TrainingRows(pictures, tiny_recipe(epochs=4, repeats=repeats), SMALL_CROPS)
+        rows = TrainingRows(images, tiny_recipe(epochs=4, repeats=repeats), SMALL_CROPS)
         seen = [pixels.tobytes() for batch in training_batches(rows, 2) for pixels in batch["pixels"][0]]
         assert len(set(seen)) == len(seen) == 64
 
@@ -304,15 +304,15 @@ def test_the_hosts_together_read_what_one_reads(hosts, accumulation):
 
 
 @pytest.mark.parametrize("count", [11, 8, 3])
-def test_evaluation_weighs_each_picture_once(count):
-    pictures = numbered(count)
-    whole = list(evaluation_batches(pictures, UNTOUCHED, 4))
+def test_evaluation_weighs_each_image_once(count):
+    images = numbered(count)
+    whole = list(evaluation_batches(images, UNTOUCHED, 4))
     weights = np.concatenate([batch["weights"].ravel() for batch in whole])
     found = np.concatenate([batch["pixels"][..., 0, 0, 0].ravel() for batch in whole])
     assert {batch["pixels"].shape for batch in whole} == {(1, 4, 5, 6, 3)}
     assert set(weights) <= {0, 1} and found[weights > 0].tolist() == list(range(count))
     np.testing.assert_array_equal(np.concatenate([batch["targets"].ravel() for batch in whole]), found)
-    parts = [list(evaluation_batches(pictures, UNTOUCHED, 4, Shard(index, 2))) for index in range(2)]
+    parts = [list(evaluation_batches(images, UNTOUCHED, 4, Shard(index, 2))) for index in range(2)]
     for step, batch in enumerate(whole):
         for name, array in batch.items():
             np.testing.assert_array_equal(np.concatenate([part[step][name] for part in parts], axis=1), array)
@@ -321,8 +321,8 @@ def test_evaluation_weighs_each_picture_once(count):
 # The model that a training begins with
 
 
-def student_of(source, pictures, **changes):
-    return make_student(source, tiny_recipe(**changes), pictures)
+def student_of(source, images, **changes):
+    return make_student(source, tiny_recipe(**changes), images)
 
 
 def same_but_heads(variables, source):
@@ -334,7 +334,7 @@ def same_but_heads(variables, source):
 
 
 def test_two_heads_become_what_the_recipe_says(two_heads, folder):
-    train, _ = find_pictures(folder, tiny_recipe(), ())
+    train, _ = find_images(folder, tiny_recipe(), ())
     pixel_values = np.random.default_rng(0).standard_normal((4, 32, 32, 3)).astype(np.float32)
     model, variables = lf.from_pretrained(two_heads)
     given = jax.device_get(jax.jit(model.apply)(variables, pixel_values))
@@ -355,7 +355,7 @@ def test_two_heads_become_what_the_recipe_says(two_heads, folder):
 
 @pytest.mark.parametrize("changes", [{"heads": "both"}, {"distillation": "hard"}])
 def test_a_head_that_is_lacking_is_announced(one_head, folder, changes):
-    train, _ = find_pictures(folder, tiny_recipe(), ())
+    train, _ = find_images(folder, tiny_recipe(), ())
     with pytest.warns(UserWarning, match="The checkpoint has no head_dist: these weights are fresh"):
         student = student_of(one_head, train, **changes)
     _, before = lf.from_pretrained(one_head)
@@ -366,7 +366,7 @@ def test_a_head_that_is_lacking_is_announced(one_head, folder, changes):
 
 @pytest.mark.parametrize("names", [("ant", "bee"), ("ant", "bee", "dog"), ("ant", "bee", "cat", "dog")])
 def test_other_classes_are_announced(two_heads, tmp_path, names):
-    train, _ = find_pictures(write_pictures(tmp_path / "data", 2, names), tiny_recipe(), ())
+    train, _ = find_images(write_images(tmp_path / "data", 2, names), tiny_recipe(), ())
     said = rf"The model's 3 classes are not the {len(names)} of .*data, for training: its heads are fresh\.$"
     with pytest.warns(UserWarning, match=said) as caught:
         student = student_of(two_heads, train, heads="both")
@@ -382,8 +382,8 @@ def test_other_classes_are_announced(two_heads, tmp_path, names):
 
 
 def test_the_same_classes_in_another_order_go_on(teacher, folder):
-    """In the order of the model: its heads stay, the pictures' targets change."""
-    train, _ = find_pictures(folder, tiny_recipe(), ())
+    """In the order of the model: its heads stay, the images' targets change."""
+    train, _ = find_images(folder, tiny_recipe(), ())
     student = student_of(teacher, train)  # without a warning
     assert student.model.config.id2label == ("cat", "ant", "bee")
     _, before = lf.from_pretrained(teacher)
@@ -393,12 +393,12 @@ def test_the_same_classes_in_another_order_go_on(teacher, folder):
     assert [aligned.labels[target] for target in aligned.targets] == [path.parent.name for path in train.images]
     assert aligned.labels == ("cat", "ant", "bee") and aligned.targets.dtype == np.int32
     rows = np.array([[1, 0, 0], [0, 1, 1]], np.float32)  # ant; bee and cat
-    several = align_classes(Pictures([], rows, CLASSES, "", "multi_label_classification"), student.model.config)
+    several = align_classes(LabeledImages([], rows, CLASSES, "", "multi_label_classification"), student.model.config)
     assert several.targets.tolist() == [[0, 1, 0], [1, 0, 1]]
 
 
 def test_the_image_size_of_a_recipe(one_head, folder):
-    train, _ = find_pictures(folder, tiny_recipe(), ())
+    train, _ = find_images(folder, tiny_recipe(), ())
     recipe = tiny_recipe(image_size=64)
     student = make_student(one_head, recipe, train)
     assert student.model.config.image_height_width == (64, 64)
@@ -414,7 +414,7 @@ def test_the_image_size_of_a_recipe(one_head, folder):
 
 @pytest.mark.parametrize(("given", "wanted"), [(None, 0.25), (0.0, 0.0), (0.5, 0.5)])
 def test_stochastic_depth_is_the_recipes_or_else_the_checkpoints(one_head, folder, given, wanted):
-    train, _ = find_pictures(folder, tiny_recipe(), ())
+    train, _ = find_images(folder, tiny_recipe(), ())
     student = student_of(one_head, train, drop_path_rate=given)
     assert student.model.config.drop_path_rate == wanted and student.model.config.id2label == CLASSES
 
@@ -433,7 +433,7 @@ def answers(problem_type, count):
 def test_other_problems_from_the_dataset_to_the_model(two_heads, tmp_path, monkeypatch, problem_type):
     datasets = pytest.importorskip("datasets")
     generator = np.random.default_rng(0)
-    pictures = [Image.fromarray(generator.integers(0, 256, (36, 40, 3), np.uint8)) for _ in range(34)]
+    images = [Image.fromarray(generator.integers(0, 256, (36, 40, 3), np.uint8)) for _ in range(34)]
     names = ["red", "big", "old", "new"]
 
     def part(targets, images):
@@ -446,7 +446,7 @@ def test_other_problems_from_the_dataset_to_the_model(two_heads, tmp_path, monke
         return datasets.Dataset.from_dict({"image": images, "answer": values}, features=features)
 
     targets = answers(problem_type, 34)
-    whole = {"train": part(targets[:27], pictures[:27]), "test": part(targets[27:], pictures[27:])}
+    whole = {"train": part(targets[:27], images[:27]), "test": part(targets[27:], images[27:])}
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"zoo/answers": datasets.DatasetDict(whole)}[name])
     recipe = tiny_recipe(**{**QUICK, "epochs": 3, "batch_size": 9, "learning_rate": 0.1})
     with pytest.warns(UserWarning, match=f"3 classes are not the {targets.shape[1]} of zoo/answers, train"):
@@ -455,7 +455,7 @@ def test_other_problems_from_the_dataset_to_the_model(two_heads, tmp_path, monke
     classifier = lf.ImageClassifier.from_pretrained(tmp_path / "run" / "model")
     config = classifier.model.config
     assert (config.problem_type, config.num_labels) == (problem_type, targets.shape[1])
-    logits = np.array(list(classifier.stream_logits(pictures[27:])), np.float64)
+    logits = np.array(list(classifier.stream_logits(images[27:])), np.float64)
     best, held_back = report["best"], targets[27:]
     with (tmp_path / "run" / "metrics.csv").open() as file:
         metrics = list(csv.DictReader(file))
@@ -479,16 +479,16 @@ def test_other_problems_from_the_dataset_to_the_model(two_heads, tmp_path, monke
 @pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
 def test_a_checkpoint_of_another_problem_learns_one_class(folder, tmp_path, problem_type):
     source = save(tmp_path / "model", problem_type=problem_type)
-    train, _ = find_pictures(folder, tiny_recipe(), ())
+    train, _ = find_images(folder, tiny_recipe(), ())
     config = student_of(source, train).model.config
     assert config.problem_type in (None, "single_label_classification")
     assert (config.num_labels, config.id2label) == (3, CLASSES)
 
 
 def test_regression_of_as_many_numbers_as_there_were_classes(one_head):
-    pictures = Pictures([], np.zeros((0, 3), np.float32), (), "the data", "regression")
+    images = LabeledImages([], np.zeros((0, 3), np.float32), (), "the data", "regression")
     with pytest.warns(UserWarning, match="3 classes are not the 3 of the data: its heads are fresh"):
-        model = student_of(one_head, pictures).model
+        model = student_of(one_head, images).model
     assert (model.config.problem_type, model.config.num_labels) == ("regression", 3)
 
 
@@ -496,8 +496,8 @@ def test_regression_of_as_many_numbers_as_there_were_classes(one_head):
 
 
 def by_hand(two_heads, teacher, folder, kind):
-    """Return the loss of the first step, from the logits of both models for all pictures to train on."""
-    train, _ = find_pictures(folder, tiny_recipe(), ())
+    """Return the loss of the first step, from the logits of both models for all images to train on."""
+    train, _ = find_images(folder, tiny_recipe(), ())
     pixels = np.stack([PROCESSOR.resize_and_crop(path) for path in train.images])
     model, variables = lf.from_pretrained(two_heads)
     prepared = PROCESSOR.rescale_and_normalize(pixels)
@@ -544,14 +544,14 @@ def test_a_function_of_other_classes(two_heads, folder, tmp_path):
         finetune(folder, tmp_path / "run", model=two_heads, recipe=recipe, teacher=lambda x: jnp.zeros((len(x), 10)))
 
 
-def test_stored_logits_follow_the_pictures(teacher, stored, folder):
+def test_stored_logits_follow_the_images(teacher, stored, folder):
     """In whatever order either comes, and in the student's order of classes."""
-    train, held_back = find_pictures(folder, tiny_recipe(), ())
+    train, held_back = find_images(folder, tiny_recipe(), ())
     classifier = lf.ImageClassifier.from_pretrained(teacher)
-    for pictures in (train, held_back):
-        wanted = np.array(list(classifier.stream_logits(pictures.images)))[:, [1, 2, 0]]
+    for images in (train, held_back):
+        wanted = np.array(list(classifier.stream_logits(images.images)))[:, [1, 2, 0]]
         recipe = tiny_recipe(distillation="soft")
-        found = make_teacher(stored, recipe, CONFIG, PROCESSOR, pictures, folder).logits
+        found = make_teacher(stored, recipe, CONFIG, PROCESSOR, images, folder).logits
         np.testing.assert_allclose(found, wanted, rtol=ROUNDING, atol=ROUNDING)
 
 
@@ -578,7 +578,7 @@ def test_what_transformers_could_not_open_is_refused_before_the_training(folder,
     assert main([*map(str, arguments), "--export-torch", "hf"]) == 1
     height, width = size if isinstance(size, list) else (size, size)
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"error: transformers' LeViT cannot take pictures of {height}x{width} pixels: give the model a square"
+        f"error: transformers' LeViT cannot take images of {height}x{width} pixels: give the model a square"
         " image_size that is a multiple of 16."
     )
     assert not list((tmp_path / "run").iterdir())
@@ -630,47 +630,47 @@ def arguments(one_head, tmp_path_factory):
     return ["--recipe", toml, "--model", one_head]
 
 
-def pictures_of(*counts):
-    return lambda directory: write_pictures(directory, counts, CLASSES[: len(counts)])
+def images_of(*counts):
+    return lambda directory: write_images(directory, counts, CLASSES[: len(counts)])
 
 
 def with_an_empty_class(directory):
-    write_pictures(directory)
+    write_images(directory)
     (directory / "dog").mkdir()
 
 
 def with_a_text(directory):
-    write_pictures(directory)
-    (directory / "bee" / "3.png").write_text("no picture")
+    write_images(directory)
+    (directory / "bee" / "3.png").write_text("no image")
     (directory / "cat" / "4.png").write_bytes(b"")
 
 
 def with_broken_pixels(directory):
-    write_pictures(directory)
+    write_images(directory)
     truncate(directory / "cat" / "4.png")
 
 
 def with_other_classes(directory):
-    write_pictures(directory / "train", 10)
-    write_pictures(directory / "val", 2, ("ant", "bee", "yak"))
+    write_images(directory / "train", 10)
+    write_images(directory / "val", 2, ("ant", "bee", "yak"))
 
 
 BAD_DATA = {
-    "empty": (Path.mkdir, "{data} has no folders: expected one for each class, with the class's pictures in it."),
+    "empty": (Path.mkdir, "{data} has no folders: expected one for each class, with the class's images in it."),
     "an empty class": (
         with_an_empty_class,
-        "{data}/dog holds no pictures: fill the folder of the class, or remove it.",
+        "{data}/dog holds no images: fill the folder of the class, or remove it.",
     ),
-    "one class": (pictures_of(10), "{data} has one class, ant: expected two or more to tell apart."),
-    "one picture in a class": (
-        pictures_of(30, 30, 1),
-        "{data} has 1 picture of the class cat: expected at least two, one to train on and one to validate on.",
+    "one class": (images_of(10), "{data} has one class, ant: expected two or more to tell apart."),
+    "one image in a class": (
+        images_of(30, 30, 1),
+        "{data} has 1 image of the class cat: expected at least two, one to train on and one to validate on.",
     ),
-    "too few pictures": (
-        pictures_of(10, 10, 9),
-        "batch_size is 27, but {data}, for training has 26 pictures: expected 26 or less.",
+    "too few images": (
+        images_of(10, 10, 9),
+        "batch_size is 27, but {data}, for training has 26 images: expected 26 or less.",
     ),
-    "headers of no picture": (with_a_text, "2 of the 27 pictures of {data}, for training cannot be used: "),
+    "headers of no image": (with_a_text, "2 of the 27 images of {data}, for training cannot be used: "),
     "other classes to validate on": (
         with_other_classes,
         "{data}/train has 3 classes and {data}/val 3: expected the same, but cat, yak is in one only.",
@@ -688,7 +688,7 @@ def test_data_that_cannot_be_used(capsys, arguments, tmp_path, name):
     assert said.endswith(".") and said.count(". ") <= 1
 
 
-def test_unusable_pictures_are_named(capsys, arguments, tmp_path):
+def test_unusable_images_are_named(capsys, arguments, tmp_path):
     """By their headers; by their pixels where that is asked for."""
     with_a_text(tmp_path / "data")
     said = refused(capsys, tmp_path / "run", "finetune", tmp_path / "data", *arguments)
@@ -696,13 +696,13 @@ def test_unusable_pictures_are_named(capsys, arguments, tmp_path):
         assert f"{tmp_path}/data/{name}" in said
     with_broken_pixels(tmp_path / "broken")
     said = refused(capsys, tmp_path / "run", "finetune", tmp_path / "broken", *arguments, "--check-data")
-    assert f"{tmp_path}/broken/cat/4.png" in said and re.match(r"1 of the (27|3) pictures of ", said)
+    assert f"{tmp_path}/broken/cat/4.png" in said and re.match(r"1 of the (27|3) images of ", said)
 
 
 BAD_RECIPES = {
-    "batch_size=28": "batch_size is 28, but .*, for training has 27 pictures: expected 27 or less",
-    "batch_norm=train; batch_size=1": "A batch of one picture cannot be trained on, since the head's batch norm",
-    "batch_norm=train; accumulation=27": "A batch of one picture cannot be trained on",
+    "batch_size=28": "batch_size is 28, but .*, for training has 27 images: expected 27 or less",
+    "batch_norm=train; batch_size=1": "A batch of one image cannot be trained on, since the head's batch norm",
+    "batch_norm=train; accumulation=27": "A batch of one image cannot be trained on",
     "accumulation=2": "batch_size 27 cannot be computed in 2 equal parts",
     "epoch=3": "has the unknown key epoch: the keys are epochs, batch_size,",
     "epochs=many": "epochs is 'many': expected int",
@@ -761,9 +761,9 @@ def test_a_skip_list_that_is_not_there(capsys, arguments, folder, tmp_path):
 
 def test_a_teacher_of_other_classes(capsys, arguments, folder, tmp_path):
     other = save(tmp_path / "teacher", num_labels=4, id2label=("ant", "bee", "dog", "elk"))
-    distils = ("--set", "distillation=soft")
+    distills = ("--set", "distillation=soft")
     arguments = [*arguments[:3], save(tmp_path / "student", TWO_HEADS)]
-    said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, *distils, "--teacher", other)
+    said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, *distills, "--teacher", other)
     assert said == (
         f"The teacher {other} has 4 classes, and cat is none of them: expected one that knows the student's 3 classes"
         " by name."
@@ -782,9 +782,9 @@ def loaded(stored):
 
 NOT_STORED = "is not a file of stored logits: "
 BAD_STORED = {
-    "pictures that are missing": (
+    "images that are missing": (
         lambda a: {"files": a["files"][:20], "logits": a["logits"][:20]},
-        r"has no logits for \d+ of the 27 training pictures, the first of which is ant/\d\.png: store them for all\.",
+        r"has no logits for \d+ of the 27 training images, the first of which is ant/\d\.png: store them for all\.",
     ),
     "a class that is missing": (
         lambda a: {"labels": a["labels"][:2], "logits": a["logits"][:, :2]},
@@ -863,4 +863,4 @@ def test_outputs_that_hold_a_training(capsys, exported, folder, one_head, tmp_pa
         assert said.endswith("Resume with the same, or begin anew with --force.")
     said = refused(capsys, output, "finetune", other, *begun[2:], "--resume")
     assert "data.sha256 (was '" in said and said.startswith(f"{output} was begun with something else: ")
-    assert json.loads((output / "run.json").read_text())["data"]["training_pictures"] == 27
+    assert json.loads((output / "run.json").read_text())["data"]["training_images"] == 27

@@ -415,14 +415,14 @@ def check_transformers_size(config: LevitConfig) -> None:
     """Raise ConversionError unless transformers' model has as many tokens at the config's image size.
 
     Its tables of attention biases are for `image_size // patch_size` tokens a side, where its stem makes one more of
-    what is left over, and for square pictures.
+    what is left over, and for square images.
 
     Source: `LevitEncoder` in transformers modeling_levit.py.
     """
     height, width = config.image_height_width
     if height != width or config.grids[0] != (height // config.patch_size, width // config.patch_size):
         raise ConversionError(
-            f"transformers' LeViT cannot take pictures of {height}x{width} pixels: give the model a square image_size"
+            f"transformers' LeViT cannot take images of {height}x{width} pixels: give the model a square image_size"
             f" that is a multiple of {config.patch_size}."
         )
 

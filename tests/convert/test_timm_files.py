@@ -126,15 +126,15 @@ def test_old_files_without_a_nested_config(tmp_path):
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (640, 480), (250, 248)])
-def test_pictures_are_prepared_as_timm_does(height, width):
+def test_images_are_prepared_as_timm_does(height, width):
     """248 and then 224 pixels; where the crop's offset is a half, timm rounds and LeViT's processor floors."""
     timm = pytest.importorskip("timm")
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
     processor = read_timm_processor(published())
     assert processor.size == {"shortest_edge": 217} and processor.crop_size == {"height": 224, "width": 224}
-    ours = processor(picture, return_tensors="np", data_format="channels_first")["pixel_values"][0]
+    ours = processor(image, return_tensors="np", data_format="channels_first")["pixel_values"][0]
     transform = timm.data.create_transform(input_size=(3, 224, 224), interpolation="bicubic", crop_pct=0.9)
-    np.testing.assert_allclose(ours, transform(picture).numpy(), atol=1e-5)
+    np.testing.assert_allclose(ours, transform(image).numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("cfg", [{"interpolation": "random"}, {"crop_mode": "squash"}])

@@ -46,7 +46,7 @@ class Loaded:
     Attributes:
         model: the module.
         variables: its variables.
-        processor: what prepares its pictures.
+        processor: what prepares its images.
         provenance: where it came from, JSON-ready.
         source: the opened PyTorch checkpoint; None for a model directory of ours.
         conversion: how it was converted; None for a model directory of ours.

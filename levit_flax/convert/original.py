@@ -19,7 +19,7 @@ class TokenNorm(nn.BatchNorm1d):
     """Batch norm over batch and tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [B N C]."""
+        """Normalize [B N C]."""
         return super().forward(x.flatten(0, 1)).view_as(x)
 
 
@@ -125,7 +125,7 @@ class OriginalLevit(nn.Module):
     Args:
         config: the architecture.
         heads: names of the classifier heads.
-        fused: whether the batch norms are fused into their neighbours.
+        fused: whether the batch norms are fused into their neighbors.
     """
 
     def __init__(self, config: LevitConfig, heads: tuple[str, ...], fused: bool) -> None:

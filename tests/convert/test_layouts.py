@@ -72,9 +72,9 @@ def test_every_layout_of_a_variant(name, heads):
     config = lf.VARIANTS[name]
     reference = torch_model(config, CLASSES[heads])
     tensors = state_dict(reference)
-    picture = torch.from_numpy(pixels(config)).permute(0, 3, 1, 2)
+    image = torch.from_numpy(pixels(config)).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        wanted = reference(picture).logits.numpy()
+        wanted = reference(image).logits.numpy()
     expected = None
     for layout, ((few, many), _) in TENSORS.items():
         named = in_layout(tensors, layout, config.depths)
@@ -86,7 +86,7 @@ def test_every_layout_of_a_variant(name, heads):
         if layout != "hf":
             peer.load_state_dict(as_tensors(named), strict=True)
             with torch.inference_mode():
-                assert largest_difference(peer(picture).numpy(), wanted) < FLOAT64_LIMIT, layout
+                assert largest_difference(peer(image).numpy(), wanted) < FLOAT64_LIMIT, layout
         assert len(named) == (few if name == "levit-128S" else many) - 7 * (2 - heads)
         named = narrowed(named)
         model, variables = convert.from_torch(named)

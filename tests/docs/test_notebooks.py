@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 LARGEST = 500_000  # bytes: everyone who clones the repository pays for them
 MACHINE = re.compile(r"site-packages|/home/|/root/|/tmp/|/work/|/Users/|[A-Z]:\\")

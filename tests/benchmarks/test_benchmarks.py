@@ -14,7 +14,7 @@ from PIL import Image
 import levit_flax as lf
 from configs import random_variables
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SECONDS = 2.0
 OF_THE_FILE = 2.0
 
@@ -72,7 +72,7 @@ def test_peers_compute_the_same_at_tiny_size(tmp_path, script, all_peers):
         assert rows.keys() >= set(FEW)
         assert rows["levit-flax"]["times_ours"]["median"] == 1 and rows["levit-flax"]["difference"] == 0
         for row in rows.values():
-            assert row["difference"] < 1e-4 and row["pictures_per_second"] > 0
+            assert row["difference"] < 1e-4 and row["images_per_second"] > 0
             assert row["milliseconds"]["median"] > 0 and row["first_call_seconds"]["median"] > 0
     result["variants"] = dict.fromkeys(("levit-128S", "levit-256"), result["variants"]["tiny"])
     (tmp_path / "out.json").write_text(json.dumps(result))
@@ -99,7 +99,7 @@ def test_the_original_protocol_at_tiny_size(tmp_path):
 
 def test_preprocessing_at_tiny_size(tmp_path):
     pytest.importorskip("torchvision")
-    result = run("preprocessing.py", tmp_path / "out.json", "--pictures", 4, "--rounds", 1)
+    result = run("preprocessing.py", tmp_path / "out.json", "--images", 4, "--rounds", 1)
     rows = result["processors"]
     assert rows["transformers, PIL"]["values_that_differ_from_ours"] == 0
     assert rows["transformers, torchvision"]["values_that_differ_from_ours"] > 0  # it resizes otherwise
@@ -138,10 +138,10 @@ def test_the_roofline_at_tiny_size(tmp_path):
 def test_training_at_tiny_size(tmp_path):
     for module in ("grain", "orbax.checkpoint", "tensorboardX", "torch", "transformers"):
         pytest.importorskip(module)
-    options = {"--variants": "tiny", "--batch": 8, "--steps": 2, "--rounds": 1, "--pictures": 24}
+    options = {"--variants": "tiny", "--batch": 8, "--steps": 2, "--rounds": 1, "--images": 24}
     result = run("training.py", tmp_path / "out.json", *(part for option in options.items() for part in option))
     assert result["models"]["tiny"]["times_as_fast"]["median"] > 0 and result["machine"]["torch"]
-    assert 0 <= result["data"]["share_waiting_for_data"] < 1 and result["data"]["ceiling_pictures_per_second"]
+    assert 0 <= result["data"]["share_waiting_for_data"] < 1 and result["data"]["ceiling_images_per_second"]
 
 
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}  # to compile, which is most of the time here
@@ -165,7 +165,7 @@ def test_accuracy_at_small_size(data, tmp_path):
     pytest.importorskip("grain")
     result = run("accuracy.py", tmp_path / "out.json", data[0], "--epochs", 0, **QUICK)
     own = result["image_size"]
-    assert result["pictures"] == 10 and list(result["image_sizes"]) == [str(round(own * k)) for k in (0.75, 1, 1.25)]
+    assert result["images"] == 10 and list(result["image_sizes"]) == [str(round(own * k)) for k in (0.75, 1, 1.25)]
     assert result["image_sizes"][str(own)]["top1"] == result["types"]["float32"]["top1"]
     assert result["types"]["float32"]["agreement_with_float32"] == 1
 
@@ -178,7 +178,7 @@ def test_distillation_at_tiny_size(data, tmp_path):
     lf.save_pretrained(tmp_path / "teacher", teacher, random_variables(teacher))
     options = ("--teacher", tmp_path / "teacher", "--student", "tiny", "--epochs", 1, "--share", 1, "--seeds", 1)
     result = run("distillation.py", tmp_path / "out.json", folder, *options, **QUICK)
-    assert result["training_pictures"] == 130 and {len(found) for found in result["top1"].values()} == {1}
+    assert result["training_images"] == 130 and {len(found) for found in result["top1"].values()} == {1}
     alone, taught = (found[0] for found in result["top1"].values())
     assert result["gain"]["median"] == pytest.approx(taught - alone)
 
@@ -191,7 +191,7 @@ def test_the_largest_model_converts_in_two_seconds_and_twice_its_size(tmp_path):
 
 
 @pytest.mark.measurement
-def test_pictures_are_ready_sooner_than_by_transformers(tmp_path):
+def test_images_are_ready_sooner_than_by_transformers(tmp_path):
     result = run("preprocessing.py", tmp_path / "out.json")
     assert result["processors"]["transformers, PIL"]["ours_times_as_fast"]["1"]["median"] > 1.2
     assert result["two_threads_over_one"]["median"] > 1.8

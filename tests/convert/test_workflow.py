@@ -127,7 +127,7 @@ def test_a_size_that_transformers_cannot_take_is_noted(tmp_path):
         lf.save_pretrained(tmp_path / f"own{image_size}", model, random_variables(model))
         report = run(tmp_path / f"own{image_size}", tmp_path / f"hf{image_size}", layout="hf", verify=False)
         notes.append(workflow.summary(report)["written as"])
-    assert notes[0] == "hf" and "transformers' LeViT cannot take pictures of 72x72 pixels" in notes[1]
+    assert notes[0] == "hf" and "transformers' LeViT cannot take images of 72x72 pixels" in notes[1]
 
 
 @pytest.mark.parametrize("layout", ["hf", "facebook"])

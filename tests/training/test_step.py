@@ -76,7 +76,7 @@ RECIPE = Recipe(
     adaptive_clip=0.0,
     label_smoothing=0.1,
 )
-# Without optimisation, which takes longer than these models take to run.
+# Without optimization, which takes longer than these models take to run.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -101,7 +101,7 @@ def random_model(model_class=ONE_HEAD, dtype=jnp.float32, **changes):
 
 
 def random_batch(seed=0, dtype=np.float32, parts=1, config=TINY, teacher_logits=False):
-    """Return a batch of pictures that the processor has already prepared."""
+    """Return a batch of images that the processor has already prepared."""
     generator = np.random.default_rng(seed)
     shape = (parts, BATCH // parts)
     return Batch(
@@ -173,10 +173,10 @@ class Trained(NamedTuple):
 def train(config, model_class, **changes):
     """Take five steps of AdamW in float64 from the same weights on the same batches, here and in PyTorch."""
     recipe = dataclasses.replace(RECIPE, distillation="hard" if model_class is TWO_HEADS else "none", **changes)
-    distils = recipe.distillation != "none"
+    distills = recipe.distillation != "none"
     reference = torch_model(config, model_class.__name__).train()
     start = state_dict(reference)
-    weights = np.random.default_rng(9).standard_normal((3, config.num_labels)) if distils else None
+    weights = np.random.default_rng(9).standard_normal((3, config.num_labels)) if distills else None
     batches = [random_batch(seed, np.float64, config=config) for seed in range(STEPS)]
 
     with jax.enable_x64(True):
@@ -187,7 +187,7 @@ def train(config, model_class, **changes):
             lf.LevitImageProcessor(),
             variables["params"],
             STEPS_PER_EPOCH,
-            teacher if distils else None,
+            teacher if distills else None,
         )
         step = compiled(task.train_step)
         states, metrics = [jax.device_get(task.init(variables))], []
@@ -203,7 +203,7 @@ def train(config, model_class, **changes):
         for group in optimizer.param_groups:
             group["lr"] = float(schedule(number))
         optimizer.zero_grad()
-        loss = pytorch_loss(reference, batch, recipe, distils and teacher(weights, batch.pixels[0]))
+        loss = pytorch_loss(reference, batch, recipe, distills and teacher(weights, batch.pixels[0]))
         loss.backward()
         if recipe.adaptive_clip:
             clipped.append(clip_pytorch(reference, recipe.adaptive_clip))
@@ -250,11 +250,11 @@ def test_five_steps_of_a_larger_model_equal_pytorchs(model_class, clip):
 @pytest.mark.parametrize("model_class", [ONE_HEAD, TWO_HEADS])
 def test_losses_of_five_float32_steps_of_gradient_descent_equal_pytorchs(model_class):
     # Not AdamW: in float32 it would make steps of noise, see above.
-    rate, distils = 0.02, model_class is TWO_HEADS
+    rate, distills = 0.02, model_class is TWO_HEADS
     reference = torch_model(TINY, model_class.__name__).float().train()
     model, variables = convert.from_torch(state_dict(reference), jnp.float32, config=TINY)
     model = model.clone(precision="highest")
-    task = make_task(model, variables, distillation="hard" if distils else "none", distillation_alpha=0.3)
+    task = make_task(model, variables, distillation="hard" if distills else "none", distillation_alpha=0.3)
     trained, statistics = flatten_dict(variables["params"], sep="/"), variables["batch_stats"]
 
     @compiled
@@ -266,11 +266,11 @@ def test_losses_of_five_float32_steps_of_gradient_descent_equal_pytorchs(model_c
 
     optimizer, found, wanted = torch.optim.SGD(reference.parameters(), rate), [], []
     for seed in range(STEPS):
-        batch = random_batch(seed % 2, teacher_logits=distils)
+        batch = random_batch(seed % 2, teacher_logits=distills)
         trained, statistics, loss = step(trained, statistics, jax.tree.map(lambda x: x[0], batch))
         found.append(float(loss))
         optimizer.zero_grad()
-        loss = pytorch_loss(reference, batch, task.recipe, distils and batch.teacher_logits[0])
+        loss = pytorch_loss(reference, batch, task.recipe, distills and batch.teacher_logits[0])
         loss.backward()
         optimizer.step()
         wanted.append(loss.item())
@@ -422,8 +422,8 @@ def test_each_part_of_a_batch_updates_the_statistics_and_drops_other_branches():
     assert same_bits(step(start, None, batch), (state, seen))
     # Without drop path neither the step's number nor the order of the parts would matter.
     in_another_order = Batch(*(np.roll(x, 1, axis=0) for x in batch[:2]))
-    for given, pictures in ((dataclasses.replace(start, step=jnp.int32(1)), batch), (start, in_another_order)):
-        _, other = step(given, None, pictures)
+    for given, images in ((dataclasses.replace(start, step=jnp.int32(1)), batch), (start, in_another_order)):
+        _, other = step(given, None, images)
         assert abs(float(other.loss - seen.loss)) > LOSS_LIMIT
 
 

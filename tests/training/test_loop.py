@@ -29,7 +29,7 @@ from training_runs import (  # noqa: E402
     start,
     tiny_recipe,
     truncate,
-    write_pictures,
+    write_images,
     write_recipe,
 )
 
@@ -41,12 +41,13 @@ from levit_flax.training import DataError, NotFiniteError, RecipeError, finetune
 compiled, standard_promotion = training_runs.compiled, training_runs.standard_promotion
 
 KILLS, SHORT_KILLS = 20, 4
+TESTS = str(Path(__file__).parents[1])  # for what the tests share
 LONG_EPOCHS = 24  # of the run that is killed twenty times
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("data"))
+    return write_images(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +80,10 @@ def _shared_steps(compiled):
             key = f"{recipe} {student.model} {self.rows.steps_per_epoch}"
             self.train_step, self.evaluate_step = runs.setdefault(key, (self.train_step, self.evaluate_step))
 
-    def make_student_once(source, recipe, pictures, **options):
-        key = f"{source} {recipe} {pictures.labels}"
+    def make_student_once(source, recipe, images, **options):
+        key = f"{source} {recipe} {images.labels}"
         if key not in students:
-            students[key] = make_student(source, recipe, pictures, **options)
+            students[key] = make_student(source, recipe, images, **options)
         return students[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -111,7 +112,7 @@ def test_what_a_run_leaves(whole, folder):
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
     stored = json.loads((output / "report.json").read_text())
     assert stored["last"] == report["last"] and stored["recipe"]["epochs"] == 6 and stored["data"]["classes"] == 3
-    assert stored["devices"] == 1 and 0 <= stored["share_waiting_for_data"] < 1 and stored["pictures_per_second"] > 0
+    assert stored["devices"] == 1 and 0 <= stored["share_waiting_for_data"] < 1 and stored["images_per_second"] > 0
     assert max(checkpoint_steps(output)) == STEPS and len(checkpoint_steps(output)) <= 2  # the last and the best
 
 
@@ -131,13 +132,13 @@ def test_the_best_model_is_what_was_measured(whole, folder):
     assert f"| validation loss | {report['best']['validation_loss']:.6g} |" in card
     classifier = lf.ImageClassifier.from_pretrained(output / "model")
     assert classifier.model.config.id2label == CLASSES
-    _, held_back = loop.find_pictures(folder, tiny_recipe(), ())
+    _, held_back = loop.find_images(folder, tiny_recipe(), ())
     result = evaluation.evaluate(classifier, evaluation.Data(held_back.images, held_back.targets.tolist()))
-    assert result.pictures == len(held_back) == 3
+    assert result.images == len(held_back) == 3
     assert result.top1 == report["best"]["validation_accuracy"]
     assert result.loss == pytest.approx(report["best"]["validation_loss"], rel=1e-5)
     provenance = json.loads((output / "model" / "config.json").read_text())["levit_flax"]["provenance"]
-    assert provenance["training"]["data"]["training_pictures"] == 27
+    assert provenance["training"]["data"]["training_images"] == 27
 
 
 def scalars(output):
@@ -289,7 +290,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(folder, whole, compile
         finetune(folder, wanted, recipe=tiny_recipe(epochs=epochs))
     marker = f"LEVIT_FLAX_TEST={tmp_path}"
     arguments = ["-W", "ignore", "-c", KILLER, folder, tmp_path / "run", kills, processes, epochs]
-    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
     done = start(arguments, compiled, PYTHONPATH=path, LEVIT_FLAX_TEST=str(tmp_path))
     out, err = done.communicate()
     print(out)
@@ -332,7 +333,7 @@ def test_signals_save_and_leave(whole, folder, toml, tmp_path, capsys, monkeypat
 @pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_number_of_data_processes_may_change(folder, slow):
     """What a step sees is a matter of its number alone."""
-    train, _ = loop.find_pictures(folder, tiny_recipe(), ())
+    train, _ = loop.find_images(folder, tiny_recipe(), ())
     rows = loop.TrainingRows(train, tiny_recipe(), lf.LevitImageProcessor(size=28, crop_size=32))
     expected = [batch["pixels"] for batch in loop.training_batches(rows, 2)]
     assert len(expected) == STEPS and expected[0].shape == (1, 8, 32, 32, 3)
@@ -391,24 +392,24 @@ def test_a_full_disk_is_a_sentence(whole, folder, toml, compiled, tmp_path, limi
     assert not list((output / "checkpoints").glob("*tmp*"))
 
 
-def test_a_picture_that_cannot_be_decoded(folder, toml, tmp_path, capsys):
+def test_a_image_that_cannot_be_decoded(folder, toml, tmp_path, capsys):
     """It is named when it is reached; the state is saved; with --skip the training goes on, and with it mended too."""
     data, output = tmp_path / "data", tmp_path / "run"
     shutil.copytree(folder, data)
-    train, held_back = loop.find_pictures(data, tiny_recipe(), ())
+    train, held_back = loop.find_images(data, tiny_recipe(), ())
     broken, broken_back = train.images[10], held_back.images[1]
     mended = {path: truncate(path) for path in (broken, broken_back)}
     arguments = ["finetune", data, "--recipe", toml, "--output", output]
 
     status, out, err = run(capsys, *arguments, "--check-data")
-    assert (status, out) == (1, "") and f"1 of the 27 pictures of {data}, for training cannot be used" in err
+    assert (status, out) == (1, "") and f"1 of the 27 images of {data}, for training cannot be used" in err
     assert str(broken) in err and "list their paths in a file for --skip" in err and checkpoint_steps(output) == []
 
     status, out, err = run(capsys, *arguments)
     sentence = err.splitlines()[-1]
     assert (status, out) == (1, "") and sentence.startswith(f"error: {broken} cannot be used: ")
     [step] = checkpoint_steps(output)
-    assert f"The state after step {step} of 18 is saved: mend the picture, or list its path" in sentence
+    assert f"The state after step {step} of 18 is saved: mend the image, or list its path" in sentence
     assert 0 <= step < STEPS_PER_EPOCH and "Traceback" not in err
 
     # Of the validation, at the end of the epoch, by name again.
@@ -425,11 +426,11 @@ def test_a_picture_that_cannot_be_decoded(folder, toml, tmp_path, capsys):
     assert json.loads(out)["last"]["step"] == STEPS
 
 
-def test_mended_pictures_leave_no_trace(whole, folder, tmp_path):
-    """Stopped by pictures of both parts, mended, and gone on with: the same bits."""
+def test_mended_images_leave_no_trace(whole, folder, tmp_path):
+    """Stopped by images of both parts, mended, and gone on with: the same bits."""
     data, output = tmp_path / "data", tmp_path / "run"
     shutil.copytree(folder, data)
-    train, held_back = loop.find_pictures(data, tiny_recipe(), ())
+    train, held_back = loop.find_images(data, tiny_recipe(), ())
     mended = {path: truncate(path) for path in (train.images[20], held_back.images[0])}
     for path, content in mended.items():
         with pytest.raises(DataError, match=f"{path.name} cannot be used: .* is saved"):
@@ -441,7 +442,7 @@ def test_mended_pictures_leave_no_trace(whole, folder, tmp_path):
 
 def test_what_is_skipped_later_moves_nothing_else(folder):
     recipe = tiny_recipe()
-    train, held_back = loop.find_pictures(folder, recipe, ())
+    train, held_back = loop.find_images(folder, recipe, ())
     gone, gone_back = train.images[3], held_back.images[2]
     skip = {path.relative_to(folder).as_posix() for path in (gone, gone_back)}
     later, later_back = loop.leave_out(train, held_back, folder, skip)
@@ -450,9 +451,9 @@ def test_what_is_skipped_later_moves_nothing_else(folder):
     np.testing.assert_array_equal(later.targets, train.targets)
     assert later_back.images == held_back.images[:2] and later_back.targets.tolist() == [0, 1]
     everything = {path.relative_to(folder).as_posix() for path in train.images if path.parent.name == "bee"}
-    with pytest.raises(DataError, match="would have no picture of the class bee left: leave out fewer"):
+    with pytest.raises(DataError, match="would have no image of the class bee left: leave out fewer"):
         loop.leave_out(train, held_back, folder, everything)
-    with pytest.raises(DataError, match="for validation would have no picture left"):
+    with pytest.raises(DataError, match="for validation would have no image left"):
         loop.leave_out(train, held_back, folder, {path.relative_to(folder).as_posix() for path in held_back.images})
 
 
@@ -549,14 +550,14 @@ def free_address():
 def parts(tmp_path_factory):
     """Data of five steps an epoch, and a part for validation that fills no batch."""
     directory = tmp_path_factory.mktemp("parts")
-    write_pictures(directory / "train", [27, 27, 26])
-    write_pictures(directory / "validation", [4, 3, 4], seed=1)
+    write_images(directory / "train", [27, 27, 26])
+    write_images(directory / "validation", [4, 3, 4], seed=1)
     return directory
 
 
 def train_on(hosts, devices, compiled, *arguments, stop_at=-1):
     """Train in one process or several, with so many devices each; return the losses."""
-    path, address = os.path.dirname(__file__), free_address()
+    path, address = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")]), free_address()
     processes = [
         start(["-c", DEVICES, address, hosts, index, *arguments, stop_at], compiled, devices, PYTHONPATH=path)
         for index in range(hosts)
@@ -644,7 +645,7 @@ def test_hosts_that_cannot_begin_together(folder, toml, compiled, tmp_path):
     assert f"error: {tmp_path}/empty has no folders" in second
     (tmp_path / "skip").write_text("ant/1.png\n")
     for said in said_by_two([folder, folder], (), ("--skip", tmp_path / "skip")):
-        assert "error: The hosts were not asked for the same, or do not see the same pictures" in said
+        assert "error: The hosts were not asked for the same, or do not see the same images" in said
 
 
 def test_processes_that_know_of_no_other(folder, toml, tmp_path, capsys):
@@ -675,7 +676,7 @@ def test_too_little_memory_is_a_sentence(folder, tmp_path, monkeypatch):
 
 
 def test_a_batch_of_one_needs_frozen_batch_norms(folder):
-    pictures = loop.find_pictures(folder, tiny_recipe(), ())[0]
-    loop.check_batch(tiny_recipe(batch_size=1, batch_norm="freeze"), pictures)
+    images = loop.find_images(folder, tiny_recipe(), ())[0]
+    loop.check_batch(tiny_recipe(batch_size=1, batch_norm="freeze"), images)
     with pytest.raises(RecipeError, match="of at least 2, or batch_norm"):
-        loop.check_batch(tiny_recipe(batch_size=1, batch_norm="freeze_with_parameters"), pictures)
+        loop.check_batch(tiny_recipe(batch_size=1, batch_norm="freeze_with_parameters"), images)

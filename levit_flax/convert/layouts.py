@@ -71,7 +71,7 @@ class Structure(NamedTuple):
         mlp: per stage, whether its blocks have an MLP.
         downsample_mlp: per downsampling, whether an MLP follows.
         heads: names of the classifier heads, from `head` and `head_dist`.
-        folded: whether the batch norms are folded into their neighbours ("fused", as PyTorch's libraries say).
+        folded: whether the batch norms are folded into their neighbors ("fused", as PyTorch's libraries say).
     """
 
     depths: tuple[int, ...]

@@ -128,9 +128,9 @@ def read_labels(values: Mapping[str, Any], cfg: Mapping[str, Any], count: int) -
 
 
 def read_timm_processor(values: Mapping[str, Any], where: str = "timm's config.json") -> LevitImageProcessor:
-    """Build the processor that prepares pictures as timm's evaluation does.
+    """Build the processor that prepares images as timm's evaluation does.
 
-    timm resizes the shorter edge to size / crop_pct and crops the centre. `LevitImageProcessor` multiplies its `size`
+    timm resizes the shorter edge to size / crop_pct and crops the center. `LevitImageProcessor` multiplies its `size`
     by 256 / 224 first, so 224 pixels with crop 0.9 (248 before the crop) are its size 217. Where no size leads to just
     that edge, it becomes one pixel shorter.
 

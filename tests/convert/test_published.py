@@ -19,7 +19,7 @@ ORIGINAL = "https://dl.fbaipublicfiles.com/LeViT/"
 
 # Source: transformers tests/models/levit/test_modeling_levit.py, with its tolerance.
 CATS_LOGITS, CATS_TOLERANCE = [1.0448, -0.3745, -1.8317], 2e-4
-# Source: facebookresearch/LeViT issue 28, logits of LeViT-384 on an all-zero picture; batches differ by 2e-7 there.
+# Source: facebookresearch/LeViT issue 28, logits of LeViT-384 on an all-zero image; batches differ by 2e-7 there.
 ZERO_LOGITS, ZERO_TOLERANCE = [-0.3287484, -0.11664876], 1e-5
 # Source: facebookresearch/LeViT issue 9, of `blocks.0.m.attention_biases` in LeViT-128S.
 BIAS_DEVIATION = 5.0527262687683105
@@ -44,8 +44,8 @@ def logits(model, variables, pixel_values):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_cats(family, tmp_path):
     """The classifier's processor too has to be right for this one; timm's resizes otherwise, so ours is given."""
-    picture = fetch(CATS, tmp_path / "cats.png")
-    pixel_values = lf.LevitImageProcessor()(picture, return_tensors="np")["pixel_values"]
+    image = fetch(CATS, tmp_path / "cats.png")
+    pixel_values = lf.LevitImageProcessor()(image, return_tensors="np")["pixel_values"]
     model, variables = load(family, "128S")
     found = logits(model, variables, pixel_values)
     np.testing.assert_allclose(found[0, :3], CATS_LOGITS, rtol=CATS_TOLERANCE, atol=CATS_TOLERANCE)
@@ -53,7 +53,7 @@ def test_two_cats(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_all_zero_picture(family):
+def test_an_all_zero_image(family):
     model, variables = load(family, "384")
     found = logits(model, variables, np.zeros((1, 224, 224, 3), np.float32))
     np.testing.assert_allclose(found[0, :2], ZERO_LOGITS, atol=ZERO_TOLERANCE)

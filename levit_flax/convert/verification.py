@@ -71,7 +71,7 @@ def compare(result: np.ndarray, reference: np.ndarray, limit: float = PARITY_LIM
     """
     if not np.isfinite(reference).all():
         raise ConversionError(
-            "The checkpoint's own results are not finite on pictures of noise: its weights are damaged, or training had"
+            "The checkpoint's own results are not finite on images of noise: its weights are damaged, or training had"
             " diverged when it was saved."
         )
     absolute = float(np.abs(result - reference).max())
@@ -86,7 +86,7 @@ def rounding_limit(dtype: Any) -> float:
 
 
 def probes(model: LevitBase) -> np.ndarray:
-    """Return seeded float32 pictures [B H W C] for a model."""
+    """Return seeded float32 images [B H W C] for a model."""
     shape = (PROBES, *model.config.image_height_width, model.config.num_channels)
     return np.random.default_rng(PROBE_SEED).standard_normal(shape, np.float32)
 

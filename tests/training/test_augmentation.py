@@ -1,4 +1,4 @@
-"""Random changes to pictures: single ones against timm's, pixel by pixel, and their laws over many draws.
+"""Random changes to images: single ones against timm's, pixel by pixel, and their laws over many draws.
 
 All draws are seeded; bounds on what is random are four standard deviations.
 """
@@ -34,7 +34,7 @@ from levit_flax.training.augmentation import (
 from levit_flax.training.recipe import Recipe, read_recipe, recipe_names
 
 FLOAT32_ROUNDING = 1e-6  # a few operations on numbers of size 1
-# Without optimisation, which takes longer than these functions take to run.
+# Without optimization, which takes longer than these functions take to run.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 FILL = (124, 116, 104)
 
@@ -66,8 +66,8 @@ def _standard_promotion():
         yield
 
 
-def picture(width=61, height=47, seed=0):
-    """Return a picture with smooth colours, edges and noise, of levels that do not reach 0 or 255."""
+def make_image(width=61, height=47, seed=0):
+    """Return an image with smooth colors, edges and noise, of levels that do not reach 0 or 255."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     levels = np.stack([90 + 60 * np.sin(x / 9), 90 + 60 * np.cos(y / 7), 40 + 1.3 * x + y], -1)
@@ -90,7 +90,7 @@ def distance_from_uniform(values):
     return np.abs(values - (np.arange(len(values)) + 0.5) / len(values)).max()
 
 
-# One picture
+# One image
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -98,23 +98,23 @@ def test_every_recipe_gives_levels_of_the_processors_size_and_repeats_itself(nam
     processor = lf.LevitImageProcessor(size={"shortest_edge": 48}, crop_size=(40, 32))
     recipe = read_recipe(name)
     for seed, size in enumerate([(61, 47), (33, 90), (5, 4), (300, 20)]):
-        given = picture(*size)
+        given = make_image(*size)
         first, second = (augment(given, np.random.default_rng(seed), recipe, processor) for _ in range(2))
         assert first.shape == (40, 32, 3) and first.dtype == np.uint8
         np.testing.assert_array_equal(first, second)
         assert (augment(given, np.random.default_rng(99), recipe, processor) != first).any()
-        np.testing.assert_array_equal(given, picture(*size))  # the caller's picture is as it was
+        np.testing.assert_array_equal(given, make_image(*size))  # the caller's image is as it was
 
 
-def test_without_augmentation_a_picture_is_prepared_as_for_evaluation():
+def test_without_augmentation_a_image_is_prepared_as_for_evaluation():
     processor = lf.LevitImageProcessor(size={"shortest_edge": 48}, crop_size=(40, 32))
-    result = augment(picture(), np.random.default_rng(0), Recipe(**NOTHING), processor)
-    np.testing.assert_array_equal(result, processor.resize_and_crop(picture()))
+    result = augment(make_image(), np.random.default_rng(0), Recipe(**NOTHING), processor)
+    np.testing.assert_array_equal(result, processor.resize_and_crop(make_image()))
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
-def test_pictures_are_mirrored_with_their_probability(probability):
-    given, generator, count = picture(6, 5), np.random.default_rng(0), 500
+def test_images_are_mirrored_with_their_probability(probability):
+    given, generator, count = make_image(6, 5), np.random.default_rng(0), 500
     recipe = Recipe(**{**NOTHING, "flip": probability})
     mirrored = 0
     for _ in range(count):
@@ -164,17 +164,18 @@ def test_boxes_are_those_of_timm(size, monkeypatch):
     scale, ratio = (0.3, 1.0), (3 / 4, 4 / 3)
     for seed in range(100):
         monkeypatch.setattr(transforms, "random", Draws(seed))
-        top, left, h, w = transforms.RandomResizedCropAndInterpolation.get_params(picture(*size), scale, ratio)
+        top, left, h, w = transforms.RandomResizedCropAndInterpolation.get_params(make_image(*size), scale, ratio)
         assert random_box(size, Draws(seed), scale, ratio) == (left, top, left + w, top + h)
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_crops_are_resized_by_the_filter_that_is_named(interpolation):
     recipe = Recipe(crop_scale=(0.2, 0.6), interpolation=interpolation)
-    result = random_resized_crop(picture(), np.random.default_rng(3), recipe, (24, 16))
+    result = random_resized_crop(make_image(), np.random.default_rng(3), recipe, (24, 16))
     box = random_box((61, 47), np.random.default_rng(3), recipe.crop_scale, recipe.crop_ratio)
     wanted = {
-        name: np.asarray(picture().crop(box).resize((24, 16), resampling)) for name, resampling in RESAMPLINGS.items()
+        name: np.asarray(make_image().crop(box).resize((24, 16), resampling))
+        for name, resampling in RESAMPLINGS.items()
     }
     np.testing.assert_array_equal(result, wanted.pop(interpolation))
     assert (np.asarray(result) != next(iter(wanted.values()))).any()
@@ -182,16 +183,16 @@ def test_crops_are_resized_by_the_filter_that_is_named(interpolation):
 
 def test_a_random_filter_is_one_of_both():
     recipe = Recipe(crop_scale=(1.0, 1.0), crop_ratio=(61 / 47, 61 / 47), interpolation="random")
-    wanted = [np.asarray(picture().resize((24, 16), resampling)) for resampling in RESAMPLINGS.values()]
+    wanted = [np.asarray(make_image().resize((24, 16), resampling)) for resampling in RESAMPLINGS.values()]
     generator, seen = np.random.default_rng(0), [0, 0]
     for _ in range(200):
-        result = np.asarray(random_resized_crop(picture(), generator, recipe, (24, 16)))
+        result = np.asarray(random_resized_crop(make_image(), generator, recipe, (24, 16)))
         seen[[np.array_equal(result, other) for other in wanted].index(True)] += 1
     assert seen[0] / 200 == pytest.approx(0.5, abs=four_deviations(0.5, 200))
 
 
 def bordered(given, border):
-    """Return the place of every window of a picture's own size in the picture with a reflected border."""
+    """Return the place of every window of an image's own size in the image with a reflected border."""
     levels = np.asarray(given)
 
     def reflected(start, size):
@@ -209,7 +210,7 @@ def bordered(given, border):
 # The border is no wider than there is to reflect on the shorter side.
 @pytest.mark.parametrize(("size", "border", "count"), [((6, 5), 2, 25), ((1, 1), 0, 1), ((1, 9), 0, 1), ((2, 3), 1, 6)])
 def test_crops_from_a_reflected_border_take_every_place(size, border, count):
-    given, generator = picture(*size), np.random.default_rng(0)
+    given, generator = make_image(*size), np.random.default_rng(0)
     windows = bordered(given, border)
     results = [crop_with_border(given, generator, max(border, 2)) for _ in range(400)]
     assert all(result.size == size for result in results)
@@ -219,9 +220,9 @@ def test_crops_from_a_reflected_border_take_every_place(size, border, count):
 
 @pytest.mark.parametrize("strength", [0.2, 1.5])
 def test_brightness_changes_within_its_bounds(strength):
-    grey, generator = Image.new("RGB", (3, 3), (100, 100, 100)), np.random.default_rng(0)
-    # Contrast and saturation do nothing to an even grey.
-    factors = np.array([np.asarray(color_jitter(grey, generator, strength))[0, 0, 0] / 100 for _ in range(400)])
+    gray, generator = Image.new("RGB", (3, 3), (100, 100, 100)), np.random.default_rng(0)
+    # Contrast and saturation do nothing to an even gray.
+    factors = np.array([np.asarray(color_jitter(gray, generator, strength))[0, 0, 0] / 100 for _ in range(400)])
     low, high = max(0.0, 1 - strength), 1 + strength
     rounding = 0.011
     assert factors.min() >= low - rounding and factors.max() <= high + rounding
@@ -230,14 +231,14 @@ def test_brightness_changes_within_its_bounds(strength):
 
 def test_jitter_changes_saturation_and_contrast_too():
     generator = np.random.default_rng(0)
-    coloured = Image.new("RGB", (3, 3), (140, 100, 60))
-    spreads = [float(np.ptp(np.asarray(color_jitter(coloured, generator, 0.2))[0, 0])) for _ in range(800)]
-    # Each of the three spreads an even colour by up to 1.2, so that two of them do by 1.44 at most.
+    colored = Image.new("RGB", (3, 3), (140, 100, 60))
+    spreads = [float(np.ptp(np.asarray(color_jitter(colored, generator, 0.2))[0, 0])) for _ in range(800)]
+    # Each of the three spreads an even color by up to 1.2, so that two of them do by 1.44 at most.
     assert max(spreads) > 80 * 1.48 and min(spreads) < 80 * 0.61
-    grey = Image.fromarray(np.repeat(np.array([[60], [140]], np.uint8)[..., None], 3, 2))
+    gray = Image.fromarray(np.repeat(np.array([[60], [140]], np.uint8)[..., None], 3, 2))
     ratios = []
     for _ in range(200):
-        dark, light = np.asarray(color_jitter(grey, generator, 0.2))[:, 0, 0].astype(float)
+        dark, light = np.asarray(color_jitter(gray, generator, 0.2))[:, 0, 0].astype(float)
         ratios.append(light / dark)  # brightness leaves it
     assert max(ratios) > 140 / 60 * 1.1 and min(ratios) < 140 / 60 / 1.1
 
@@ -254,7 +255,7 @@ def test_there_are_the_operations_of_timms_policy():
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_equal_timms_pixel_by_pixel(name, monkeypatch):
     timm = pytest.importorskip("timm.data.auto_augment")
-    given, results = picture(), []
+    given, results = make_image(), []
     for sign in (-1, 1):
         monkeypatch.setattr(timm, "_randomly_negate", lambda value, sign=sign: sign * value)
         for level in (0.0, 1.7, 5.0, 8.61, 9.0, 9.99):
@@ -272,40 +273,40 @@ def test_operations_equal_timms_pixel_by_pixel(name, monkeypatch):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_of_no_strength_change_nothing(name, sign):
     for resample in RESAMPLINGS.values():
-        result = OPERATIONS[name](picture(), 0.0, sign, FILL, resample)
-        assert np.array_equal(result, picture()) == (name not in NEVER_IDENTITY)
+        result = OPERATIONS[name](make_image(), 0.0, sign, FILL, resample)
+        assert np.array_equal(result, make_image()) == (name not in NEVER_IDENTITY)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_of_full_strength_keep_size_and_mode(name):
     for size in ((61, 47), (1, 1), (2, 9)):
-        result = OPERATIONS[name](picture(*size), 1.0, 1, FILL, Image.Resampling.BICUBIC)
+        result = OPERATIONS[name](make_image(*size), 1.0, 1, FILL, Image.Resampling.BICUBIC)
         assert result.size == size and result.mode == "RGB"
 
 
 def test_posterising_keeps_one_bit_at_full_strength():
-    # timm asks Pillow for none, which older ones answered with a black picture and newer ones refuse.
-    levels = np.asarray(OPERATIONS["posterize"](picture(), 1.0, 1, FILL, Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(levels, np.asarray(picture()) & 0x80)
+    # timm asks Pillow for none, which older ones answered with a black image and newer ones refuse.
+    levels = np.asarray(OPERATIONS["posterize"](make_image(), 1.0, 1, FILL, Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(levels, np.asarray(make_image()) & 0x80)
 
 
-def test_what_comes_from_outside_has_the_colour_of_the_mean():
+def test_what_comes_from_outside_has_the_color_of_the_mean():
     recipe = Recipe(**{**NOTHING, "rand_augment": 1, "rand_augment_magnitude": 10.0, "rand_augment_deviation": 0.0})
     processor = untouched_size(image_mean=(0.1, 0.5, 0.8))
-    given, colours = Image.new("RGB", (20, 20), (200, 200, 200)), set()
+    given, colors = Image.new("RGB", (20, 20), (200, 200, 200)), set()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(augmentation, "OPERATIONS", {"translate_x": OPERATIONS["translate_x"]})
         for seed in range(20):
             result = augment(given, np.random.default_rng(seed), recipe, processor)
-            colours |= {tuple(map(int, colour)) for colour in result.reshape(-1, 3)}
-    assert {(26, 128, 204), (200, 200, 200)} <= colours  # bicubic edges lie between them
+            colors |= {tuple(map(int, color)) for color in result.reshape(-1, 3)}
+    assert {(26, 128, 204), (200, 200, 200)} <= colors  # bicubic edges lie between them
 
 
 def test_operations_are_drawn_as_timm_draws_them(monkeypatch):
     calls, count = [], 1500
 
     def note(name):
-        return lambda picture, *rest: calls.append((name, *rest)) or picture
+        return lambda image, *rest: calls.append((name, *rest)) or image
 
     monkeypatch.setattr(augmentation, "OPERATIONS", {name: note(name) for name in "abc"})
     recipe = Recipe(rand_augment=2, rand_augment_magnitude=9.0, rand_augment_deviation=0.5, interpolation="random")
@@ -313,7 +314,7 @@ def test_operations_are_drawn_as_timm_draws_them(monkeypatch):
     applied = []
     for _ in range(count):
         before = len(calls)
-        assert rand_augment(picture(2, 2), generator, recipe, FILL) is not None
+        assert rand_augment(make_image(2, 2), generator, recipe, FILL) is not None
         applied.append(len(calls) - before)
     for number, share in ((0, 0.25), (1, 0.5), (2, 0.25)):  # each is left out every other time
         assert np.mean(np.equal(applied, number)) == pytest.approx(share, abs=four_deviations(share, count))
@@ -330,7 +331,7 @@ def test_operations_are_drawn_as_timm_draws_them(monkeypatch):
     assert any(len({name for name, *_ in calls[i : i + 2]}) == 1 for i in range(50))  # with replacement
     calls.clear()
     for _ in range(50):
-        rand_augment(picture(2, 2), generator, replace(recipe, interpolation="bilinear"), FILL)
+        rand_augment(make_image(2, 2), generator, replace(recipe, interpolation="bilinear"), FILL)
     assert {resample for *_, resample in calls} == {RESAMPLINGS["bilinear"]}
 
 
@@ -408,7 +409,7 @@ def mixed(recipe, keys=200, batch=5, size=(12, 10), corner=0.0):
 
 
 def shares(targets):
-    """Return what share of the first picture's target is its own, and check the others'."""
+    """Return what share of the first image's target is its own, and check the others'."""
     batch = targets.shape[-1]
     own = targets[:, 0, 0]
     eye = np.eye(batch)
@@ -417,7 +418,7 @@ def shares(targets):
     return own
 
 
-def test_mixup_mixes_pictures_as_their_targets():
+def test_mixup_mixes_images_as_their_targets():
     alpha = 0.3
     given, results, targets = mixed(Recipe(mixup=alpha))
     own = shares(targets)[:, None, None, None, None]
@@ -454,8 +455,8 @@ def test_cutmix_boxes_are_timms(monkeypatch):
     recipe = Recipe(mixup=0.3, cutmix=1.0, mix_switch=1.0)
     for _ in range(40):
         kept, place = generator.random(), generator.random(2).astype(np.float32)
-        centre = list(np.floor(place * np.array([13, 10], np.float32)).astype(int))
-        monkeypatch.setattr(np.random, "randint", lambda low, high, size=None, centre=centre: centre.pop(0))
+        center = list(np.floor(place * np.array([13, 10], np.float32)).astype(int))
+        monkeypatch.setattr(np.random, "randint", lambda low, high, size=None, center=center: center.pop(0))
         top, bottom, left, right = timm.rand_bbox((13, 10), kept)
         monkeypatch.undo()
         with monkeypatch.context() as patch:
@@ -484,7 +485,7 @@ def test_batches_are_mixed_and_cut_with_their_probabilities():
 
 @pytest.mark.parametrize("changes", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
 def test_batches_that_are_not_mixed_keep_every_bit(changes):
-    # An infinity stays in its picture, so that the one that caused it can be found.
+    # An infinity stays in its image, so that the one that caused it can be found.
     given, results, targets = mixed(Recipe(**changes, mix_probability=0.0), keys=20, corner=np.inf)
     np.testing.assert_array_equal(results, np.broadcast_to(given, results.shape))
     np.testing.assert_array_equal(targets, np.broadcast_to(np.eye(5, dtype=np.float32), targets.shape))

@@ -22,7 +22,7 @@ ACCURACY = 0.97
 
 
 @pytest.mark.measurement
-def test_digits_are_learnt_in_three_minutes(tmp_path):
+def test_digits_are_learned_in_three_minutes(tmp_path):
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     for i, (levels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         path = tmp_path / "digits" / str(label) / f"{i}.png"
