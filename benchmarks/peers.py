@@ -92,7 +92,7 @@ def levit_flax(case: Case, precision: str | None = None) -> Runner:
 
     use_jax_on(case.device)
     import levit_flax as lf
-    from levit_flax.classifier import prepare
+    from levit_flax.inference import prepare
 
     model, variables = prepare(*lf.from_pretrained(case.directory / "flax"))
     model, variables = model.clone(dtype=jnp.dtype(case.dtype), precision=precision), jax.device_put(variables)

@@ -23,7 +23,7 @@ import numpy as np
 import levit_flax as lf
 import turns
 from forward import VARIANTS
-from levit_flax.classifier import prepare
+from levit_flax.inference import prepare
 from machine import describe_machine
 from peers import TINY
 

@@ -7,8 +7,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import from_pretrained as from_pretrained
-    from .checkpoint import push_to_hub as push_to_hub
     from .checkpoint import save_pretrained as save_pretrained
     from .classifier import ImageClassifier as ImageClassifier
     from .configuration import VARIANTS as VARIANTS
@@ -16,6 +14,8 @@ if TYPE_CHECKING:
     from .image_processing import LevitFeatureExtractor as LevitFeatureExtractor
     from .image_processing import LevitImageProcessor as LevitImageProcessor
     from .image_processing import LevitImageProcessorFast as LevitImageProcessorFast
+    from .loading import from_pretrained as from_pretrained
+    from .loading import push_to_hub as push_to_hub
     from .modeling import LevitForImageClassification as LevitForImageClassification
     from .modeling import LevitForImageClassificationWithTeacher as LevitForImageClassificationWithTeacher
     from .modeling import LevitModel as LevitModel
@@ -33,9 +33,9 @@ _HOMES = {
     "LevitForImageClassification": "modeling",
     "LevitForImageClassificationWithTeacher": "modeling",
     # Weights in and out; PyTorch's are the matter of `levit_flax.convert`
-    "from_pretrained": "checkpoint",
+    "from_pretrained": "loading",
     "save_pretrained": "checkpoint",
-    "push_to_hub": "checkpoint",
+    "push_to_hub": "loading",
     # One model from another
     "fold_batch_norm": "surgery",
     "merge_heads": "surgery",

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .checkpoint import from_pretrained, load_processor, resize_processor, resolve
-from .configuration import LevitConfig
-from .image_processing import ImageError, LevitImageProcessor, flatten_images
-from .modeling import LevitBase, LevitForImageClassificationWithTeacher, LevitModel, Variables
-from .surgery import fold_batch_norm, merge_heads
+from .hub import HubOptions
+from .image_processing import LevitImageProcessor
+from .images import ImageError, flatten_images
+from .inference import normalize, prepare, scores
+from .loading import load_model, load_processor
+from .modeling import LevitBase, Variables
 
 T = TypeVar("T")
 
@@ -75,29 +76,41 @@ class ImageClassifier:
         self._logits = compute
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, batch_size: int = 32, **options: Any) -> "ImageClassifier":
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        batch_size: int = 32,
+        dtype: Any = None,
+        image_size: int | tuple[int, int] | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> "ImageClassifier":
         """Load a classifier from a directory or a Hub repository.
 
         Args:
             source: as in `levit_flax.from_pretrained`.
             batch_size: as in the class.
-            **options: as in `levit_flax.from_pretrained`. With `image_size` the processor follows the model.
+            dtype: as in `levit_flax.from_pretrained`.
+            image_size: as in `levit_flax.from_pretrained`; the processor is resized with the model.
+            revision: branch, tag or commit of a Hub repository.
+            token: access token for the Hub.
+            cache_dir: directory for downloads; None for huggingface_hub's own cache.
+            local_files_only: do not access the network.
 
         Raises:
-            ValueError: the files do not hold what they should.
-            OSError: there is no such source, or it cannot be read or fetched.
+            ValueError: a file is malformed, or weights do not fit the config.
+            OSError: the source does not exist, or cannot be read or downloaded.
 
         Example:
             >>> classifier = ImageClassifier.from_pretrained("cifar10", batch_size=8, image_size=96)
             >>> classifier.model.config.image_size, classifier.processor.crop_size
             (96, {'height': 96, 'width': 96})
         """
-        dtype, image_size = options.pop("dtype", None), options.pop("image_size", None)
-        resolved = resolve(source, **options)
-        model, variables = from_pretrained(resolved.directory, dtype=dtype, image_size=image_size)
-        processor = load_processor(resolved.directory, model.config)
-        if image_size is not None:
-            processor = resize_processor(processor, model.config)
+        options = HubOptions(revision, token, cache_dir, local_files_only)
+        model, variables, processor, _ = load_model(source, options, dtype=dtype, image_size=image_size)
         return cls(model, variables, processor, batch_size)
 
     def __call__(self, images: Any, top_k: int = 5) -> list[list[dict[str, Any]]]:
@@ -262,54 +275,3 @@ def map_ahead(pool: ThreadPoolExecutor, function: Any, items: Iterable[Any], ahe
     finally:
         for future in futures:
             future.cancel()
-
-
-def normalize(pixels: jax.Array, processor: LevitImageProcessor, dtype: Any = jnp.float32) -> jax.Array:
-    """Do on the device, in `dtype`, what `LevitImageProcessor.rescale_and_normalize` does with levels [... C]."""
-    values = pixels.astype(dtype)
-    if processor.do_rescale:
-        values = values * np.asarray(processor.rescale_factor, dtype)
-    if processor.do_normalize:
-        shape = (1,) * (pixels.ndim - 1) + (-1,)
-        mean, std = (np.asarray(value, dtype).reshape(shape) for value in (processor.image_mean, processor.image_std))
-        values = (values - mean) / std
-    return values
-
-
-def prepare(model: LevitBase, variables: Variables) -> tuple[LevitBase, Variables]:
-    """Return the fastest model that computes the same logits: its heads merged, its batch norms folded.
-
-    Raises:
-        ValueError: the model has no classifier.
-    """
-    if isinstance(model, LevitModel) or not model.config.num_labels:
-        raise ValueError("This model has no classifier: expected one with a head, such as LevitForImageClassification.")
-    variables = widen(variables, model.shared["dtype"])
-    if isinstance(model, LevitForImageClassificationWithTeacher):
-        model, variables = merge_heads(model, variables)
-    return (model, variables) if model.folded else fold_batch_norm(model, variables)
-
-
-def widen(variables: Variables, dtype: Any) -> Variables:
-    """Return the variables, those of a narrower floating-point type in `dtype`: then no call has to convert them."""
-    width = jnp.dtype(dtype).itemsize
-
-    def is_narrow(leaf: jax.Array) -> bool:
-        return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < width
-
-    if not any(is_narrow(leaf) for leaf in jax.tree.leaves(variables)):
-        return variables
-    # Through NumPy, which converts without compiling.
-    return jax.device_put(
-        jax.tree.map(lambda leaf: np.asarray(leaf, dtype if is_narrow(leaf) else leaf.dtype), variables)
-    )
-
-
-def scores(logits: np.ndarray, config: LevitConfig) -> np.ndarray:
-    """Turn logits [... num_labels] into what a user reads: softmax, sigmoid for multi-label, raw for regression."""
-    if config.problem_type == "regression" or config.num_labels == 1:
-        return logits
-    if config.problem_type == "multi_label_classification":
-        return np.asarray(1 / (1 + np.exp(-logits)))
-    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
-    return np.asarray(exponentials / exponentials.sum(-1, keepdims=True))

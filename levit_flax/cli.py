@@ -5,7 +5,7 @@ Everything heavy is imported inside the commands, so that `--help` is quick. Com
 cache directory; JAX_ENABLE_COMPILATION_CACHE=false switches that off, JAX_COMPILATION_CACHE_DIR moves it.
 """
 
-import functools
+import dataclasses
 import json
 import os
 import sys
@@ -133,6 +133,7 @@ def convert(
 ) -> None:
     """Convert a PyTorch checkpoint into a model directory or back, with a report that proves it right."""
     from levit_flax.convert import workflow
+    from levit_flax.hub import HubOptions
 
     report = workflow.convert_to_directory(
         source,
@@ -144,8 +145,7 @@ def convert(
         fold=fold,
         merge=merge_heads,
         verify=verify,
-        revision=revision,
-        local_files_only=offline,
+        options=HubOptions(revision, local_files_only=offline),
         overwrite=force,
     )
     if as_json:
@@ -226,15 +226,14 @@ class PredictionTable:
 
 def list_images(paths: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
     """Return the files to classify, folders searched in depth and in order, and what is wrong with the rest."""
-    from levit_flax.image_processing import image_suffixes
+    from levit_flax.datasets import image_files
 
-    suffixes = image_suffixes()
     files, broken = [], {}
     for path in paths:
         if not path.is_dir():
             files.append(path)  # whatever it is: if it is no image, its reader says so
             continue
-        found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in suffixes and file.is_file()]
+        found = image_files(path)
         files += found
         if not found:
             broken[str(path)] = f"The folder {path} holds no images."
@@ -266,7 +265,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure how often a model is right."""
-    from levit_flax import checkpoint, evaluation
+    from levit_flax import evaluation, files
     from levit_flax.classifier import ImageClassifier
     from levit_flax.memory import keep_freed_memory
 
@@ -275,21 +274,20 @@ def evaluate(
         from levit_flax.visualize import draw_confusion, new_figure
 
         new_figure(1, 1)  # what is missing for the images is said before the work, not after it
-        checkpoint.make_directory(output)
+        files.make_directory(output)
     loaded = ImageClassifier.from_pretrained(model, image_size=image_size, revision=revision, local_files_only=offline)
     processor = evaluation.evaluation_processor(crop.value, loaded.processor)
     classifier = ImageClassifier(loaded.model, loaded.variables, processor, batch_size)
-    images = evaluation.read_data(data, classifier.model.config.id2label, split)
-    images = images._replace(images=with_progress(images.images, len(images.labels)))
-    result = evaluation.evaluate(classifier, images)
+    labeled = evaluation.read_data(data, classifier.model.config.id2label, split)
+    labeled = dataclasses.replace(labeled, images=with_progress(labeled.images, len(labeled)))
+    result = evaluation.evaluate(classifier, labeled)
     numbers = {"model": model, "data": data, "crop": crop.value, **result.to_dict()}
     if output is not None:
         texts = {"metrics.json": json.dumps(numbers, indent=2) + "\n", "confusion.csv": result.confusion_csv()}
         for name, text in texts.items():
-            write = functools.partial(Path.write_text, data=text, encoding="utf-8")
-            checkpoint.write_atomically(output / name, write)
+            files.write_text(output / name, text)
         figure = draw_confusion(result.confusion, result.labels)
-        checkpoint.write_atomically(output / "confusion.png", lambda file: figure.savefig(file, format="png"))
+        files.write_atomically(output / "confusion.png", lambda file: figure.savefig(file, format="png"))
     if as_json:
         print(json.dumps(numbers, indent=2))
     else:
@@ -373,7 +371,6 @@ def finetune(
     from levit_flax.training.data import read_skip_list
     from levit_flax.training.recipe import parse_change
 
-    options: dict[str, Any] = {"local_files_only": offline}
     chosen = training.read_recipe(recipe, **dict(map(parse_change, changes or ())))
     try:
         with training_progress() as show:
@@ -391,8 +388,8 @@ def finetune(
                 threads=threads,
                 processes=processes,
                 show=show,
-                **({"revision": revision} if revision else {}),
-                **options,
+                revision=revision,
+                local_files_only=offline,
             )
     except training.TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
@@ -446,8 +443,8 @@ def explain(
 ) -> None:
     """Draw what a model sees in an image: class activation, gradient, and the attention of every block."""
     from levit_flax import visualize
-    from levit_flax.checkpoint import write_atomically
     from levit_flax.classifier import ImageClassifier
+    from levit_flax.files import write_atomically
 
     classifier = ImageClassifier.from_pretrained(model, revision=revision, local_files_only=offline)
     if biases:
@@ -477,9 +474,9 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace what is in OUT.")] = False,
 ) -> None:
     """Write a model as an artifact that runs without this library."""
-    from levit_flax.checkpoint import check_free
     from levit_flax.classifier import ImageClassifier
     from levit_flax.export import export_model
+    from levit_flax.files import check_free
 
     check_free(out, overwrite=force)
     classifier = ImageClassifier.from_pretrained(
@@ -536,13 +533,13 @@ def describe_model(source: str, revision: str | None, offline: bool) -> dict[str
     """Return what is known of a model."""
     import jax
 
-    from levit_flax.checkpoint import from_pretrained, load_processor, resolve
     from levit_flax.configuration import OWN_BLOCK
+    from levit_flax.hub import HubOptions
+    from levit_flax.loading import load_model
 
-    resolved = resolve(source, revision=revision, local_files_only=offline)
-    model, variables = from_pretrained(resolved.directory)
+    model, variables, processor, found = load_model(source, HubOptions(revision, local_files_only=offline))
     config = model.config.to_dict()
-    stored = json.loads((resolved.directory / "config.json").read_text(encoding="utf-8"))
+    stored = json.loads((found.directory / "config.json").read_text(encoding="utf-8"))
     labels = model.config.id2label
     for key in ("id2label", "label2id", OWN_BLOCK):
         config.pop(key, None)
@@ -554,9 +551,9 @@ def describe_model(source: str, revision: str | None, offline: bool) -> dict[str
         "labels": f"{len(labels)}: {', '.join(labels[:3])}, ...",
         **config,
         "drop_path_rate": model.config.drop_path_rate,
-        "preprocessing": load_processor(resolved.directory, model.config).to_dict(),
-        "weights": str(resolved.weights),
-        "revision": resolved.revision,
+        "preprocessing": processor.to_dict(),
+        "weights": str(found.weights),
+        "revision": found.revision,
         "provenance": stored.get(OWN_BLOCK, {}).get("provenance"),
     }
 

@@ -9,7 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+REGRESSION = "regression"
+SINGLE_LABEL = "single_label_classification"
+MULTI_LABEL = "multi_label_classification"
+PROBLEM_TYPES = (REGRESSION, SINGLE_LABEL, MULTI_LABEL)
 
 # What transformers has no word for stands in config.json under this key.
 OWN_BLOCK = "levit_flax"

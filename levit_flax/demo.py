@@ -7,9 +7,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from .checkpoint import load_processor, save_pretrained
+from .checkpoint import save_pretrained
 from .classifier import ImageClassifier
 from .hub import EMBEDDED_DIRECTORY
+from .loading import load_processor
 
 # Photographs that come with scikit-image, and the class that each belongs to; None where the model knows none for it.
 PHOTOGRAPHS = (

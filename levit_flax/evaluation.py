@@ -3,32 +3,19 @@
 import csv
 import io
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from .classifier import ImageClassifier
-from .image_processing import TIMM_CROP_PCT, LevitImageProcessor, image_suffixes, size_for_edge
+from .configuration import SINGLE_LABEL
+from .datasets import DataError, LabeledImages, load_dataset, match_classes, read_folder, read_split
+from .image_processing import TIMM_CROP_PCT, LevitImageProcessor, size_for_edge
 
 TOP_K = 5
-
-
-class Data(NamedTuple):
-    """Labeled images.
-
-    Attributes:
-        images: paths or PIL images, taken from one by one.
-        labels: the class index of each, as the model counts.
-
-    Example:
-        >>> data = Data(images=["cat.jpg", "dog.jpg"], labels=[3, 5])
-    """
-
-    images: Iterable[Any]
-    labels: Sequence[int]
 
 
 class HalfEvenProcessor(LevitImageProcessor):
@@ -115,12 +102,12 @@ class Evaluation:
         return text.getvalue()
 
 
-def evaluate(classifier: ImageClassifier, data: Data) -> Evaluation:
+def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
     """Classify labeled images and count.
 
     Args:
         classifier: the model and what prepares its images.
-        data: images and the classes that they are of.
+        data: images of one class each; `targets` count classes as the model does.
 
     Raises:
         ValueError: there is no image that can be read.
@@ -128,19 +115,20 @@ def evaluate(classifier: ImageClassifier, data: Data) -> Evaluation:
     Example:
         >>> classifier = ImageClassifier.from_pretrained("cifar10")
         >>> black, white = np.zeros((32, 32, 3), np.uint8), np.full((32, 32, 3), 255, np.uint8)
-        >>> result = evaluate(classifier, Data([black, white, "nowhere.jpg"], [0, 1, 2]))
+        >>> data = LabeledImages([black, white, "nowhere.jpg"], np.array([0, 1, 2]))
+        >>> result = evaluate(classifier, data)
         >>> result.images, result.confusion.shape, result.broken
         (2, (10, 10), ['There is no image at nowhere.jpg.'])
     """
     labels = classifier.model.config.id2label
     config = classifier.model.config
-    count, batch_size = len(data.labels), classifier.batch_size
+    count, batch_size = len(data), classifier.batch_size
     for size in {min(count, batch_size), count % batch_size} - {0}:  # the shapes that will be compiled
         classifier.logits(np.zeros((size, *config.image_height_width, config.num_channels), np.uint8))
     confusion = np.zeros((len(labels), len(labels)), np.int64)
     among_five, losses, broken = 0, 0.0, []
     start = time.perf_counter()
-    for label, logits in zip(data.labels, classifier.stream_logits(data.images), strict=True):
+    for label, logits in zip(data.targets, classifier.stream_logits(data.images), strict=True):
         if isinstance(logits, Exception):
             broken.append(str(logits))
             continue
@@ -195,7 +183,7 @@ def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> Lev
     return kind(**{**vars(model_processor), "size": size, "crop_size": (height, width)})
 
 
-def read_data(source: str | Path, labels: Sequence[str], split: str = "test") -> Data:
+def read_data(source: str | Path, labels: Sequence[str], split: str = "test") -> LabeledImages:
     """Find labeled images.
 
     Args:
@@ -215,148 +203,16 @@ def read_data(source: str | Path, labels: Sequence[str], split: str = "test") ->
         ...     for name in ("dog", "cat"):
         ...         Path(folder, name).mkdir()
         ...         Image.new("RGB", (32, 32)).save(Path(folder, name, "1.png"))
-        ...     images, labels = read_data(folder, labels=("ant", "cat", "dog"))
-        >>> [path.parent.name for path in images], labels
+        ...     data = read_data(folder, labels=("ant", "cat", "dog"))
+        >>> [path.parent.name for path in data.images], data.targets.tolist()
         (['cat', 'dog'], [1, 2])
     """
     directory = Path(source).expanduser()
     if directory.is_dir():
-        return read_folder(directory, labels)
-    return read_dataset(str(source), labels, split)
-
-
-def read_folder(directory: Path, labels: Sequence[str]) -> Data:
-    """Find the images in a directory with a folder for each class; `read_data` says how they are matched.
-
-    Raises:
-        ValueError: there are no folders, no images, or the classes are not the model's.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     Path(folder, "cat").mkdir()
-        ...     Path(folder, "cat", "1.jpg").touch()  # looked for by name, and not opened yet
-        ...     len(read_folder(Path(folder), labels=("cat", "dog")).images)
-        1
-    """
-    folders = class_folders(directory)
-    indices = match_classes(list(folders), labels, str(directory))
-    found = [(path, index) for paths, index in zip(folders.values(), indices, strict=True) for path in paths]
-    if not found:
-        raise ValueError(f"The folders of {directory} hold no images.")
-    return Data([path for path, _ in found], [index for _, index in found])
-
-
-def class_folders(directory: Path) -> dict[str, list[Path]]:
-    """Return the images in each folder of a directory, by the folder's name, both in order; nothing that is hidden.
-
-    Raises:
-        ValueError: there are no folders.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     Path(folder, "cat").mkdir()
-        ...     Path(folder, "cat", "1.jpg").touch()
-        ...     {name: [path.name for path in paths] for name, paths in class_folders(Path(folder)).items()}
-        {'cat': ['1.jpg']}
-    """
-    folders = sorted(path for path in directory.iterdir() if path.is_dir() and not is_hidden(path, directory))
-    if not folders:
-        raise ValueError(f"{directory} has no folders: expected one for each class, with the class's images in it.")
-    suffixes = image_suffixes()
-    return {
-        folder.name: [
-            path
-            for path in sorted(folder.rglob("*"))
-            if path.suffix.lower() in suffixes and path.is_file() and not is_hidden(path, folder)
-        ]
-        for folder in folders
-    }
-
-
-def is_hidden(path: Path, root: Path) -> bool:
-    """Return whether a name on the way from a directory to a path begins with a dot.
-
-    Example:
-        >>> is_hidden(Path("cats/.trash/1.jpg"), Path("cats")), is_hidden(Path(".data/cats/1.jpg"), Path(".data/cats"))
-        (True, False)
-    """
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-def load_dataset(name: str, **options: Any) -> Any:
-    """Load a Hugging Face dataset; the options are those of `datasets.load_dataset`.
-
-    Raises:
-        ImportError: `datasets` is not installed.
-
-    Example:
-        >>> import tempfile
-        >>> from PIL import Image
-        >>> with tempfile.TemporaryDirectory() as folder:  # which `datasets` opens as well as a name
-        ...     for name in ("dog", "cat"):
-        ...         Path(folder, name).mkdir()
-        ...         Image.new("RGB", (32, 32)).save(Path(folder, name, "1.png"))
-        ...     load_dataset(folder, split="train").features["label"].names
-        ['cat', 'dog']
-    """
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError(
-            f"There is no directory {name}. If it is a Hugging Face dataset: pip install 'levit-flax[datasets]'."
-        ) from None
-    return datasets.load_dataset(name, **options)
-
-
-def read_dataset(name: str, labels: Sequence[str], split: str) -> Data:
-    """Open a Hugging Face dataset with an image and a class label; `read_data` says how they are matched.
-
-    Raises:
-        ValueError: the dataset has no image or no class, or its classes are not the model's.
-        ImportError: `datasets` is not installed.
-
-    Example:
-        >>> import tempfile
-        >>> from PIL import Image
-        >>> with tempfile.TemporaryDirectory() as folder:  # which `datasets` opens as well as a name
-        ...     for name in ("dog", "cat"):
-        ...         Path(folder, name).mkdir()
-        ...         Image.new("RGB", (32, 32)).save(Path(folder, name, "1.png"))
-        ...     read_dataset(folder, labels=("ant", "cat", "dog"), split="train").labels
-        [1, 2]
-    """
-    data = load_dataset(name, split=split)
-    import datasets
-
-    images = [key for key, kind in data.features.items() if isinstance(kind, datasets.Image)]
-    classes = [key for key, kind in data.features.items() if isinstance(kind, datasets.ClassLabel)]
-    if not images or not classes:
-        raise ValueError(f"The dataset {name} has the columns {list(data.features)}: expected an image and a class.")
-    indices = match_classes(data.features[classes[0]].names, labels, name)
-    return Data((row[images[0]] for row in data), [indices[label] for label in data[classes[0]]])
-
-
-def match_classes(names: Sequence[str], labels: Sequence[str], where: str) -> list[int]:
-    """Return the model's index of each class of the data, by name or, where the names are others, by order.
-
-    Raises:
-        ValueError: the names are others, and not as many.
-
-    Example:
-        >>> match_classes(["dog", "cat"], labels=["ant", "cat", "dog"], where="data")
-        [2, 1]
-        >>> match_classes(["n01", "n02"], labels=["cat", "dog"], where="data")
-        [0, 1]
-    """
-    by_name = {label: i for i, label in enumerate(labels)}
-    if all(name in by_name for name in names):
-        return [by_name[name] for name in names]
-    if len(names) == len(labels):
-        return list(range(len(names)))
-    foreign = next(name for name in names if name not in by_name)
-    raise ValueError(
-        f"{where} has {len(names)} classes and the model {len(labels)}, and {foreign} is none of the model's: expected"
-        " the model's class names, or as many classes in the model's order."
-    )
+        data = read_folder(directory, allow_empty=True)
+    else:
+        data = read_split(load_dataset(str(source), split=split), str(source), split, (SINGLE_LABEL,))
+    indices = match_classes(data.labels, labels, data.where)
+    if not len(data):
+        raise DataError(f"The folders of {data.where} hold no images.")
+    return replace(data, targets=np.array(indices, np.int32)[data.targets], labels=tuple(labels))

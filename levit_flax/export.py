@@ -9,15 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .checkpoint import staged_directory
-from .classifier import prepare
+from .files import staged_directory
 from .image_processing import LevitImageProcessor
+from .inference import prepare
 from .modeling import LevitBase, Variables
 
 STABLEHLO_FILE = "model.stablehlo"
 ONNX_FILE = "model.onnx"
 ABOUT_FILE = "model.json"
 README_FILE = "README.md"
+OWN_FILES = (STABLEHLO_FILE, ONNX_FILE, ABOUT_FILE, README_FILE)
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
@@ -123,7 +124,7 @@ def export_model(
         "platforms": list(platforms) if format == "stablehlo" else None,
         "versions": {name: version(name) for name in ("levit-flax", "jax")},
     }
-    with staged_directory(Path(directory), overwrite) as staging:
+    with staged_directory(Path(directory), overwrite, OWN_FILES) as staging:
         (staging / file).write_bytes(artifact)
         (staging / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         (staging / README_FILE).write_text(

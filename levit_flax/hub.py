@@ -32,6 +32,8 @@ INDEX_SUFFIX = ".index.json"
 # How many file names an error message lists.
 LISTED_NAMES = 12
 
+COMMIT_MESSAGE = "Upload LeViT model"
+
 
 class HubError(OSError):
     """The Hub did not serve or take a model; the text is meant for the user."""
@@ -39,6 +41,26 @@ class HubError(OSError):
 
 class HubUnreachableError(HubError):
     """The Hub gave no answer that says anything about the model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HubOptions:
+    """How to access a Hub repository; no effect on local directories.
+
+    Attributes:
+        revision: branch, tag or commit hash of the repository; None for its main branch.
+        token: access token; None for the one stored by `hf auth login` or in HF_TOKEN.
+        cache_dir: directory for downloads; None for huggingface_hub's own cache.
+        local_files_only: use the cache alone, as `HF_HUB_OFFLINE=1` does.
+    """
+
+    revision: str | None = None
+    token: str | None = dataclasses.field(default=None, repr=False)
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+
+
+DEFAULTS = HubOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +85,7 @@ def resolve(
     *,
     weights: Sequence[str] = (),
     files: Sequence[str] = (),
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
+    options: HubOptions = DEFAULTS,
 ) -> Resolved:
     """Find the files of a model in a local directory, in the cache or on the Hub.
 
@@ -77,11 +96,8 @@ def resolve(
     Args:
         source: a directory, a Hub repository as "owner/name", or "cifar10", the small model inside the package.
         weights: names of weight files, the preferred one first; one of them must be there.
-        files: names of other files, taken where present; one of them must be there if `weights` is empty.
-        revision: branch, tag or commit hash of the repository; None for its main branch.
-        token: access token; None for the one that `hf auth login` stored or HF_TOKEN holds.
-        cache_dir: where downloads are kept; None for huggingface_hub's own cache.
-        local_files_only: use the cache alone, as `HF_HUB_OFFLINE=1` does.
+        files: names of other files, downloaded if present; one of them must be there if `weights` is empty.
+        options: how to access the Hub.
 
     Raises:
         FileNotFoundError: `source` can only be a path and is not there, or the directory holds none of the files.
@@ -106,9 +122,9 @@ def resolve(
 
     from huggingface_hub import constants
 
-    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
-    request = _Request(source, tuple(weights), tuple(files), revision, token, cache)
-    offline = local_files_only or constants.HF_HUB_OFFLINE
+    cache = Path(options.cache_dir or constants.HF_HUB_CACHE).expanduser()
+    request = _Request(source, tuple(weights), tuple(files), options.revision, options.token, cache)
+    offline = options.local_files_only or constants.HF_HUB_OFFLINE
     return _resolved(request.from_cache() if offline else request.from_hub(), weights, source)
 
 
@@ -120,7 +136,7 @@ def push(
     token: str | None = None,
     private: bool = False,
     revision: str | None = None,
-    commit_message: str = "Upload LeViT model",
+    commit_message: str = COMMIT_MESSAGE,
 ) -> str:
     """Upload a model directory to the Hub, creating the repository where it does not exist.
 

@@ -1,20 +1,27 @@
 """From images to the arrays that LeViT takes, bit for bit as transformers' `LevitImageProcessorPil` makes them."""
 
 import json
-import math
 import os
-import struct
 import warnings
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from .hub import resolve
+from . import files
+from .hub import HubOptions, resolve
+from .image_settings import (
+    Size,
+    check_choice,
+    parse_flag,
+    parse_number,
+    parse_numbers,
+    parse_resample,
+    parse_size,
+)
+from .images import ImageError, exceeds_pixel_limit, flatten_images, read_image
 
 PROCESSOR_FILE = "preprocessor_config.json"
 
@@ -27,7 +34,6 @@ RESIZE_RATIO = 256 / 224
 
 RETURN_TYPES = (None, "np", "jax", "pt")
 DATA_FORMATS = ("channels_last", "channels_first")
-CHANNEL_COUNTS = (1, 3, 4)  # gray, RGB, RGBA
 
 # The names under which transformers' versions have written this processor.
 PROCESSOR_TYPES = ("LevitImageProcessor", "LevitImageProcessorFast", "LevitImageProcessorPil", "LevitFeatureExtractor")
@@ -40,18 +46,6 @@ HOUSEKEEPING_KEYS = frozenset(
 
 # Would change the pixels: accepted with the value that LeViT has anyway, and refused with any other.
 FIXED_KEYS = {"do_pad": False, "default_to_square": False}
-
-# Pillow's decoders raise far more than OSError on damaged files.
-DECODER_ERRORS = (
-    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError),
-    *(struct.error, zlib.error),
-)
-
-Size = int | Sequence[int] | Mapping[str, int]
-
-
-class ImageError(ValueError):
-    """An image cannot be used; the message says which one and why."""
 
 
 class LevitImageProcessor:
@@ -108,17 +102,17 @@ class LevitImageProcessor:
         do_convert_rgb: bool = True,
     ) -> None:
         # The attributes are exactly the parameters: `preprocess`, `to_dict` and `from_dict` rely on it.
-        self.do_resize = _parse_flag("do_resize", do_resize)
-        self.size = _parse_size("size", size, shortest_edge=True)
-        self.resample = _parse_resample(resample)
-        self.do_center_crop = _parse_flag("do_center_crop", do_center_crop)
-        self.crop_size = _parse_size("crop_size", crop_size, shortest_edge=False)
-        self.do_rescale = _parse_flag("do_rescale", do_rescale)
-        self.rescale_factor = _parse_number("rescale_factor", rescale_factor)
-        self.do_normalize = _parse_flag("do_normalize", do_normalize)
-        self.image_mean = _parse_numbers("image_mean", image_mean)
-        self.image_std = _parse_numbers("image_std", image_std)
-        self.do_convert_rgb = _parse_flag("do_convert_rgb", do_convert_rgb)
+        self.do_resize = parse_flag("do_resize", do_resize)
+        self.size = parse_size("size", size, shortest_edge=True)
+        self.resample = parse_resample(resample)
+        self.do_center_crop = parse_flag("do_center_crop", do_center_crop)
+        self.crop_size = parse_size("crop_size", crop_size, shortest_edge=False)
+        self.do_rescale = parse_flag("do_rescale", do_rescale)
+        self.rescale_factor = parse_number("rescale_factor", rescale_factor)
+        self.do_normalize = parse_flag("do_normalize", do_normalize)
+        self.image_mean = parse_numbers("image_mean", image_mean)
+        self.image_std = parse_numbers("image_std", image_std)
+        self.do_convert_rgb = parse_flag("do_convert_rgb", do_convert_rgb)
         if 0 in np.atleast_1d(self.image_std):
             raise ValueError(f"image_std must not be zero, because the pixels are divided by it; found {image_std!r}.")
 
@@ -163,8 +157,8 @@ class LevitImageProcessor:
             >>> LevitImageProcessor().preprocess(images, return_tensors="jax")["pixel_values"].shape
             (2, 224, 224, 3)
         """
-        _check_choice("return_tensors", return_tensors, RETURN_TYPES)
-        _check_choice("data_format", data_format, DATA_FORMATS)
+        check_choice("return_tensors", return_tensors, RETURN_TYPES)
+        check_choice("data_format", data_format, DATA_FORMATS)
         # Built anew even without overrides, so that an attribute that was assigned to is checked as well.
         processor = type(self)(**{**vars(self), **overrides})
         images = list(flatten_images(images))
@@ -205,8 +199,8 @@ class LevitImageProcessor:
             >>> pixels.shape, pixels.dtype.name, pixels[0, 0].tolist()
             ((224, 224, 3), 'uint8', [255, 0, 0])
         """
-        _check_choice("input_data_format", input_data_format, (None, *DATA_FORMATS))
-        image = _read(image, input_data_format, self.do_convert_rgb)
+        check_choice("input_data_format", input_data_format, (None, *DATA_FORMATS))
+        image = read_image(image, input_data_format, self.do_convert_rgb)
         if self.do_resize:
             image = _resize(image, self.size, self.resample)
         pixels = np.asarray(image)
@@ -341,14 +335,8 @@ class LevitImageProcessor:
             >>> LevitImageProcessor.from_pretrained("cifar10").crop_size
             {'height': 144, 'width': 144}
         """
-        directory = resolve(
-            source,
-            files=(PROCESSOR_FILE,),
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        ).directory
+        options = HubOptions(revision, token, cache_dir, local_files_only)
+        directory = resolve(source, files=(PROCESSOR_FILE,), options=options).directory
         path = directory / PROCESSOR_FILE
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
@@ -382,113 +370,12 @@ class LevitImageProcessor:
         path = directory / PROCESSOR_FILE
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists already; pass overwrite=True to replace it.")
-        directory.mkdir(parents=True, exist_ok=True)
-        unfinished = directory / f".{PROCESSOR_FILE}.{os.getpid()}"
-        try:
-            unfinished.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        files.write_text(path, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
 
 
 # Names under which transformers has, or had, the same processor.
 LevitImageProcessorFast = LevitImageProcessor
 LevitFeatureExtractor = LevitImageProcessor
-
-
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read an image file as transformers' `load_image` does: the first frame, turned upright by its EXIF tag, as RGB.
-
-    Transparency is dropped: the colors that the file stores under it appear. 16-bit images are scaled to 8 bits.
-
-    Args:
-        path: the file; its format is told from its content.
-
-    Returns:
-        An image of mode "RGB".
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ImageError: the file is a directory, empty, not an image, damaged, or above `PIL.Image.MAX_IMAGE_PIXELS`.
-
-    Source: transformers image_utils.py (`load_image`).
-    """
-    with _opened(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        return _opaque_rgb(image)
-
-
-def check_header(path: str | os.PathLike[str]) -> None:
-    """Raise what `load_image` raises for a file whose beginning is no image's; nothing is decoded."""
-    with _opened(path):
-        pass
-
-
-@contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """Open an image file, whose pixels are not decoded yet."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"There is no image at {path}.")
-    if not os.path.isfile(path):
-        raise ImageError(f"Expected an image file, but {path} is a directory or a device.")
-    if os.path.getsize(path) == 0:
-        raise ImageError(f"Expected an image, but {path} is empty (0 bytes).")
-    with open(path, "rb") as file, _decoding(str(path)):
-        image = Image.open(file)
-        if _too_large(*image.size):
-            raise Image.DecompressionBombError
-        yield image
-
-
-@contextmanager
-def _decoding(name: str) -> Iterator[None]:
-    """Turn whatever Pillow raises while it decodes the image `name` into an ImageError."""
-    try:
-        yield
-    except ImageError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(
-            f"{name} has more pixels than the limit of {Image.MAX_IMAGE_PIXELS:,}; if it can be trusted, raise "
-            "PIL.Image.MAX_IMAGE_PIXELS."
-        ) from error
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not an image in a format that Pillow reads.") from error
-    except DECODER_ERRORS as error:
-        raise ImageError(f"{name} cannot be decoded and is probably damaged ({error}).") from error
-
-
-def _too_large(width: int, height: int) -> bool:
-    return Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS
-
-
-def _opaque_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB, dropping transparency and scaling 16 bits to 8."""
-    if image.mode.startswith("I"):  # "I", "I;16", "I;16B", ...
-        return Image.fromarray(_sixteen_to_eight_bits(np.asarray(image))).convert("RGB")
-    if image.mode == "F":
-        _require_finite(np.asarray(image))
-    if image.mode == "P":
-        image = image.convert("RGBA")  # Pillow warns when a palette with transparency becomes RGB directly
-    if image.mode == "RGB":
-        image.load()  # a file is read here, and closed by the caller
-        return image
-    return image.convert("RGB")
-
-
-def _rgb_over_white(image: Image.Image) -> Image.Image:
-    """Convert to RGB, laying what is transparent over white."""
-    transparent = "A" in image.getbands() or image.info.get("transparency") is not None
-    if not transparent or image.mode.startswith("I"):
-        return _opaque_rgb(image)
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-
-
-def _sixteen_to_eight_bits(levels: np.ndarray) -> np.ndarray:
-    if levels.min() < 0 or levels.max() > 65535:
-        raise ImageError(f"Expected a 16-bit image with levels 0 to 65535, found {levels.min()} to {levels.max()}.")
-    return np.round(levels / 257).astype(np.uint8)  # 65535 = 257 * 255
 
 
 def size_for_edge(edge: int) -> int:
@@ -497,103 +384,6 @@ def size_for_edge(edge: int) -> int:
     The processor makes int(256 / 224 * size) pixels of it, which is every number but those 7 above a multiple of 8.
     """
     return (7 * edge + 6) // 8
-
-
-def image_suffixes() -> frozenset[str]:
-    """Return the endings of file names, in lower case, that images have."""
-    return frozenset(Image.registered_extensions())
-
-
-def flatten_images(images: Any) -> Iterator[Any]:
-    """Yield the images one by one out of nested lists and batches; the arguments are those of `preprocess`."""
-    if isinstance(images, list | tuple):
-        for item in images:
-            yield from flatten_images(item)
-    elif isinstance(images, str | os.PathLike | Image.Image):
-        yield images
-    else:
-        array = _as_array(images)
-        if array.ndim == 4:
-            yield from array
-        else:
-            yield array
-
-
-def _read(image: Any, input_data_format: str | None, do_convert_rgb: bool) -> Image.Image | np.ndarray:
-    """Return the image as an RGB image or as an array [H W C]."""
-    if isinstance(image, str | os.PathLike):
-        return load_image(image)
-    if isinstance(image, Image.Image):
-        if 0 in image.size:
-            raise ImageError(f"Expected an image with at least one pixel, found one of size {image.size}.")
-        with _decoding("The PIL image"):  # which may not have read its file yet
-            if do_convert_rgb:
-                return _rgb_over_white(image)
-            image, input_data_format = np.asarray(image), "channels_last"
-    pixels = _channels_last(_as_array(image), input_data_format)
-    return _array_to_rgb(pixels) if do_convert_rgb else pixels
-
-
-def _as_array(image: Any) -> np.ndarray:
-    if not hasattr(image, "__array__"):
-        raise TypeError(f"Expected a path, a PIL image, an array or a list of these, found {type(image).__name__}.")
-    try:
-        array = np.asarray(image)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"This {type(image).__name__} cannot be read as a NumPy array ({error}).") from error
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"Expected pixels as uint8 or float32, found an array of {array.dtype}.")
-    return array
-
-
-def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarray:
-    """Return an image [H W], [H W C] or [C H W] as [H W C], refusing what is not an image."""
-    if array.ndim == 2:
-        array = array[:, :, None]
-    elif array.ndim != 3:
-        raise ImageError(f"Expected an array of 3 dimensions, or of 4 for a batch, found shape {array.shape}.")
-    elif (input_data_format or _infer_format(array.shape)) == "channels_first":
-        array = np.moveaxis(array, 0, -1)
-    if array.size == 0:
-        raise ImageError(f"Expected an image with at least one pixel, found [H W C] shape {array.shape}.")
-    _require_finite(array)
-    return array
-
-
-def _infer_format(shape: tuple[int, ...]) -> str:
-    first, last = (shape[axis] in CHANNEL_COUNTS for axis in (0, -1))
-    if not first and not last:
-        raise ImageError(f"Expected an image with 1, 3 or 4 channels first or last, found an array of shape {shape}.")
-    if first and last:
-        warnings.warn(
-            f"An array of shape {shape} can be read both ways and is taken as channels first; pass input_data_format.",
-            stacklevel=6,  # the caller of the processor
-        )
-    return "channels_first" if first else "channels_last"
-
-
-def _require_finite(array: np.ndarray) -> None:
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ImageError("Expected finite pixel values, found NaN or infinity in the image.")
-
-
-def _array_to_rgb(pixels: np.ndarray) -> np.ndarray:
-    """Repeat a gray image's channel, or lay a transparent image over white; [H W C] to [H W 3]."""
-    if pixels.shape[-1] == 1:
-        return np.repeat(pixels, 3, axis=-1)
-    if pixels.shape[-1] == 3:
-        return pixels
-    if pixels.shape[-1] != 4:
-        raise ImageError(f"Expected an image with 1, 3 or 4 channels, found [H W C] shape {pixels.shape}.")
-    if pixels.dtype.kind == "f" and (pixels.min() < 0 or pixels.max() > 1):
-        raise ImageError(
-            f"Expected a transparent float image with values in [0, 1], found {pixels.min()} to {pixels.max()}."
-        )
-    whole = pixels.dtype.kind in "iu"
-    white = 255 if whole else 1.0
-    alpha = pixels[..., 3:] / white
-    rgb: np.ndarray = alpha * pixels[..., :3] + (1 - alpha) * white
-    return (np.round(rgb) if whole else rgb).astype(pixels.dtype)
 
 
 def _resize(image: Image.Image | np.ndarray, size: Mapping[str, int], resample: int) -> np.ndarray:
@@ -605,7 +395,7 @@ def _resize(image: Image.Image | np.ndarray, size: Mapping[str, int], resample: 
         levels, scaled = _to_levels(image)
         image = Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
     width, height = _resized_dimensions(*image.size, size)
-    if _too_large(width, height):
+    if exceeds_pixel_limit(width, height):
         raise ImageError(
             f"An image of {image.width} x {image.height} pixels would be resized to {width} x {height}, more than "
             f"the limit of {Image.MAX_IMAGE_PIXELS:,} pixels; crop it first, or set size to (height, width)."
@@ -682,57 +472,3 @@ def _to_tensors(images: list[np.ndarray], return_tensors: str | None) -> Any:
             raise ImportError('return_tensors="pt" needs PyTorch, which is not installed; use "jax".') from error
         return torch.from_numpy(batch)
     return batch
-
-
-def _check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, found {value!r}.")
-
-
-def _parse_flag(name: str, value: bool) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, found {value!r}.")
-    return value
-
-
-def _parse_number(name: str, value: float) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float | np.integer | np.floating)
-        or not math.isfinite(value)
-    ):
-        raise ValueError(f"{name} must be a finite number, found {value!r}.")
-    return float(value)
-
-
-def _parse_numbers(name: str, value: float | Sequence[float]) -> float | tuple[float, ...]:
-    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
-        return tuple(_parse_number(name, item) for item in value)
-    return _parse_number(name, value)
-
-
-def _parse_resample(value: int) -> int:
-    filters = {filter.value: filter.name.lower() for filter in sorted(Image.Resampling)}
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value not in filters:
-        raise ValueError(f"resample must be one of Pillow's filters {filters}, found {value!r}.")
-    return int(value)
-
-
-def _parse_size(name: str, value: Size, *, shortest_edge: bool) -> dict[str, int]:
-    """Bring a size into the form of a dictionary; only where `shortest_edge` is true may it be given by that edge."""
-    edges: dict[str, Any] = {}
-    if isinstance(value, Mapping):
-        edges = dict(value)
-    elif isinstance(value, list | tuple) and len(value) == 2:
-        edges = {"height": value[0], "width": value[1]}
-    elif isinstance(value, int | np.integer):
-        edges = {"shortest_edge": value} if shortest_edge else {"height": value, "width": value}
-    by_edge = shortest_edge and edges.keys() == {"shortest_edge"}
-    if not (by_edge or edges.keys() == {"height", "width"}) or not all(map(_is_positive_integer, edges.values())):
-        forms = '(height, width), {"height": h, "width": w}' + (' or {"shortest_edge": n}' if shortest_edge else "")
-        raise ValueError(f"{name} must be a positive integer, {forms}, found {value!r}.")
-    return {edge: int(pixels) for edge, pixels in edges.items()}
-
-
-def _is_positive_integer(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) > 0

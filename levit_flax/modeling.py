@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict
 from flax.typing import Dtype, PrecisionLike
 
 from .attention import Attention, DownsamplingAttention
-from .configuration import LevitConfig
+from .configuration import MULTI_LABEL, REGRESSION, SINGLE_LABEL, LevitConfig
 from .layers import MLP, ConvNorm, Layer, NormLinear, at_least_float32, drop_path
 
 Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}
@@ -288,15 +288,15 @@ def classification_loss(logits: jax.Array, labels: jax.Array, problem_type: str 
     """
     if problem_type is None:
         if logits.shape[-1] == 1:
-            problem_type = "regression"
+            problem_type = REGRESSION
         elif jnp.issubdtype(labels.dtype, jnp.integer):
-            problem_type = "single_label_classification"
+            problem_type = SINGLE_LABEL
         else:
-            problem_type = "multi_label_classification"
-    if problem_type == "single_label_classification":
+            problem_type = MULTI_LABEL
+    if problem_type == SINGLE_LABEL:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels.reshape(-1)).mean()
     labels = labels.reshape(logits.shape).astype(logits.dtype)
-    if problem_type == "regression":
+    if problem_type == REGRESSION:
         return jnp.square(logits - labels).mean()
     return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
 
@@ -343,8 +343,7 @@ class LevitBase(nn.Module):
             >>> "head" in variables["params"]
             False
         """
-        from .checkpoint import from_pretrained
-        from .surgery import change_heads
+        from .loading import change_heads, from_pretrained
 
         return change_heads(*from_pretrained(source, **options), cls, options.get("key"))
 
@@ -372,7 +371,7 @@ class LevitBase(nn.Module):
             >>> backbone, variables = LevitModel.from_pretrained("cifar10")
             >>> address = backbone.push_to_hub("someone/backbone", variables)  # with the token of `hf auth login`
         """
-        from .checkpoint import push_to_hub
+        from .loading import push_to_hub
 
         return push_to_hub(repo_id, self, variables, **options)
 

@@ -4,7 +4,6 @@ The functions are pure. Their arithmetic is float64 in NumPy, and every array co
 """
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -230,47 +229,6 @@ def replace_head(
             for path, leaf in flatten_dict(tree, sep="/").items()
         }
     return model, unflatten_dict(fresh, sep="/")
-
-
-def change_heads(
-    model: LevitBase, variables: Mapping[str, Any], model_class: type[LevitBase], key: jax.Array | None = None
-) -> tuple[LevitBase, Variables]:
-    """Make a model of another class: leave out the heads that it has no place for, and make those that it lacks.
-
-    Args:
-        model: any model; it comes back as it is if it is of the class.
-        variables: its variables.
-        model_class: one of the three models.
-        key: random key for fresh heads; None for `jax.random.key(0)`.
-
-    Returns:
-        The model and its variables. A warning says what heads were left out or are fresh.
-
-    Raises:
-        ValueError: a head is lacking, and the model is folded.
-    """
-    if type(model) is model_class:
-        return model, dict(variables)
-    lost = set(model.head_names) - set(model_class.head_names)
-    lacking = set(model_class.head_names) - set(model.head_names)
-    if lost == {"head_dist"}:
-        warnings.warn(
-            "The checkpoint has two heads, and the published accuracy is that of their average. The second one"
-            " (head_dist) was left out: load both with LevitForImageClassificationWithTeacher, or merge them with"
-            " levit_flax.merge_heads.",
-            stacklevel=3,
-        )
-    changed = as_class(model, model_class)
-    flat = {path: leaf for path, leaf in flatten_dict(variables, sep="/").items() if path.split("/")[1] not in lost}
-    if lacking and model.config.num_labels:
-        warnings.warn(
-            f"The checkpoint has no {' and no '.join(sorted(lacking))}: these weights are fresh, and the model has to"
-            " be trained before they are of use.",
-            stacklevel=3,
-        )
-        _, fresh = replace_head(changed, variables, model.config.num_labels, jax.random.key(0) if key is None else key)
-        flat |= {p: leaf for p, leaf in flatten_dict(fresh, sep="/").items() if p.split("/")[1] in lacking}
-    return changed, unflatten_dict(flat, sep="/")
 
 
 def as_class(model: LevitBase, model_class: type[Model]) -> Model:

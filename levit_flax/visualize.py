@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from .classifier import ImageClassifier, scores
+from .classifier import ImageClassifier
+from .inference import scores
 from .modeling import LevitBase, LevitForImageClassificationWithTeacher
 from .surgery import fold_batch_norm, merge_heads
 

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 
 import levit_flax as lf
 from configs import SMALL, random_variables
-from levit_flax import checkpoint
+from levit_flax import loading
 from levit_flax.checkpoint import check_variables
 from levit_flax.modeling import MODEL_CLASSES
 
@@ -57,8 +57,8 @@ def test_types_are_kept_or_changed(tmp_path):
 def test_the_processor_goes_along(tmp_path):
     model, variables = small()
     lf.save_pretrained(tmp_path, model, variables, lf.LevitImageProcessor(size=56, crop_size=64))
-    assert checkpoint.load_processor(tmp_path, model.config).size == {"shortest_edge": 56}
-    usual = checkpoint.load_processor(None, lf.LevitConfig(image_size=(64, 96)))
+    assert loading.load_processor(tmp_path, model.config).size == {"shortest_edge": 56}
+    usual = loading.load_processor(None, lf.LevitConfig(image_size=(64, 96)))
     assert (usual.size, usual.crop_size) == ({"shortest_edge": 96}, {"height": 64, "width": 96})
 
 
@@ -204,7 +204,7 @@ def test_features_without_heads(two_heads):
 def test_a_head_that_is_lacking_is_fresh_and_announced(two_heads, tmp_path):
     model, variables = lf.merge_heads(*lf.from_pretrained(two_heads))
     model.save_pretrained(tmp_path / "one", variables)
-    with pytest.warns(UserWarning, match="has no head_dist: these weights are fresh"):
+    with pytest.warns(UserWarning, match="has no head_dist: these weights are newly initialized"):
         back, back_variables = lf.LevitForImageClassificationWithTeacher.from_pretrained(tmp_path / "one")
     check_variables(back, back_variables, "it")
     assert (
@@ -220,7 +220,7 @@ def test_a_head_that_is_lacking_is_fresh_and_announced(two_heads, tmp_path):
 
 
 def test_another_number_of_classes_is_announced(two_heads):
-    with pytest.warns(UserWarning, match="has 5 classes: the heads for 7 are fresh"):
+    with pytest.warns(UserWarning, match="has 5 classes: the heads for 7 are newly initialized"):
         model, variables = lf.from_pretrained(two_heads, num_labels=7)
     assert model.config.num_labels == 7
     check_variables(model, variables, "it")
@@ -249,7 +249,7 @@ def test_push_to_hub(two_heads, tmp_path, monkeypatch):
     assert sent == {
         "names": ["config.json", "flax_model.safetensors"],
         "repo_id": "me/levit",
-        "options": {"private": True},
+        "options": {"private": True, "token": None, "revision": None, "commit_message": "Upload LeViT model"},
     }
 
 

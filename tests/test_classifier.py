@@ -14,11 +14,11 @@ from PIL import Image
 
 import levit_flax as lf
 from configs import SMALL, random_variables
-from levit_flax.checkpoint import resolve
-from levit_flax.classifier import normalize
 from levit_flax.convert import conversion, sources, verification
 from levit_flax.hub import EMBEDDED_DIRECTORY
-from levit_flax.image_processing import ImageError
+from levit_flax.images import ImageError
+from levit_flax.inference import normalize
+from levit_flax.loading import resolve
 
 # MiB that a stream may add to the memory in use, however long it is: readings differ by less than 3. As the model takes
 # them images are 61 KiB each, so that the 512 of the shorter test would be 31 MiB, if they were kept.

@@ -9,7 +9,8 @@ pytest.importorskip("grain")
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tensorboardX")
 
-from levit_flax.training import DataError, data  # noqa: E402
+from levit_flax.datasets import DataError, read_split  # noqa: E402
+from levit_flax.training import data  # noqa: E402
 
 NAMES = ["ant", "bee", "cat"]
 CLASS = datasets.ClassLabel(names=NAMES)
@@ -38,7 +39,7 @@ def make(column, kind, values):
     ],
 )
 def test_rows_of_every_kind(column, kind, values, targets, problem_type):
-    images = data.read_rows(make(column, kind, values), "the data", "train")
+    images = read_split(make(column, kind, values), "the data", "train")
     np.testing.assert_array_equal(images.targets, targets)
     assert images.targets.dtype == (np.int32 if problem_type.startswith("single") else np.float32)
     assert images.problem_type == problem_type
@@ -49,7 +50,7 @@ def test_rows_of_every_kind(column, kind, values, targets, problem_type):
 
 def test_rows_without_a_target():
     with pytest.raises(DataError, match="the columns note, image, count: expected an image, and a class"):
-        data.read_rows(make("count", datasets.Value("int64"), [1, 2]), "the data", "train")
+        read_split(make("count", datasets.Value("int64"), [1, 2]), "the data", "train")
 
 
 def test_splits_of_a_dataset(monkeypatch):
@@ -65,7 +66,7 @@ def test_splits_of_a_dataset(monkeypatch):
 def test_rows_without_a_class():
     for values, row in (([0, -1, 1], 1), ([0, 1, None], 2)):
         with pytest.raises(DataError, match=rf"^the data, test: 1 of 3 rows .* the first of which is row {row}:"):
-            data.read_rows(make("label", CLASS, values), "the data", "test")
+            read_split(make("label", CLASS, values), "the data", "test")
 
 
 def test_rows_are_left_out_by_name(monkeypatch, tmp_path):

@@ -12,7 +12,8 @@ import levit_flax as lf
 from configs import SMALL, random_variables
 from levit_flax import convert
 from levit_flax.cli import main
-from levit_flax.evaluation import Data, evaluate, evaluation_processor, match_classes, read_data
+from levit_flax.datasets import LabeledImages, match_classes
+from levit_flax.evaluation import evaluate, evaluation_processor, read_data
 from levit_flax.hub import EMBEDDED_DIRECTORY
 
 CIFAR = os.environ.get("LEVIT_FLAX_CIFAR10")  # a directory with train/ and test/, a folder for each class in each
@@ -42,10 +43,10 @@ def folder(tmp_path):
 
 def test_counted_by_hand(classifier, folder):
     data = read_data(folder, CLASSES)
-    assert data.labels == [i for i in range(7) for _ in range(3)]
+    assert data.targets.tolist() == [i for i in range(7) for _ in range(3)]
     result = evaluate(classifier, data)
     assert result.images == 20 and len(result.broken) == 1 and "1.png" in result.broken[0]
-    pairs = [(p, i) for p, i in zip(data.images, data.labels, strict=True) if "no image" not in p.read_text("latin1")]
+    pairs = [(p, i) for p, i in zip(data.images, data.targets, strict=True) if "no image" not in p.read_text("latin1")]
     pixels = classifier.processor([path for path, _ in pairs], return_tensors="np")["pixel_values"]
     logits = np.asarray(jax.jit(classifier.model.apply)(classifier.variables, pixels).logits)
     labels = np.array([label for _, label in pairs])
@@ -101,7 +102,7 @@ def test_a_dataset_by_name(classifier, monkeypatch, folder):
     )
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
     data = read_data("zoo/animals", CLASSES, split="validation")
-    assert asked == [(("zoo/animals",), {"split": "validation"})] and data.labels == list(range(7))
+    assert asked == [(("zoo/animals",), {"split": "validation"})] and data.targets.tolist() == list(range(7))
     assert evaluate(classifier, data).images == 7
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"no directory zoo/animals.*pip install 'levit-flax\[datasets\]'"):
@@ -198,7 +199,7 @@ def test_images_follow_the_image_size(capsys, classifier, folder, tmp_path):
 
 def test_nothing_to_count(capsys, classifier, tmp_path):
     with pytest.raises(ValueError, match="no image to count: the data is empty"):
-        evaluate(classifier, Data([], []))
+        evaluate(classifier, LabeledImages([], np.zeros(0, np.int32)))
     with pytest.raises(ValueError, match="has no folders: expected one for each class"):
         read_data(tmp_path, CLASSES)
     (tmp_path / "ant").mkdir()

@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 from hub_server import HubServer
-from levit_flax.hub import HubError, HubUnreachableError, Resolved, push, resolve
+from levit_flax.hub import HubError, HubOptions, HubUnreachableError, Resolved, push, resolve
 
 REPO = "levit/tiny"
 WEIGHTS = (
@@ -85,7 +85,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def load(source: str | Path = REPO, **options: Any) -> Resolved:
-    return resolve(source, weights=WEIGHTS, files=FILES, **options)
+    return resolve(source, weights=WEIGHTS, files=FILES, options=HubOptions(**options))
 
 
 def names(resolved: Resolved) -> set[str]:

@@ -1,5 +1,6 @@
 """The image processor: bits against transformers, golden numbers without it, every kind of image, every bad input."""
 
+import dataclasses
 import io
 import json
 import os
@@ -16,7 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from levit_flax.image_processing import PROCESSOR_FILE, ImageError, LevitImageProcessor, load_image
+from levit_flax.hub import HubOptions
+from levit_flax.image_processing import PROCESSOR_FILE, LevitImageProcessor
+from levit_flax.images import ImageError, load_image
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -567,7 +570,7 @@ FINE = random_levels(height=8, width=8)
         (np.zeros((3, 0, 8), np.uint8), ImageError, "Expected an image with at least one pixel, found [H W C] shape"),
         (Image.new("RGB", (0, 5)), ImageError, "Expected an image with at least one pixel, found one of size (0, 5)."),
         (np.full((8, 8, 3), np.nan), ImageError, "Expected finite pixel values, found NaN or infinity in the image."),
-        (Image.new("F", (8, 8), np.inf), ImageError, "Expected finite pixel values, found NaN or infinity in the pi"),
+        (Image.new("F", (8, 8), np.inf), ImageError, "Expected finite pixel values, found NaN or infinity in the im"),
         (
             np.full((8, 8, 3), 300),
             ImageError,
@@ -815,10 +818,10 @@ def test_saving_replaces_nothing_unasked(tmp_path):
 
 
 def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
-    def full_disk(self: Path, target: object) -> None:
+    def full_disk(source: Path, target: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", full_disk)
+    monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="No space left"):
         LevitImageProcessor().save_pretrained(tmp_path)
     assert os.listdir(tmp_path) == []
@@ -828,8 +831,8 @@ def test_a_name_that_is_no_directory_is_looked_up_on_the_hub(tmp_path, monkeypat
     LevitImageProcessor(size=10).save_pretrained(tmp_path)
     asked = {}
 
-    def resolve(source: str, **options: object) -> types.SimpleNamespace:
-        asked.update(options, source=source)
+    def resolve(source: str, options: HubOptions, **others: object) -> types.SimpleNamespace:
+        asked.update(dataclasses.asdict(options), **others, source=source)
         return types.SimpleNamespace(directory=tmp_path)
 
     monkeypatch.setattr("levit_flax.image_processing.resolve", resolve)

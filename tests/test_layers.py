@@ -11,7 +11,7 @@ import pytest
 
 import levit_flax as lf
 from configs import SMALL, random_variables
-from levit_flax.layers import convolve_patches
+from levit_flax.training_convolution import _convolve_patches
 
 OPTIONS = ((2, 2), ((1, 1), (1, 1)))  # strides and padding of the stem
 
@@ -31,7 +31,7 @@ def test_patches_do_what_the_convolution_does(shape):
         step = tuple(rng.normal(size=part.shape) for part in point)
         (values, forward), (expected, expected_forward) = (
             jax.jvp(lambda *point, function=function: function(*point, *OPTIONS, precision="highest"), point, step)
-            for function in (convolve_patches, convolve)
+            for function in (_convolve_patches, convolve)
         )
         np.testing.assert_allclose(values, expected, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(forward, expected_forward, rtol=1e-12, atol=1e-12)
@@ -44,7 +44,7 @@ def test_patches_do_what_the_convolution_does(shape):
 
         for scalar in (loss, steepness):
             for found, wanted in zip(
-                *(jax.grad(scalar, (0, 1))(*point, function) for function in (convolve_patches, convolve)), strict=True
+                *(jax.grad(scalar, (0, 1))(*point, function) for function in (_convolve_patches, convolve)), strict=True
             ):
                 np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-10)
 
@@ -69,12 +69,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from levit_flax.layers import take_patches
+from levit_flax.training_convolution import _take_patches
 
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 shared = NamedSharding(mesh, PartitionSpec("data"))
 x = jax.ShapeDtypeStruct((8, 32, 32, 3), np.float32, sharding=shared)
-program = jax.jit(take_patches, static_argnums=(1, 2, 3)).lower(x, 3, 2, 1).compile()
+program = jax.jit(_take_patches, static_argnums=(1, 2, 3)).lower(x, 3, 2, 1).compile()
 assert program.output_shardings.is_equivalent_to(shared, 6), program.output_shardings
 assert not (found := re.findall(r"(?:all|collective)-\\w+", program.as_text())), found
 """

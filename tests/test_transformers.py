@@ -126,7 +126,7 @@ def test_another_number_of_classes(tmp_path, num_labels):
     theirs = transformers.LevitForImageClassification.from_pretrained(
         tmp_path, num_labels=num_labels, ignore_mismatched_sizes=True
     )
-    with pytest.warns(UserWarning, match=f"the heads for {num_labels} are fresh"):
+    with pytest.warns(UserWarning, match=f"the heads for {num_labels} are newly initialized"):
         model, variables = lf.LevitForImageClassification.from_pretrained(tmp_path, num_labels=num_labels)
     back = convert.to_torch(model, variables)
     for name, tensor in theirs.state_dict().items():

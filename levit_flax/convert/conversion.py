@@ -11,8 +11,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from levit_flax.attention import offset_index
-from levit_flax.checkpoint import check_variables, save_tensors, to_device, write_atomically
+from levit_flax.checkpoint import check_variables, save_tensors, to_device
 from levit_flax.configuration import LevitConfig, imagenet_labels
+from levit_flax.files import write_atomically
+from levit_flax.hub import HubOptions
 from levit_flax.modeling import MODEL_CLASSES, LevitBase, Variables, abstract_variables
 
 from .errors import ConversionError, understanding
@@ -73,7 +75,7 @@ def from_torch(
     ema: bool = False,
     revision: str | None = None,
     token: str | None = None,
-    cache_dir: Path | None = None,
+    cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> tuple[LevitBase, Variables]:
     """Turn a PyTorch LeViT checkpoint into a model and its variables.
@@ -108,9 +110,7 @@ def from_torch(
         >>> type(model).__name__, model.config.image_size, model.config.depths
         ('LevitForImageClassificationWithTeacher', 144, (2, 3, 1))
     """
-    opened = open_source(
-        source, ema=ema, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
+    opened = open_source(source, ema=ema, options=HubOptions(revision, token, cache_dir, local_files_only))
     conversion = convert(opened, dtype, config=config, image_size=image_size)
     return conversion.model, to_device(conversion.variables, opened.where)
 

@@ -12,8 +12,10 @@ import ml_dtypes  # registers bfloat16 with NumPy, which safetensors then finds 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from levit_flax.checkpoint import CONFIG_FILE, TORCH_WEIGHT_FILES, resolve
-from levit_flax.hub import Resolved
+from levit_flax import hub
+from levit_flax.checkpoint import CONFIG_FILE, TORCH_WEIGHT_FILES
+from levit_flax.hub import HubOptions, Resolved
+from levit_flax.image_processing import PROCESSOR_FILE
 
 from .errors import ConversionError
 from .layouts import Shape
@@ -115,20 +117,14 @@ def open_source(
     source: str | Path | Mapping[str, Any],
     *,
     ema: bool = False,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: Path | None = None,
-    local_files_only: bool = False,
+    options: HubOptions = hub.DEFAULTS,
 ) -> Source:
     """Open a weight file, a directory, a Hub repository or a mapping.
 
     Args:
         source: a path, a Hub id, or a mapping from tensor names to arrays or tensors.
         ema: of a training checkpoint, take the averaged weights (`model_ema`) instead of the last ones (`model`).
-        revision: branch, tag or commit of a Hub repository.
-        token: access token for the Hub.
-        cache_dir: where downloads are kept.
-        local_files_only: do not touch the network.
+        options: how to access the Hub.
 
     Raises:
         ConversionError: what is there is not a checkpoint.
@@ -142,14 +138,7 @@ def open_source(
         raise FileNotFoundError(f"There is no file {path}: expected a weight file, a directory or a Hub id.")
     if path.is_file():
         return open_weights(path, {"source": str(source)}, ema)
-    resolved = resolve(
-        source,
-        weights=TORCH_WEIGHT_FILES,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
+    resolved = hub.resolve(source, weights=TORCH_WEIGHT_FILES, files=(CONFIG_FILE, PROCESSOR_FILE), options=options)
     return open_resolved(source, resolved, ema)
 
 

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from levit_flax import checkpoint, surgery
-from levit_flax.hub import Resolved
+from levit_flax import checkpoint, files, loading, surgery
+from levit_flax.hub import DEFAULTS, HubOptions, Resolved
 from levit_flax.image_processing import LevitImageProcessor
 from levit_flax.modeling import LevitBase, Variables
 
@@ -71,8 +71,7 @@ def convert_to_directory(
     fold: bool = False,
     merge: bool = False,
     verify: bool = True,
-    revision: str | None = None,
-    local_files_only: bool = False,
+    options: HubOptions = DEFAULTS,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Convert a model into a directory, whole or not at all, and prove the result.
@@ -87,8 +86,7 @@ def convert_to_directory(
         fold: fold the batch norms.
         merge: merge the two heads.
         verify: compare with PyTorch, where it is installed. The way back to the source's bytes is always checked.
-        revision: branch, tag or commit of a Hub repository.
-        local_files_only: do not touch the network.
+        options: how to access the Hub.
         overwrite: replace the model that is there.
 
     Returns:
@@ -99,8 +97,8 @@ def convert_to_directory(
             right. Nothing is written.
         OSError: the source cannot be read, or the directory not be written.
     """
-    checkpoint.check_free(out, overwrite)
-    found = find(source, layout is not None, revision, local_files_only)
+    files.check_free(out, overwrite)
+    found = find(source, layout is not None, options)
     if found is not None and found.weights is not None and found.weights.name == checkpoint.WEIGHTS_FILE:
         if image_size is not None or ema:
             raise ValueError(f"{source} is a converted model: --image-size and --ema are for PyTorch checkpoints.")
@@ -129,7 +127,7 @@ def convert_to_directory(
     if layout is not None:
         check_layout(model, layout)
     report["model"] = describe_model(model, variables)
-    with checkpoint.staged_directory(out, overwrite) as staging:
+    with files.staged_directory(out, overwrite, checkpoint.OWN_FILES) as staging:
         if layout is None:
             checkpoint.write_model(staging, model, variables, loaded.processor, provenance)
         else:
@@ -152,7 +150,7 @@ def convert_to_directory(
     return report
 
 
-def find(source: str, prefer_own: bool, revision: str | None, local_files_only: bool) -> Resolved | None:
+def find(source: str, prefer_own: bool, options: HubOptions) -> Resolved | None:
     """Return where the weights of a directory or Hub repository are, or None where the source is a file.
 
     Where our weights and PyTorch's lie side by side, `prefer_own` decides.
@@ -161,12 +159,7 @@ def find(source: str, prefer_own: bool, revision: str | None, local_files_only: 
     if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
         return None
     own, torch = (checkpoint.WEIGHTS_FILE,), checkpoint.TORCH_WEIGHT_FILES
-    return checkpoint.resolve(
-        source,
-        weights=own + torch if prefer_own else torch + own,
-        revision=revision,
-        local_files_only=local_files_only,
-    )
+    return loading.resolve(source, options, weights=own + torch if prefer_own else torch + own)
 
 
 def hash_files(files: Iterable[Path]) -> dict[str, str]:
@@ -183,7 +176,7 @@ def load_own(source: str, resolved: Resolved, dtype: str | None) -> Loaded:
     return Loaded(
         model=model,
         variables=variables,
-        processor=checkpoint.load_processor(directory, model.config),
+        processor=loading.load_processor(directory, model.config),
         provenance={
             "source": source,
             **({"revision": resolved.revision} if resolved.revision else {}),
@@ -196,11 +189,11 @@ def load_own(source: str, resolved: Resolved, dtype: str | None) -> Loaded:
 
 def load_torch(source: Source, conversion: Conversion, resized: bool) -> Loaded:
     """Put a conversion together with the processor that belongs to it, and to its own image size if that was given."""
-    processor = checkpoint.load_processor(conversion.directory, conversion.model.config)
+    processor = loading.load_processor(conversion.directory, conversion.model.config)
     return Loaded(
         model=conversion.model,
         variables=conversion.variables,
-        processor=checkpoint.resize_processor(processor, conversion.model.config) if resized else processor,
+        processor=loading.resize_processor(processor, conversion.model.config) if resized else processor,
         provenance=conversion.provenance,
         source=source,
         conversion=conversion,

@@ -4,8 +4,9 @@ Needs `pip install 'levit-flax[train]'`: Grain reads the data, optax optimizes, 
 """
 
 try:
-    from .data import DataError as DataError
-    from .data import LabeledImages as LabeledImages
+    from levit_flax.datasets import DataError as DataError
+    from levit_flax.datasets import LabeledImages as LabeledImages
+
     from .data import read_images as read_images
     from .loop import NotFiniteError as NotFiniteError
     from .loop import Progress as Progress

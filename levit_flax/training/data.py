@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,10 +17,10 @@ from typing import Any
 
 import grain
 import numpy as np
-from PIL import Image
 
-from levit_flax.evaluation import class_folders, load_dataset
-from levit_flax.image_processing import ImageError, LevitImageProcessor, check_header, load_image
+from levit_flax.datasets import DataError, LabeledImages, load_dataset, read_folder, read_split
+from levit_flax.image_processing import LevitImageProcessor
+from levit_flax.images import ImageError, check_header
 
 from .augmentation import augment
 from .recipe import Recipe
@@ -28,148 +28,6 @@ from .recipe import Recipe
 TRAIN_FOLDER = "train"
 VALIDATION_FOLDERS = ("validation", "val", "valid", "test")
 NAMED = 5  # unusable images that a message names
-
-READER = LevitImageProcessor(do_resize=False, do_center_crop=False)  # makes RGB of a dataset's images
-
-
-class DataError(ValueError):
-    """The training data cannot be used; the message says what was found and what is expected.
-
-    Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as folder:
-        ...     try:
-        ...         read_images(folder, Recipe())
-        ...     except DataError as error:
-        ...         print(str(error).removeprefix(folder))
-         has no folders: expected one for each class, with the class's images in it.
-    """
-
-
-@dataclass(frozen=True)
-class LabeledImages:
-    """Labeled images.
-
-    Attributes:
-        images: a list of paths, or anything that gives PIL images by index.
-        targets: class indices int32 [N], or float32 [N L] for multi-label (0 or 1) and regression.
-        labels: the names of the L classes; empty for regression.
-        where: what they are called in messages.
-        problem_type: as in `LevitConfig`.
-
-    Example:
-        >>> red = Image.new("RGB", (8, 8), "red")
-        >>> images = LabeledImages([red, red], np.array([0, 1], np.int32), ("cat", "dog"), "two images")
-        >>> len(images)
-        2
-    """
-
-    images: Any
-    targets: np.ndarray
-    labels: tuple[str, ...]
-    where: str
-    problem_type: str = "single_label_classification"
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def name(self, index: int) -> str:
-        """Return what one image is called in messages.
-
-        Example:
-            >>> LabeledImages([Path("a.jpg")], np.zeros(1, np.int32), ("cat",), "the data").name(0)
-            'a.jpg'
-        """
-        image = self.images[index] if isinstance(self.images, list) else None
-        return str(image) if isinstance(image, str | Path) else f"image {row_key(self.images, index)} of {self.where}"
-
-    def key(self, index: int, root: Path = Path()) -> str:
-        """Return the name of one image in a skip list.
-
-        Args:
-            index: of the image.
-            root: the directory that the paths of files are given relative to.
-
-        Example:
-            >>> LabeledImages([Path("data/cat/1.jpg")], np.zeros(1, np.int32), ("cat",), "data").key(0, Path("data"))
-            'cat/1.jpg'
-        """
-        image = self.images[index] if isinstance(self.images, list) else None
-        if isinstance(image, str | Path):
-            return Path(image).relative_to(root).as_posix()
-        return row_key(self.images, index)
-
-    def load(self, index: int) -> Image.Image:
-        """Decode one image as RGB.
-
-        Raises:
-            DataError: it cannot be decoded.
-
-        Example:
-            >>> LabeledImages([Image.new("L", (8, 4))], np.zeros(1, np.int32), ("cat",), "the data").load(0).mode
-            'RGB'
-        """
-        try:
-            image = self.images[index]
-            if isinstance(image, str | Path):
-                return load_image(image)
-            return Image.fromarray(READER.resize_and_crop(image))
-        except Exception as error:  # a dataset decodes by itself, and raises whatever its decoder stumbles over
-            raise DataError(f"{self.name(index)} cannot be used: {error}") from error
-
-    def select(self, indices: Any, where: str) -> "LabeledImages":
-        """Return some of the images, under another name.
-
-        Example:
-            >>> images = LabeledImages(["a.jpg", "b.jpg"], np.array([0, 1], np.int32), ("cat", "dog"), "the data")
-            >>> images.select([1], "the dogs").images
-            ['b.jpg']
-        """
-        listed = isinstance(self.images, list)
-        chosen = [self.images[i] for i in indices] if listed else Chosen(self.images, indices)
-        return LabeledImages(chosen, self.targets[indices], self.labels, where, self.problem_type)
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Some rows of a sequence that is read only when asked."""
-
-    images: Any
-    indices: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.images[int(self.indices[index])]
-
-    def key(self, index: int) -> str:
-        """Return the row's name in a skip list."""
-        return row_key(self.images, int(self.indices[index]))
-
-
-@dataclass(frozen=True)
-class Column:
-    """The images of a split of a Hugging Face dataset, decoded when asked for."""
-
-    dataset: Any
-    column: str
-    split: str
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[int(index)][self.column]
-
-    def key(self, index: int) -> str:
-        """Return the row's name in a skip list."""
-        return f"{self.split}/{index}"
-
-
-def row_key(images: Any, index: int) -> str:
-    """Return the name of one of some images that are no files, in a skip list."""
-    return str(images.key(index)) if hasattr(images, "key") else str(index)
 
 
 def read_images(
@@ -191,6 +49,7 @@ def read_images(
 
     Example:
         >>> from tempfile import TemporaryDirectory
+        >>> from PIL import Image
         >>> with TemporaryDirectory() as folder:
         ...     for i in range(20):
         ...         path = Path(folder, ("cat", "dog")[i % 2], f"{i}.png")
@@ -233,28 +92,10 @@ def find_images(source: str | Path, recipe: Recipe, skip: Collection[str]) -> tu
 def read_folders(directory: Path, skip: Collection[str]) -> dict[str, LabeledImages]:
     """Return the parts of a directory by name, of which one is "train"."""
     if not (directory / TRAIN_FOLDER).is_dir():
-        return {TRAIN_FOLDER: read_classes(directory, directory, skip)}
+        return {TRAIN_FOLDER: read_folder(directory, skip=skip)}
     other = next((name for name in VALIDATION_FOLDERS if (directory / name).is_dir()), None)
     names = (TRAIN_FOLDER, other) if other else (TRAIN_FOLDER,)
-    return {name: read_classes(directory / name, directory, skip) for name in names}
-
-
-def read_classes(directory: Path, root: Path, skip: Collection[str]) -> LabeledImages:
-    """Return the images of a directory with a folder for each class."""
-    try:
-        folders = class_folders(directory)
-    except ValueError as error:
-        raise DataError(str(error)) from None
-    left = {
-        name: [path for path in paths if path.relative_to(root).as_posix() not in skip]
-        for name, paths in folders.items()
-    }
-    empty = [name for name, paths in left.items() if not paths]
-    if empty:
-        raise DataError(f"{directory / empty[0]} holds no images: fill the folder of the class, or remove it.")
-    images = [path for paths in left.values() for path in paths]
-    targets = np.repeat(np.arange(len(left), dtype=np.int32), [len(paths) for paths in left.values()])
-    return LabeledImages(images, targets, tuple(left), str(directory))
+    return {name: read_folder(directory / name, directory, skip) for name in names}
 
 
 def read_dataset(name: str, skip: Collection[str] = ()) -> dict[str, LabeledImages]:
@@ -264,50 +105,13 @@ def read_dataset(name: str, skip: Collection[str] = ()) -> dict[str, LabeledImag
         raise DataError(f"The dataset {name} has the splits {', '.join(found)}: expected one named {TRAIN_FOLDER}.")
     other = next((part for part in VALIDATION_FOLDERS if part in found), None)
     names = (TRAIN_FOLDER, other) if other else (TRAIN_FOLDER,)
-    parts = {part: read_rows(found[part], name, part) for part in names}
+    parts = {part: read_split(found[part], name, part) for part in names}
     if not skip:
         return parts
     return {
         part: rows.select([i for i in range(len(rows)) if rows.key(i) not in skip], rows.where)
         for part, rows in parts.items()
     }
-
-
-def read_rows(dataset: Any, name: str, part: str) -> LabeledImages:
-    """Return the images of one split: its first image column and its first column of labels or numbers."""
-    images = read_columns(dataset, f"{name}, {part}", part)
-    if images.problem_type == "single_label_classification":
-        known = (images.targets >= 0) & (images.targets < len(images.labels))
-        if not known.all():
-            raise DataError(
-                f"{images.where}: {(~known).sum()} of {len(known)} rows have none of the {len(images.labels)}"
-                f" classes, the first of which is row {np.argmin(known)}: expected a split whose classes are known."
-            )
-    return images
-
-
-def read_columns(dataset: Any, where: str, part: str) -> LabeledImages:
-    """Return the images of one split, whatever their targets are."""
-    import datasets
-
-    image = next((key for key, kind in dataset.features.items() if isinstance(kind, datasets.Image)), None)
-    for key, kind in dataset.features.items() if image is not None else ():
-        entry, images = getattr(kind, "feature", None), Column(dataset, str(image), part)
-        if isinstance(kind, datasets.ClassLabel):
-            classes = [-1 if index is None else index for index in dataset[key]]
-            return LabeledImages(images, np.asarray(classes, np.int32), tuple(kind.names), where)
-        if isinstance(entry, datasets.ClassLabel):
-            rows = np.zeros((len(dataset), entry.num_classes), np.float32)
-            for row, indices in zip(rows, dataset[key], strict=True):
-                row[list(indices)] = 1
-            return LabeledImages(images, rows, tuple(entry.names), where, "multi_label_classification")
-        if getattr(entry or kind, "dtype", "").startswith("float"):
-            values = np.asarray(dataset[key], np.float32).reshape(len(dataset), -1)
-            return LabeledImages(images, values, (), where, "regression")
-    raise DataError(
-        f"{where} has the columns {', '.join(dataset.features)}: expected an image, and a class, a list of classes or"
-        " numbers."
-    )
 
 
 def split(images: LabeledImages, recipe: Recipe) -> tuple[LabeledImages, LabeledImages]:

@@ -26,13 +26,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from levit_flax import checkpoint
+from levit_flax import files
+from levit_flax.configuration import REGRESSION
+from levit_flax.datasets import DataError, LabeledImages
+from levit_flax.hub import HubOptions
 from levit_flax.visualize import new_figure
 
 from .checkpoints import Checkpoints
 from .data import (
-    DataError,
-    LabeledImages,
     Shard,
     TrainingRows,
     check_images,
@@ -55,7 +56,6 @@ from .outputs import (
     goodness,
     write_best,
     write_history,
-    write_text,
 )
 from .recipe import Recipe, RecipeError, read_recipe
 from .state import Batch, Metrics, State, Task
@@ -152,7 +152,10 @@ def finetune(
     threads: int = DEFAULT_THREADS,
     processes: int = 0,
     show: Callable[[Progress], None] | None = None,
-    **options: Any,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> dict[str, Any]:
     """Train a model on labeled images, on all devices of all hosts.
 
@@ -171,7 +174,10 @@ def finetune(
         threads: that decode and augment images, in each process.
         processes: that do so beside this one; 0 for none.
         show: called now and then with how far the training is.
-        **options: revision, token, cache_dir and local_files_only, as in `levit_flax.from_pretrained`.
+        revision: branch, tag or commit of `model` on the Hub; the teacher is loaded from its main branch.
+        token: access token for the Hub.
+        cache_dir: directory for downloads; None for huggingface_hub's own cache.
+        local_files_only: do not access the network.
 
     Returns:
         The report, which also is in `output`: the best evaluation, the last one, and what was measured of the speed.
@@ -202,6 +208,7 @@ def finetune(
         >>> sorted(report["best"])[:3]
         ['epoch', 'learning_rate', 'step']
     """
+    hub = HubOptions(revision, token, cache_dir, local_files_only)
     output = Path(output).expanduser().absolute()
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe)
@@ -218,7 +225,7 @@ def finetune(
     asked = {
         "recipe": recipe.to_dict(),
         "model": str(model) if model is not None else None,
-        "revision": options.get("revision"),
+        "revision": revision,
         "teacher": str(teacher) if isinstance(teacher, str | Path) else bool(teacher),
         "data": fingerprint(train, validation),
     }
@@ -233,7 +240,7 @@ def finetune(
         parts = leave_out(train, validation, root, skip) if begun else (train, validation)
         for part in parts:
             check_images(part, decode=check_data)
-        student = make_student(model, recipe, parts[0], **options)
+        student = make_student(model, recipe, parts[0], hub)
         if export_torch:
             # Only whoever wants PyTorch weights pays for this.
             from levit_flax.convert.conversion import check_layout, check_transformers_size
@@ -241,9 +248,9 @@ def finetune(
             check_layout(student.model, export_torch)
             if export_torch == "hf":
                 check_transformers_size(student.model.config)
-        config, of_teacher = student.model.config, {k: v for k, v in options.items() if k != "revision"}
+        config, of_teacher = student.model.config, dataclasses.replace(hub, revision=None)
         images, held_back = (align_classes(part, config) for part in parts)
-        source = make_teacher(teacher, recipe, config, student.processor, images, root, **of_teacher)
+        source = make_teacher(teacher, recipe, config, student.processor, images, root, of_teacher)
         return student, source, images, held_back
 
     run = Run(output, recipe, *together(read), threads, processes, show, asked)
@@ -297,12 +304,12 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
             f"{output} holds a training: go on with it by --resume (resume=True), begin anew by --force"
             " (overwrite=True), or choose another name."
         )
-    checkpoint.make_directory(output)
+    files.make_directory(output)
     try:
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:
-        raise checkpoint.cannot_write(output, error) from None
+        raise files.cannot_write(output, error) from None
 
 
 def read_run(output: Path) -> dict[str, Any] | None:
@@ -336,7 +343,7 @@ def prepare_output(output: Path, asked: Mapping[str, Any] | None) -> None:
         if half or old:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     if asked is not None:
-        write_text(output / RUN_FILE, json.dumps(asked, indent=2) + "\n")
+        files.write_text(output / RUN_FILE, json.dumps(asked, indent=2) + "\n")
 
 
 def check_sources(output: Path, overwrite: bool, *sources: Any) -> None:
@@ -552,7 +559,7 @@ class Run:
         begin = time.perf_counter()
         epoch = step // self.rows.steps_per_epoch
         variables = state.variables if state.average is None else state.average
-        classes = self.task.problem_type != "regression"
+        classes = self.task.problem_type != REGRESSION
         row = {"epoch": epoch, "step": step, "learning_rate": float(self.learning_rate(step - 1))}
         try:
             validation = self.evaluate(variables)
@@ -596,7 +603,7 @@ class Run:
     def progress(self, step: int, first: int, seconds: float) -> Progress:
         """Return how far the training is."""
         done, totals = step - first, self.totals
-        classes = self.task.problem_type != "regression"
+        classes = self.task.problem_type != REGRESSION
         return Progress(
             step=step,
             total=self.total,
@@ -635,7 +642,7 @@ class Run:
             "platform": jax.default_backend(),
         }
         if jax.process_index() == 0:
-            write_text(self.output / REPORT_FILE, json.dumps({**report, **self.asked}, indent=2) + "\n")
+            files.write_text(self.output / REPORT_FILE, json.dumps({**report, **self.asked}, indent=2) + "\n")
         return report
 
 

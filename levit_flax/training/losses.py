@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from levit_flax.configuration import SINGLE_LABEL
 from levit_flax.modeling import classification_loss
-
-SINGLE_LABEL = "single_label_classification"
 
 
 def soft_targets(labels: jax.Array, num_labels: int, smoothing: float, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -13,7 +13,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from levit_flax import checkpoint
+from levit_flax import checkpoint, files
 from levit_flax.image_processing import LevitImageProcessor
 from levit_flax.modeling import LevitBase, Variables
 from levit_flax.visualize import draw_curves
@@ -29,20 +29,15 @@ TENSORBOARD_DIRECTORY = "tensorboard"
 History = list[dict[str, float]]  # one row for each evaluation: epoch, step, ...
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    checkpoint.write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
-
-
 def write_history(directory: Path, history: History) -> None:
     """Write the metrics of every evaluation so far, as CSV and as curves."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    write_text(directory / METRICS_FILE, text.getvalue())
+    files.write_text(directory / METRICS_FILE, text.getvalue())
     figure = draw_curves(history)
-    checkpoint.write_atomically(directory / CURVES_FILE, lambda file: figure.savefig(file, format="png"))
+    files.write_atomically(directory / CURVES_FILE, lambda file: figure.savefig(file, format="png"))
 
 
 class TensorBoard:
@@ -87,7 +82,7 @@ def write_best(
     facts: Mapping[str, Any],
 ) -> None:
     """Write the model directory, its card and its metrics."""
-    with checkpoint.staged_directory(directory / MODEL_DIRECTORY, overwrite=True) as staging:
+    with files.staged_directory(directory / MODEL_DIRECTORY, True, checkpoint.OWN_FILES) as staging:
         checkpoint.write_model(staging, model.clone(dtype=None), variables, processor, {"training": dict(facts)})
         (staging / "metrics.json").write_text(json.dumps(dict(row), indent=2) + "\n", encoding="utf-8")
         (staging / CARD_FILE).write_text(model_card(model, row, facts), encoding="utf-8")

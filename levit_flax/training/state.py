@@ -11,13 +11,14 @@ import optax
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from levit_flax.classifier import normalize
+from levit_flax.configuration import MULTI_LABEL, SINGLE_LABEL
 from levit_flax.image_processing import LevitImageProcessor
+from levit_flax.inference import normalize
 from levit_flax.layers import BatchNorm
 from levit_flax.modeling import LevitBase, LevitForImageClassificationWithTeacher, Variables
 
 from .augmentation import erase, mix
-from .losses import SINGLE_LABEL, distillation_loss, label_loss, soft_targets
+from .losses import distillation_loss, label_loss, soft_targets
 from .optimizer import make_optimizer, match_patterns
 from .recipe import Recipe
 
@@ -258,7 +259,7 @@ def count_correct(logits: jax.Array, targets: jax.Array, problem_type: str, weig
     """Return how many images are right: the likeliest class, or all of an image's labels; 0 for regression."""
     if problem_type == SINGLE_LABEL:
         right = logits.argmax(-1) == targets.argmax(-1)
-    elif problem_type == "multi_label_classification":
+    elif problem_type == MULTI_LABEL:
         right = ((logits > 0) == (targets > 0.5)).all(-1)
     else:
         right = jnp.zeros(len(logits), bool)

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from levit_flax import checkpoint
-from levit_flax.configuration import VARIANTS, LevitConfig
+from levit_flax import loading
+from levit_flax.configuration import SINGLE_LABEL, VARIANTS, LevitConfig
+from levit_flax.datasets import LabeledImages
+from levit_flax.hub import DEFAULTS, HubOptions
 from levit_flax.image_processing import LevitImageProcessor, size_for_edge
 from levit_flax.modeling import (
     LevitBase,
@@ -18,10 +20,8 @@ from levit_flax.modeling import (
     LevitForImageClassificationWithTeacher,
     Variables,
 )
-from levit_flax.surgery import change_heads, merge_heads, replace_head, resize_image
+from levit_flax.surgery import merge_heads, replace_head, resize_image
 
-from .data import LabeledImages
-from .losses import SINGLE_LABEL
 from .recipe import Recipe, RecipeError
 
 
@@ -39,14 +39,16 @@ class Student(NamedTuple):
     processor: LevitImageProcessor
 
 
-def make_student(source: str | Path | None, recipe: Recipe, images: LabeledImages, **options: Any) -> Student:
+def make_student(
+    source: str | Path | None, recipe: Recipe, images: LabeledImages, options: HubOptions = DEFAULTS
+) -> Student:
     """Make the model that a recipe trains on labeled images.
 
     Args:
         source: a checkpoint, as in `levit_flax.from_pretrained`; None for the recipe's architecture from scratch.
         recipe: says what becomes of the heads, the image size and stochastic depth.
         images: give the classes. Heads for other classes are fresh, which a warning says.
-        **options: revision, token, cache_dir and local_files_only, as in `levit_flax.from_pretrained`.
+        options: how to access the Hub.
 
     Raises:
         RecipeError: there is neither a checkpoint nor an architecture, or it is not a legal one.
@@ -65,7 +67,7 @@ def make_student(source: str | Path | None, recipe: Recipe, images: LabeledImage
         changes["drop_path_rate"] = recipe.drop_path_rate
     dtype = None if recipe.compute_dtype == "float32" else jnp.dtype(recipe.compute_dtype)
     model = model.clone(config=dataclasses.replace(model.config, **changes), dtype=dtype)
-    return Student(model, variables, checkpoint.resize_processor(student.processor, model.config))
+    return Student(model, variables, loading.resize_processor(student.processor, model.config))
 
 
 def head_class(recipe: Recipe) -> type[LevitBase]:
@@ -94,16 +96,15 @@ def new_student(recipe: Recipe, images: LabeledImages) -> Student:
     pixel_values = jnp.zeros((1, height, width, config.num_channels))
     variables = jax.jit(model.init)(jax.random.key(recipe.seed), pixel_values)
     if isinstance(architecture, str):
-        return Student(model, variables, checkpoint.load_processor(None, config))
+        return Student(model, variables, loading.load_processor(None, config))
     # The shorter edge fills the crop: small images have no border to spare.
     size = size_for_edge(max(height, width))
     return Student(model, variables, LevitImageProcessor(size=size, crop_size=(height, width)))
 
 
-def load_student(source: str | Path, recipe: Recipe, options: Mapping[str, Any]) -> Student:
+def load_student(source: str | Path, recipe: Recipe, options: HubOptions) -> Student:
     """Load a checkpoint, with the heads that the recipe asks for."""
-    resolved = checkpoint.resolve(source, **options)
-    model, variables = checkpoint.from_pretrained(resolved.directory, dtype="float32")
+    model, variables, processor, _ = loading.load_model(source, options, dtype="float32")
     if model.folded:
         raise ValueError(
             f"{source} has folded batch norms, which cannot be trained: expected the model before folding."
@@ -115,10 +116,10 @@ def load_student(source: str | Path, recipe: Recipe, options: Mapping[str, Any])
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that the second head is left out is what was asked for
-                model, variables = change_heads(model, variables, wanted)
+                model, variables = loading.change_heads(model, variables, wanted)
     else:
-        model, variables = change_heads(model, variables, wanted, jax.random.key(recipe.seed))
-    return Student(model, variables, checkpoint.load_processor(resolved.directory, model.config))
+        model, variables = loading.change_heads(model, variables, wanted, jax.random.key(recipe.seed))
+    return Student(model, variables, processor)
 
 
 def class_fields(images: LabeledImages) -> dict[str, Any]:

@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from levit_flax import checkpoint
-from levit_flax.classifier import ImageClassifier, prepare
-from levit_flax.configuration import LevitConfig
+from levit_flax import loading
+from levit_flax.classifier import ImageClassifier
+from levit_flax.configuration import SINGLE_LABEL, LevitConfig
+from levit_flax.datasets import LabeledImages
+from levit_flax.files import write_atomically
+from levit_flax.hub import DEFAULTS, HubOptions
 from levit_flax.image_processing import LevitImageProcessor
+from levit_flax.inference import prepare
 
-from .data import LabeledImages
 from .recipe import Recipe, RecipeError
 from .state import Teacher
 
@@ -44,7 +47,7 @@ def make_teacher(
     processor: LevitImageProcessor,
     images: LabeledImages,
     root: Path,
-    **options: Any,
+    options: HubOptions = DEFAULTS,
 ) -> TeacherSource:
     """Prepare the teacher.
 
@@ -56,7 +59,7 @@ def make_teacher(
         processor: the student's.
         images: the ones to train on.
         root: the directory that stored logits name the images relative to.
-        **options: token, cache_dir and local_files_only, as in `levit_flax.from_pretrained`.
+        options: how to access the Hub.
 
     Raises:
         RecipeError: the recipe distills and there is no teacher, or the other way round; it mixes images that
@@ -83,7 +86,7 @@ def check_teacher(
             f"distillation is {recipe.distillation!r} and there is {'no' if teacher is None else 'a'} teacher: expected"
             f" {expected}."
         )
-    if teacher is not None and images.problem_type != "single_label_classification":
+    if teacher is not None and images.problem_type != SINGLE_LABEL:
         raise RecipeError(
             f"A teacher's answer is one class, but {images.where} is for {images.problem_type}: expected"
             ' distillation = "none", or images of one class each.'
@@ -96,12 +99,10 @@ def check_teacher(
 
 
 def load_teacher(
-    source: str | Path, config: LevitConfig, processor: LevitImageProcessor, options: dict[str, Any]
+    source: str | Path, config: LevitConfig, processor: LevitImageProcessor, options: HubOptions
 ) -> TeacherSource:
     """Load a model as a teacher; it sees the student's images, resized and normalized as it was trained with."""
-    resolved = checkpoint.resolve(source, **options)
-    model, variables = checkpoint.from_pretrained(resolved.directory, dtype="float32")
-    own_processor = checkpoint.load_processor(resolved.directory, model.config)
+    model, variables, own_processor, _ = loading.load_model(source, options, dtype="float32")
     model, variables = prepare(model, variables)
     order = match_labels(model.config.id2label, config.id2label, str(source))
     mean, std, own_mean, own_std = (
@@ -186,7 +187,7 @@ def store_logits(path: str | Path, classifier: ImageClassifier, data: str | Path
         with staging.open("wb") as file:
             np.savez_compressed(file, files=np.array(names), labels=np.array(labels), logits=np.stack(rows))
 
-    checkpoint.write_atomically(Path(path), write)
+    write_atomically(Path(path), write)
 
 
 def read_logits(path: Path, images: LabeledImages, root: Path, config: LevitConfig) -> np.ndarray:

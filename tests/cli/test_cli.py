@@ -28,7 +28,7 @@ PARAMETERS = 77_730  # of the small config of these tests, with two heads
 
 
 @pytest.fixture
-def make_image(tmp_path):
+def image(tmp_path):
     path = tmp_path / "noise.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8)).save(path)
     return path

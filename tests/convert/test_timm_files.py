@@ -10,9 +10,9 @@ from safetensors.numpy import save_file
 import levit_flax as lf
 from configs import SMALL, random_variables
 from levit_flax import convert
-from levit_flax.checkpoint import load_processor
 from levit_flax.convert import ConversionError
 from levit_flax.convert.timm_files import read_timm_config, read_timm_processor, write_timm_config
+from levit_flax.loading import load_processor
 
 
 def published(name="levit_128s", **values):

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 import levit_flax as lf
 from configs import SMALL, in_another_order, random_variables
 from hub_server import HubServer, run_with_hub
-from levit_flax import checkpoint, convert
+from levit_flax import checkpoint, convert, loading
 from levit_flax.convert import ConversionError, conversion, verification, workflow
 from levit_flax.convert.layouts import LAYOUTS, Structure
 from levit_flax.convert.sources import open_source
@@ -65,7 +65,7 @@ def test_out_and_in_again(own, model, layout, tmp_path):
     assert stored["written"]["bytes"].keys() == {"config.json", "preprocessor_config.json", "flax_model.safetensors"}
     if layout != "facebook":  # which has no place for them
         assert loaded.config == model.config
-        processor = checkpoint.load_processor(tmp_path / "back", loaded.config)
+        processor = loading.load_processor(tmp_path / "back", loaded.config)
         assert processor.size == {"shortest_edge": 70}
 
 
@@ -252,7 +252,7 @@ def test_the_processor_follows_the_image_size(own, tmp_path):
     for i, (image_size, (size, crop_size)) in enumerate(wanted.items()):
         run(tmp_path / "hf", tmp_path / f"out{i}", image_size=image_size, verify=False)
         model, _ = lf.from_pretrained(tmp_path / f"out{i}")
-        processor = checkpoint.load_processor(tmp_path / f"out{i}", model.config)
+        processor = loading.load_processor(tmp_path / f"out{i}", model.config)
         assert vars(processor) == vars(lf.LevitImageProcessor(size=size, crop_size=crop_size))
         assert tuple(processor.crop_size.values()) == model.config.image_height_width
     lf.LevitImageProcessor(size=70, crop_size=48).save_pretrained(tmp_path / "hf", overwrite=True)
@@ -305,7 +305,7 @@ def test_the_hub_s_three_families(repository, layout, model, tmp_path):
     loaded, variables = lf.from_pretrained(tmp_path / "out")
     assert loaded.config == model.config
     jax.tree.map(np.testing.assert_array_equal, variables, random_variables(model))
-    processor = checkpoint.load_processor(tmp_path / "out", loaded.config)
+    processor = loading.load_processor(tmp_path / "out", loaded.config)
     assert processor.size == {"shortest_edge": 64 if layout == "hf" else 63}
 
 
@@ -320,7 +320,6 @@ def test_a_converted_model_on_the_hub_goes_back(own, model, tmp_path):
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
-from levit_flax import checkpoint
 from levit_flax.convert import workflow
 
 source, folder, kills, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])

@@ -36,7 +36,7 @@ OBJECT = re.compile(r"^::: (\S+)$", re.MULTILINE)  # as mkdocstrings marks them
 
 # The modules whose examples run, and what those of a package, a module or a function need.
 MODULES = [
-    *("configuration", "modeling", "checkpoint", "surgery", "image_processing", "classifier"),
+    *("configuration", "modeling", "checkpoint", "loading", "surgery", "image_processing", "classifier", "datasets"),
     "memory",
     *("evaluation", "visualize", "export", "convert.conversion", "convert.errors"),
     *("training.recipe", "training.data", "training.losses", "training.optimizer", "training.teacher", "training.loop"),
@@ -46,8 +46,6 @@ EXAMPLES_NEED = {
     "levit_flax.visualize": "matplotlib",
     "levit_flax.export": "flatbuffers",
     "levit_flax.export.to_onnx": "jax2onnx",
-    "levit_flax.evaluation.load_dataset": "datasets",
-    "levit_flax.evaluation.read_dataset": "datasets",
     "levit_flax.training": "grain",
 }
 
@@ -121,7 +119,7 @@ def public_objects():
     names = [f"levit_flax.{name}" for name in levit_flax.__all__]
     names += [f"levit_flax.convert.{name}" for name in convert.__all__]
     reference = (DOCS / "reference.md").read_text(encoding="utf-8")
-    names += [re.sub(r"^convert\b", "levit_flax.convert", name) for name in OBJECT.findall(reference)]
+    names += OBJECT.findall(reference)
     for name in names:
         found = pkgutil.resolve_name(name)
         yield from members(name, found) if inspect.ismodule(found) or inspect.isclass(found) else [(name, found)]

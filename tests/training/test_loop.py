@@ -36,7 +36,7 @@ from training_runs import (  # noqa: E402
 import levit_flax as lf  # noqa: E402
 from levit_flax import evaluation  # noqa: E402
 from levit_flax.cli import main  # noqa: E402
-from levit_flax.training import DataError, NotFiniteError, RecipeError, finetune, loop, outputs  # noqa: E402
+from levit_flax.training import DataError, LabeledImages, NotFiniteError, RecipeError, finetune, loop, outputs  # noqa: E402
 
 compiled, standard_promotion = training_runs.compiled, training_runs.standard_promotion
 
@@ -80,10 +80,10 @@ def _shared_steps(compiled):
             key = f"{recipe} {student.model} {self.rows.steps_per_epoch}"
             self.train_step, self.evaluate_step = runs.setdefault(key, (self.train_step, self.evaluate_step))
 
-    def make_student_once(source, recipe, images, **options):
+    def make_student_once(source, recipe, images, options):
         key = f"{source} {recipe} {images.labels}"
         if key not in students:
-            students[key] = make_student(source, recipe, images, **options)
+            students[key] = make_student(source, recipe, images, options)
         return students[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -133,7 +133,7 @@ def test_the_best_model_is_what_was_measured(whole, folder):
     classifier = lf.ImageClassifier.from_pretrained(output / "model")
     assert classifier.model.config.id2label == CLASSES
     _, held_back = loop.find_images(folder, tiny_recipe(), ())
-    result = evaluation.evaluate(classifier, evaluation.Data(held_back.images, held_back.targets.tolist()))
+    result = evaluation.evaluate(classifier, LabeledImages(held_back.images, held_back.targets))
     assert result.images == len(held_back) == 3
     assert result.top1 == report["best"]["validation_accuracy"]
     assert result.loss == pytest.approx(report["best"]["validation_loss"], rel=1e-5)

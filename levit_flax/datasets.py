@@ -1,0 +1,299 @@
+"""Labeled images: from a directory with a folder for each class, a Hugging Face dataset, or any sequence."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .configuration import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from .image_processing import LevitImageProcessor
+from .images import image_suffixes, load_image
+
+READER = LevitImageProcessor(do_resize=False, do_center_crop=False)  # converts a dataset's images to RGB
+
+
+class DataError(ValueError):
+    """Raised when labeled images cannot be used.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     try:
+        ...         read_folder(Path(folder))
+        ...     except DataError as error:
+        ...         print(str(error).removeprefix(folder))
+         has no folders: expected one for each class, with the class's images in it.
+    """
+
+
+@dataclass(frozen=True)
+class LabeledImages:
+    """Images with their targets.
+
+    Attributes:
+        images: a list of paths, or a sequence of paths, PIL images or arrays.
+        targets: class indices int32 [N], or float32 [N L] for multi-label (0 or 1) and regression.
+        labels: the names of the L classes; empty for regression.
+        where: name of the data in messages.
+        problem_type: as in `LevitConfig`.
+
+    Example:
+        >>> red = Image.new("RGB", (8, 8), "red")
+        >>> data = LabeledImages([red, red], np.array([0, 1], np.int32), ("cat", "dog"))
+        >>> len(data)
+        2
+    """
+
+    images: Any
+    targets: np.ndarray
+    labels: tuple[str, ...] = ()
+    where: str = "the data"
+    problem_type: str = SINGLE_LABEL
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def name(self, index: int) -> str:
+        """Return the name of one image in messages.
+
+        Example:
+            >>> LabeledImages([Path("a.jpg")], np.zeros(1, np.int32)).name(0)
+            'a.jpg'
+        """
+        image = self.images[index] if isinstance(self.images, list) else None
+        return str(image) if isinstance(image, str | Path) else f"image {row_key(self.images, index)} of {self.where}"
+
+    def key(self, index: int, root: Path = Path()) -> str:
+        """Return the name of one image in a skip list.
+
+        Args:
+            index: of the image.
+            root: the directory that file paths are relative to.
+
+        Example:
+            >>> LabeledImages([Path("data/cat/1.jpg")], np.zeros(1, np.int32)).key(0, Path("data"))
+            'cat/1.jpg'
+        """
+        image = self.images[index] if isinstance(self.images, list) else None
+        if isinstance(image, str | Path):
+            return Path(image).relative_to(root).as_posix()
+        return row_key(self.images, index)
+
+    def load(self, index: int) -> Image.Image:
+        """Decode one image as RGB.
+
+        Raises:
+            DataError: the image cannot be decoded.
+
+        Example:
+            >>> LabeledImages([Image.new("L", (8, 4))], np.zeros(1, np.int32)).load(0).mode
+            'RGB'
+        """
+        try:
+            image = self.images[index]
+            if isinstance(image, str | Path):
+                return load_image(image)
+            return Image.fromarray(READER.resize_and_crop(image))
+        except Exception as error:  # a dataset decodes its own images, and its decoder may raise anything
+            raise DataError(f"{self.name(index)} cannot be used: {error}") from error
+
+    def select(self, indices: Any, where: str) -> "LabeledImages":
+        """Return some of the images, under another name.
+
+        Example:
+            >>> data = LabeledImages(["a.jpg", "b.jpg"], np.array([0, 1], np.int32), ("cat", "dog"))
+            >>> data.select([1], "the dogs").images
+            ['b.jpg']
+        """
+        listed = isinstance(self.images, list)
+        chosen = [self.images[i] for i in indices] if listed else SelectedRows(self.images, indices)
+        return LabeledImages(chosen, self.targets[indices], self.labels, where, self.problem_type)
+
+
+@dataclass(frozen=True)
+class SelectedRows:
+    """Some rows of a sequence whose images are decoded on access."""
+
+    images: Any
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.images[int(self.indices[index])]
+
+    def key(self, index: int) -> str:
+        """Return the row's name in a skip list."""
+        return row_key(self.images, int(self.indices[index]))
+
+
+@dataclass(frozen=True)
+class DatasetImages:
+    """The image column of a split of a Hugging Face dataset, decoded on access."""
+
+    dataset: Any
+    column: str
+    split: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[int(index)][self.column]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (row[self.column] for row in self.dataset)  # reads ahead, unlike access by index
+
+    def key(self, index: int) -> str:
+        """Return the row's name in a skip list."""
+        return f"{self.split}/{index}"
+
+
+def row_key(images: Any, index: int) -> str:
+    """Return the name in a skip list of an image that is not a file."""
+    return str(images.key(index)) if hasattr(images, "key") else str(index)
+
+
+def image_files(directory: Path) -> list[Path]:
+    """Return the image files below a directory, sorted; hidden files and folders are skipped."""
+    suffixes = image_suffixes()
+    return [
+        path
+        for path in sorted(directory.rglob("*"))
+        if path.suffix.lower() in suffixes and path.is_file() and not _is_hidden(path, directory)
+    ]
+
+
+def read_folder(
+    directory: Path, root: Path | None = None, skip: Collection[str] = (), allow_empty: bool = False
+) -> LabeledImages:
+    """List the images of a directory that has a folder for each class; the files are not opened.
+
+    Args:
+        directory: the directory; its folders, sorted by name, are the classes.
+        root: the directory that the paths in `skip` are relative to; None for `directory`.
+        skip: images to leave out.
+        allow_empty: accept classes without images.
+
+    Raises:
+        DataError: there are no folders, or one holds no images.
+    """
+    root = directory if root is None else root
+    folders = sorted(path for path in directory.iterdir() if path.is_dir() and not _is_hidden(path, directory))
+    if not folders:
+        raise DataError(f"{directory} has no folders: expected one for each class, with the class's images in it.")
+    classes = {
+        folder.name: [path for path in image_files(folder) if path.relative_to(root).as_posix() not in skip]
+        for folder in folders
+    }
+    empty = [name for name, paths in classes.items() if not paths]
+    if empty and not allow_empty:
+        raise DataError(f"{directory / empty[0]} holds no images: fill the folder of the class, or remove it.")
+    images = [path for paths in classes.values() for path in paths]
+    targets = np.repeat(np.arange(len(classes), dtype=np.int32), [len(paths) for paths in classes.values()])
+    return LabeledImages(images, targets, tuple(classes), str(directory))
+
+
+def load_dataset(name: str, **options: Any) -> Any:
+    """Load a Hugging Face dataset; the options are those of `datasets.load_dataset`.
+
+    Raises:
+        ImportError: `datasets` is not installed.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(
+            f"There is no directory {name}. If it is a Hugging Face dataset: pip install 'levit-flax[datasets]'."
+        ) from None
+    return datasets.load_dataset(name, **options)
+
+
+def read_split(dataset: Any, name: str, split: str, problem_types: Collection[str] | None = None) -> LabeledImages:
+    """Return the images and targets of one split of a Hugging Face dataset, decoded on access.
+
+    Args:
+        dataset: the loaded split.
+        name: name of the dataset in messages.
+        split: name of the split.
+        problem_types: the accepted kinds of targets; None for all.
+
+    Raises:
+        DataError: the split has no image column or no column of targets, or rows without a class.
+    """
+    data = _read_columns(dataset, f"{name}, {split}", split, problem_types)
+    if data.problem_type == SINGLE_LABEL:
+        known = (data.targets >= 0) & (data.targets < len(data.labels))
+        if not known.all():
+            raise DataError(
+                f"{data.where}: {(~known).sum()} of {len(known)} rows have none of the {len(data.labels)} classes, the"
+                f" first of which is row {np.argmin(known)}: expected a split whose classes are known."
+            )
+    return data
+
+
+def match_classes(names: Sequence[str], labels: Sequence[str], where: str) -> list[int]:
+    """Return the model's index of each class of the data: by name, or by order if the names differ.
+
+    Args:
+        names: class names of the data.
+        labels: class names of the model.
+        where: name of the data in messages.
+
+    Raises:
+        DataError: the names differ, and so does their number.
+    """
+    by_name = {label: i for i, label in enumerate(labels)}
+    if all(name in by_name for name in names):
+        return [by_name[name] for name in names]
+    if len(names) == len(labels):
+        return list(range(len(names)))
+    foreign = next(name for name in names if name not in by_name)
+    raise DataError(
+        f"{where} has {len(names)} classes and the model {len(labels)}, and {foreign} is none of the model's: expected"
+        " the model's class names, or as many classes in the model's order."
+    )
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _read_columns(dataset: Any, where: str, split: str, problem_types: Collection[str] | None) -> LabeledImages:
+    """Return the first image column with the first column of targets of an accepted kind."""
+    import datasets
+
+    column = next((key for key, kind in dataset.features.items() if isinstance(kind, datasets.Image)), None)
+    for key, kind in dataset.features.items() if column is not None else ():
+        problem_type = _problem_type(kind)
+        if problem_type is None or (problem_types is not None and problem_type not in problem_types):
+            continue
+        images, values = DatasetImages(dataset, str(column), split), dataset[key]
+        if problem_type == SINGLE_LABEL:
+            classes = [-1 if index is None else index for index in values]
+            return LabeledImages(images, np.asarray(classes, np.int32), tuple(kind.names), where)
+        if problem_type == REGRESSION:
+            numbers = np.asarray(values, np.float32).reshape(len(dataset), -1)
+            return LabeledImages(images, numbers, (), where, REGRESSION)
+        rows = np.zeros((len(dataset), kind.feature.num_classes), np.float32)
+        for row, indices in zip(rows, values, strict=True):
+            row[list(indices)] = 1
+        return LabeledImages(images, rows, tuple(kind.feature.names), where, MULTI_LABEL)
+    expected = "a class" if problem_types == (SINGLE_LABEL,) else "a class, a list of classes or numbers"
+    raise DataError(f"{where} has the columns {', '.join(dataset.features)}: expected an image, and {expected}.")
+
+
+def _problem_type(kind: Any) -> str | None:
+    """Return the problem type that a dataset's feature is the target of, or None."""
+    import datasets
+
+    entry = getattr(kind, "feature", None)
+    if isinstance(kind, datasets.ClassLabel):
+        return SINGLE_LABEL
+    if isinstance(entry, datasets.ClassLabel):
+        return MULTI_LABEL
+    return REGRESSION if getattr(entry or kind, "dtype", "").startswith("float") else None

@@ -1,0 +1,113 @@
+"""Write files and directories that appear whole or not at all, and explain failed writes."""
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+
+def cannot_write(path: Path, error: OSError) -> OSError:
+    """Return the error to raise when a path cannot be written."""
+    where = f" ({error.filename})" if error.filename else ""
+    return OSError(f"Cannot write {path}: {error.strerror}{where}. Choose a place that you may write to.")
+
+
+@contextlib.contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Name `path` in the error raised when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise cannot_write(path, error) from None
+        raise
+
+
+def make_directory(directory: Path) -> None:
+    """Create a directory and its parents, or raise an OSError with the reason."""
+    try:
+        directory.expanduser().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(directory, error) from None
+
+
+def check_free(directory: Path, overwrite: bool) -> None:
+    """Raise FileExistsError unless a model may be written to this directory."""
+    directory = directory.expanduser()
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file: expected a directory to write, or a name that is free.")
+    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"{directory} exists and is not empty: choose another name, or replace the model in it with --force"
+            " (overwrite=True)."
+        )
+
+
+@contextlib.contextmanager
+def staged_directory(directory: Path, overwrite: bool, replaceable: Collection[str]) -> Iterator[Path]:
+    """Yield a temporary sibling to fill, and rename it to `directory` after the block succeeds.
+
+    Args:
+        directory: the directory to write.
+        overwrite: replace a directory that has content.
+        replaceable: names of the files that may be replaced; other files in `directory` are kept.
+
+    Raises:
+        FileExistsError: the directory has content and `overwrite` is False.
+        OSError: the directory cannot be written.
+    """
+    check_free(directory, overwrite)
+    directory = directory.expanduser().resolve()
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    except OSError as error:
+        raise cannot_write(directory, error) from None
+    try:
+        staging.chmod(0o755)  # mkdtemp keeps others out
+        with explain_full_disk(directory):
+            yield staging
+        replace_directory(directory, staging, replaceable)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def replace_directory(directory: Path, staging: Path, replaceable: Collection[str]) -> None:
+    """Rename `staging` to `directory`, keeping the old directory's files that are not replaceable."""
+    if not directory.exists():
+        os.rename(staging, directory)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    os.rename(directory, retired)
+    os.rename(staging, directory)
+    for entry in retired.iterdir():
+        if entry.name not in replaceable and not (directory / entry.name).exists():
+            os.rename(entry, directory / entry.name)
+    shutil.rmtree(retired)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary sibling of a file, and rename it after `write` succeeds."""
+    path = path.expanduser().resolve()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    os.close(handle)
+    staging = Path(name)
+    try:
+        with explain_full_disk(path):
+            write(staging)
+        staging.chmod(0o644)  # mkstemp keeps others out
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))

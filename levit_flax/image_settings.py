@@ -1,0 +1,69 @@
+"""Parse and validate the settings of `LevitImageProcessor`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+Size = int | Sequence[int] | Mapping[str, int]
+
+
+def check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:
+    """Raise ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, found {value!r}.")
+
+
+def parse_flag(name: str, value: bool) -> bool:
+    """Return a boolean setting."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, found {value!r}.")
+    return value
+
+
+def parse_number(name: str, value: float) -> float:
+    """Return a finite number as a float."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float | np.integer | np.floating)
+        or not math.isfinite(value)
+    ):
+        raise ValueError(f"{name} must be a finite number, found {value!r}.")
+    return float(value)
+
+
+def parse_numbers(name: str, value: float | Sequence[float]) -> float | tuple[float, ...]:
+    """Return one number, or a tuple with one per channel."""
+    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
+        return tuple(parse_number(name, item) for item in value)
+    return parse_number(name, value)
+
+
+def parse_resample(value: int) -> int:
+    """Return the number of a Pillow resampling filter."""
+    filters = {filter.value: filter.name.lower() for filter in sorted(Image.Resampling)}
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value not in filters:
+        raise ValueError(f"resample must be one of Pillow's filters {filters}, found {value!r}.")
+    return int(value)
+
+
+def parse_size(name: str, value: Size, *, shortest_edge: bool) -> dict[str, int]:
+    """Bring a size into the form of a dictionary; only where `shortest_edge` is true may it be given by that edge."""
+    edges: dict[str, Any] = {}
+    if isinstance(value, Mapping):
+        edges = dict(value)
+    elif isinstance(value, list | tuple) and len(value) == 2:
+        edges = {"height": value[0], "width": value[1]}
+    elif isinstance(value, int | np.integer):
+        edges = {"shortest_edge": value} if shortest_edge else {"height": value, "width": value}
+    by_edge = shortest_edge and edges.keys() == {"shortest_edge"}
+    if not (by_edge or edges.keys() == {"height", "width"}) or not all(map(_is_positive_integer, edges.values())):
+        forms = '(height, width), {"height": h, "width": w}' + (' or {"shortest_edge": n}' if shortest_edge else "")
+        raise ValueError(f"{name} must be a positive integer, {forms}, found {value!r}.")
+    return {edge: int(pixels) for edge, pixels in edges.items()}
+
+
+def _is_positive_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) > 0

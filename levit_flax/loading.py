@@ -1,0 +1,233 @@
+"""Load models from directories and the Hub, and upload them.
+
+PyTorch weights are converted while loading; `levit_flax.convert` is imported only for them.
+"""
+
+import json
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from . import checkpoint, hub, surgery
+from .checkpoint import CONFIG_FILE, OWN_FILES, TORCH_WEIGHT_FILES, WEIGHTS_FILE
+from .configuration import LevitConfig
+from .hub import HubOptions, Resolved
+from .image_processing import PROCESSOR_FILE, LevitImageProcessor
+from .modeling import LevitBase, Variables
+
+
+class LoadedModel(NamedTuple):
+    """A model with the processor that prepares its images and the files that both were loaded from."""
+
+    model: LevitBase
+    variables: Variables
+    processor: LevitImageProcessor
+    files: Resolved
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    dtype: Any = None,
+    image_size: int | tuple[int, int] | None = None,
+    num_labels: int | None = None,
+    key: jax.Array | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> tuple[LevitBase, Variables]:
+    """Load a model from a directory or a Hub repository, converting PyTorch weights.
+
+    Args:
+        source: a directory, a Hub id such as "facebook/levit-128S", or "cifar10", the small model in the package.
+        dtype: dtype of the floating-point arrays; None keeps the checkpoint's.
+        image_size: input size in pixels, one side or (height, width); None keeps the checkpoint's. See `resize_image`.
+        num_labels: number of classes; None keeps the checkpoint's. Heads for another number are newly initialized, and
+            a warning is issued. See `replace_head`.
+        key: random key for newly initialized heads; None for `jax.random.key(0)`.
+        revision: branch, tag or commit of a Hub repository.
+        token: access token for the Hub.
+        cache_dir: directory for downloads; None for huggingface_hub's own cache.
+        local_files_only: do not access the network.
+
+    Returns:
+        The module and its variables, {"params": ..., "batch_stats": ...}, as JAX arrays.
+
+    Raises:
+        ValueError: a file is malformed, or weights do not fit the config; `ConversionError` for PyTorch weights.
+        OSError: the source does not exist, or cannot be read or downloaded.
+
+    Example:
+        >>> model, variables = from_pretrained("cifar10", dtype="float32", image_size=96)
+        >>> type(model).__name__, model.config.image_size
+        ('LevitForImageClassificationWithTeacher', 96)
+    """
+    files = resolve(source, HubOptions(revision, token, cache_dir, local_files_only))
+    model, variables = load_weights(files, dtype)
+    if image_size is not None:
+        model, variables = surgery.resize_image(model, variables, image_size)
+    if num_labels is not None and num_labels != model.config.num_labels:
+        warnings.warn(
+            f"The checkpoint has {model.config.num_labels} classes: the heads for {num_labels} are newly initialized"
+            " and must be trained before use.",
+            stacklevel=2,
+        )
+        model, variables = surgery.replace_head(model, variables, num_labels, jax.random.key(0) if key is None else key)
+    return model, variables
+
+
+def resolve(
+    source: str | Path, options: HubOptions = hub.DEFAULTS, weights: Sequence[str] = (WEIGHTS_FILE, *TORCH_WEIGHT_FILES)
+) -> Resolved:
+    """Find a model's files in the package, a directory or a Hub repository; `weights` in order of preference."""
+    return hub.resolve(source, weights=weights, files=(CONFIG_FILE, PROCESSOR_FILE), options=options)
+
+
+def load_weights(files: Resolved, dtype: Any = None) -> tuple[LevitBase, Variables]:
+    """Return the module and its variables as JAX arrays, from our weights or PyTorch's."""
+    assert files.weights is not None  # resolve raises if there are none
+    if files.weights.name != WEIGHTS_FILE:
+        from levit_flax import convert  # imports a lot that our own weights do not need
+
+        return convert.from_torch(files.weights, dtype)
+    model, variables = checkpoint.read_directory(files.directory)
+    if dtype is not None:
+        model, variables = checkpoint.cast(model, variables, dtype)
+    return model, checkpoint.to_device(variables, str(files.weights))
+
+
+def load_model(
+    source: str | Path,
+    options: HubOptions = hub.DEFAULTS,
+    *,
+    dtype: Any = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> LoadedModel:
+    """Load a model with its processor; with `image_size` both are resized."""
+    files = resolve(source, options)
+    model, variables = load_weights(files, dtype)
+    processor = load_processor(files.directory, model.config)
+    if image_size is not None:
+        model, variables = surgery.resize_image(model, variables, image_size)
+        processor = resize_processor(processor, model.config)
+    return LoadedModel(model, variables, processor, files)
+
+
+def load_processor(directory: Path | None, config: LevitConfig) -> LevitImageProcessor:
+    """Return the processor described in a model directory, or the default one for the model's image size."""
+    if directory is not None and (directory / PROCESSOR_FILE).is_file():
+        return LevitImageProcessor.from_pretrained(directory)
+    if directory is not None and (directory / CONFIG_FILE).is_file():
+        values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        if "architecture" in values:  # timm's, which keeps its preprocessing here
+            from levit_flax.convert.timm_files import read_timm_processor
+
+            return read_timm_processor(values, str(directory / CONFIG_FILE))
+    height, width = config.image_height_width
+    return LevitImageProcessor(size=max(height, width), crop_size=(height, width))
+
+
+def resize_processor(processor: LevitImageProcessor, config: LevitConfig) -> LevitImageProcessor:
+    """Return a processor for a config's image size that crops the same share of the resized image."""
+    height, width = config.image_height_width
+    old = processor.crop_size["height"], processor.crop_size["width"]
+    if old == (height, width):
+        return processor
+    size: Any = (height, width)
+    if "shortest_edge" in processor.size:
+        size = round(processor.size["shortest_edge"] * max(height, width) / max(old))
+    return LevitImageProcessor(**{**vars(processor), "size": size, "crop_size": (height, width)})
+
+
+def change_heads(
+    model: LevitBase, variables: Mapping[str, Any], model_class: type[LevitBase], key: jax.Array | None = None
+) -> tuple[LevitBase, Variables]:
+    """Return the model as another class: drop the heads it does not have, and initialize those that are new.
+
+    Args:
+        model: any model; returned unchanged if it is of the class.
+        variables: its variables.
+        model_class: one of the three models.
+        key: random key for new heads; None for `jax.random.key(0)`.
+
+    Raises:
+        ValueError: a head is missing and the model is folded.
+    """
+    if type(model) is model_class:
+        return model, dict(variables)
+    dropped = set(model.head_names) - set(model_class.head_names)
+    missing = set(model_class.head_names) - set(model.head_names)
+    if dropped == {"head_dist"}:
+        warnings.warn(
+            "The checkpoint has two heads, and the published accuracy is that of their average. The second head"
+            " (head_dist) was dropped: load both with LevitForImageClassificationWithTeacher, or merge them with"
+            " levit_flax.merge_heads.",
+            stacklevel=3,
+        )
+    changed = surgery.as_class(model, model_class)
+    flat = {path: leaf for path, leaf in flatten_dict(variables, sep="/").items() if path.split("/")[1] not in dropped}
+    if missing and model.config.num_labels:
+        warnings.warn(
+            f"The checkpoint has no {' and no '.join(sorted(missing))}: these weights are newly initialized and must be"
+            " trained before use.",
+            stacklevel=3,
+        )
+        key = jax.random.key(0) if key is None else key
+        _, with_heads = surgery.replace_head(changed, variables, model.config.num_labels, key)
+        flat |= {p: leaf for p, leaf in flatten_dict(with_heads, sep="/").items() if p.split("/")[1] in missing}
+    return changed, unflatten_dict(flat, sep="/")
+
+
+def push_to_hub(
+    repo_id: str,
+    model: LevitBase,
+    variables: Mapping[str, Any],
+    processor: LevitImageProcessor | None = None,
+    *,
+    token: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    commit_message: str = hub.COMMIT_MESSAGE,
+) -> str:
+    """Upload a model to the Hub, creating the repository if it does not exist.
+
+    Args:
+        repo_id: the repository as "owner/name"; without an owner it is the token's.
+        model: the module.
+        variables: its variables.
+        processor: uploaded with the model if given.
+        token: access token with write permission; None for the one stored by `hf auth login` or in HF_TOKEN.
+        private: create the repository as private; no effect on one that exists.
+        revision: the branch to upload to, which must exist; None for the main branch.
+        commit_message: first line of the commit message.
+
+    Returns:
+        The URL of the repository.
+
+    Raises:
+        ValueError: the variables do not fit the model.
+        HubError: the upload failed.
+
+    Example:
+        >>> model, variables = from_pretrained("cifar10")
+        >>> url = push_to_hub("someone/levit", model, variables)  # with the token of `hf auth login` or HF_TOKEN
+        >>> url.endswith("/someone/levit")
+        True
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.write_model(Path(folder), model, variables, processor, None)
+        return hub.push(
+            folder,
+            repo_id,
+            files=OWN_FILES,
+            token=token,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+        )
