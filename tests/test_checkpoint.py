@@ -96,32 +96,9 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         lf.save_pretrained(tmp_path / "file", model, variables)
 
 
-FULL_DISK = """
-import os, resource, signal, sys
-from pathlib import Path
-import levit_flax as lf
-from levit_flax import convert
-
-folder, suffixes = Path(sys.argv[1]), sys.argv[2:]
-model, variables = lf.from_pretrained("cifar10")
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # else the kernel ends the process, which a full disk does not
-for limit in (100_000, 100):  # the weights do not fit, not even config.json does
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    for write in (
-        lambda: lf.save_pretrained(folder / "model", model, variables),
-        *(lambda end=suffix: convert.save_torch(folder / f"model.{end}", model, variables) for suffix in suffixes),
-    ):
-        try:
-            write()
-        except OSError as error:
-            print(error)
-print(os.listdir(folder))
-"""
-
-
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path):
     suffixes = ["safetensors", *(["pth"] if importlib.util.find_spec("torch") else [])]
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), *suffixes]
+    command = [sys.executable, Path(__file__).parent / "programs" / "full_disk.py", tmp_path, *suffixes]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     *sentences, left = done.stdout.splitlines()
     assert (done.returncode, done.stderr, left) == (0, "", "[]")
