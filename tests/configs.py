@@ -71,7 +71,7 @@ def unusual_config(name: str) -> LevitConfig:
 
 @functools.cache
 def compiled(model: LevitBase, **options: Any) -> Callable[..., Any]:
-    """Return `model.apply` with these options under `jax.jit`, one function per model so that tests share its programs."""
+    """Return `model.apply` with these options under `jax.jit`: tests of equal models share the compiled programs."""
     return jax.jit(functools.partial(model.apply, **options))
 
 

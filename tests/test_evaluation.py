@@ -1,4 +1,4 @@
-"""Evaluation: counted by hand, by every crop rule, and on the images that the embedded model's card speaks of."""
+"""Evaluation: counted by hand, by every crop rule, and on the test images of the embedded model's card."""
 
 import json
 import os
@@ -22,7 +22,7 @@ CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
 
 @pytest.fixture(scope="module")
 def classifier():
-    config = lf.LevitConfig(**{**SMALL, "num_labels": 7, "id2label": CLASSES})
+    config = lf.LevitConfig(**{**SMALL, "depths": (1, 1, 1), "num_labels": 7, "id2label": CLASSES})
     model = lf.LevitForImageClassification(config, precision="highest")
     return lf.ImageClassifier(model, random_variables(model), batch_size=4)
 
@@ -181,7 +181,7 @@ def test_an_output_that_cannot_be_written_is_said_before_the_work(capsys, tmp_pa
 
 def test_images_follow_the_image_size(capsys, classifier, folder, tmp_path):
     """Of PyTorch weights too, whose own processor makes images of 64 pixels."""
-    config = lf.LevitConfig(**{**SMALL, "num_labels": 7, "id2label": CLASSES})
+    config = lf.LevitConfig(**{**SMALL, "depths": (1, 1, 1), "num_labels": 7, "id2label": CLASSES})
     model = lf.LevitForImageClassification(config)
     directory = tmp_path / "torch"
     directory.mkdir()

@@ -39,7 +39,9 @@ def exported_and_original(format, program, directory):
     pixels = {batch: generator.standard_normal((batch, 32, 48, 3), np.float32) for batch in (1, 3, 8)}
     for batch, values in pixels.items():
         np.save(directory / f"pixels{batch}.npy", values)
-    done = subprocess.run([sys.executable, PROGRAMS / program], cwd=directory, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, PROGRAMS / program], cwd=directory, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     apply = jax.jit(model.apply)
     pairs = [

@@ -70,5 +70,11 @@ def test_only_training_on_a_cpu_takes_patches(monkeypatch):
 
 def test_taking_patches_moves_no_data_between_devices():
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    done = subprocess.run([sys.executable, PROGRAMS / "patches_on_four_devices.py"], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, PROGRAMS / "patches_on_four_devices.py"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr

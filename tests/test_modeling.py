@@ -13,7 +13,7 @@ from configs import SMALL, TINY, UNUSUAL, compiled, random_variables, unusual_co
 from levit_flax.attention import offset_index
 from levit_flax.modeling import MODEL_CLASSES, abstract_variables, classification_loss
 
-# Counted on the reference implementations: parameters with two heads and with one, the same two folded, and the elements
+# Counted on the reference implementations: parameters with two heads and with one, the same two folded, and the entries
 # of all running means and variances.
 SIZES = {
     "levit-128S": (7_777_058, 7_391_290, 7_756_466, 7_371_466, 39_648),
@@ -188,6 +188,7 @@ def test_new_weights_take_effect_in_evaluation():
     assert float(abs(compiled(model)(changed, pixel_values).logits - before).max()) > 1e-3
 
 
+@pytest.mark.slow  # the parity tests compare every gradient in evaluation mode
 def test_second_gradient_in_evaluation_mode_reaches_every_parameter():
     model, variables, pixel_values = make(image_size=32)
 

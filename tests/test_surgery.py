@@ -66,13 +66,16 @@ def test_folding_keeps_the_outputs(model_class, dtype, limit):
     assert {leaf.dtype for leaf in flat.values()} == {np.dtype(dtype)}
 
 
-@pytest.mark.parametrize("name", [
-        "odd grids",
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("odd grids", marks=pytest.mark.slow),
         "stage without MLP",
         "other downsampling",
         pytest.param("one channel", marks=pytest.mark.slow),
         pytest.param("two stages", marks=pytest.mark.slow),
-    ])
+    ],
+)
 def test_folding_and_merging_keep_the_logits_of_unusual_models(name):
     model, variables = make(name)
     result = lf.fold_batch_norm(*lf.merge_heads(model, variables))

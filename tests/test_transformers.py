@@ -66,8 +66,14 @@ def test_configs_go_both_ways_through_json(fields, tmp_path):
     assert ours.num_labels == theirs.num_labels
 
 
-@pytest.mark.parametrize("class_name", CLASSES)
-@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize(
+    ("class_name", "hidden"),
+    [
+        *((name, True) for name in CLASSES),
+        (CLASSES[2], False),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in CLASSES[:2]),
+    ],
+)
 def test_tuples_have_transformers_order(class_name, hidden):
     reference, theirs, model, variables, ours = both(class_name)
     with torch.inference_mode():

@@ -1,6 +1,6 @@
 """Save a model to a disk that is too small and print each error, then the files that are left.
 
-    python full_disk.py FOLDER SUFFIX...
+python full_disk.py FOLDER SUFFIX...
 """
 
 import os

@@ -1,6 +1,6 @@
 """Print the page faults of forty calls, with freed memory kept (keep) or returned to the system (free).
 
-    python page_faults.py keep|free
+python page_faults.py keep|free
 """
 
 import resource

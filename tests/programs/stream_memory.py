@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+
 import levit_flax as lf
 
 method, path, warm, part, total = *sys.argv[1:3], *map(int, sys.argv[3:])
@@ -49,10 +50,7 @@ def images():
 
 
 classifier = lf.ImageClassifier.from_pretrained("cifar10")
-if method == "calls":
-    results = map(classifier, images())
-else:
-    results = getattr(classifier, method)(images())
+results = map(classifier, images()) if method == "calls" else getattr(classifier, method)(images())
 assert sum(1 for _ in results) == total
 print(*in_use)
 print(*peaks, peak())
