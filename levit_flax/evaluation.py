@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .choices import CROP_RULES
 from .classifier import ImageClassifier
 from .configuration import SINGLE_LABEL
 from .datasets import DataError, LabeledImages, load_dataset, match_classes, read_folder, read_split
@@ -176,8 +177,8 @@ def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> Lev
     side = max(height, width)
     if rule == "model":
         return model_processor
-    if rule not in ("hf", "torchvision", "timm"):
-        raise ValueError(f"There is no crop rule {rule!r}: expected model, hf, torchvision or timm.")
+    if rule not in CROP_RULES:
+        raise ValueError(f"There is no crop rule {rule!r}: expected one of {', '.join(CROP_RULES)}.")
     kind = LevitImageProcessor if rule == "hf" else HalfEvenProcessor
     size = size_for_edge(int(side / TIMM_CROP_PCT)) if rule == "timm" else side
     return kind(**{**vars(model_processor), "size": size, "crop_size": (height, width)})

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .choices import PLATFORMS, ExportFormat
 from .files import staged_directory
 from .image_processing import LevitImageProcessor
 from .inference import prepare
@@ -20,7 +21,6 @@ ABOUT_FILE = "model.json"
 README_FILE = "README.md"
 OWN_FILES = (STABLEHLO_FILE, ONNX_FILE, ABOUT_FILE, README_FILE)
 
-PLATFORMS = ("cpu", "cuda", "tpu")
 KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
 
 RUN_STABLEHLO = """\
@@ -57,7 +57,10 @@ session = onnxruntime.InferenceSession("{file}")
 
 
 # The name of the artifact, and the README beside it.
-FORMATS = {"stablehlo": (STABLEHLO_FILE, RUN_STABLEHLO), "onnx": (ONNX_FILE, RUN_ONNX)}
+FORMATS: dict[ExportFormat, tuple[str, str]] = {
+    "stablehlo": (STABLEHLO_FILE, RUN_STABLEHLO),
+    "onnx": (ONNX_FILE, RUN_ONNX),
+}
 
 
 def export_model(

@@ -140,7 +140,7 @@ def test_the_other_rules():
     margins = (1, 3, 33, 35)  # pixels around the crop, of which half are to go on the left
     for rule, offsets in {"hf": [0, 1, 16, 17], "torchvision": [0, 2, 16, 18], "timm": [0, 2, 16, 18]}.items():
         assert [evaluation_processor(rule, own).crop_offset(margin) for margin in margins] == offsets
-    with pytest.raises(ValueError, match="no crop rule 'square': expected model, hf, torchvision or timm"):
+    with pytest.raises(ValueError, match="no crop rule 'square': expected one of model, hf, torchvision, timm"):
         evaluation_processor("square", own)
 
 

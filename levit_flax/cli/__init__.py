@@ -1,0 +1,3 @@
+"""The `levit-flax` command."""
+
+from .main import main as main

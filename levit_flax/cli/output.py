@@ -1,0 +1,78 @@
+"""Print fields, JSON, errors and progress."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+MANY = 64  # images from which on a progress bar is worth its line
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON."""
+    print(json.dumps(value, indent=2))
+
+
+def print_error(message: object) -> None:
+    """Print an error to stderr."""
+    print(f"error: {message}", file=sys.stderr)
+
+
+def print_warning(message: object) -> None:
+    """Print a warning to stderr."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def print_fields(fields: dict[str, Any]) -> None:
+    """Print a line for each field that says something."""
+    width = max(len(name) for name in fields)
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {entry}" for key, entry in value.items())
+        if value not in (None, ""):
+            print(f"{name:{width}}  {value}")
+
+
+def with_progress(results: Iterable[T], total: int) -> Iterator[T]:
+    """Yield the results; on a terminal, and where there are many, show on stderr how far they are."""
+    if total < MANY or not sys.stderr.isatty():
+        yield from results
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(results, total=total, description="images", console=Console(stderr=True), transient=True)
+
+
+@contextmanager
+def training_progress() -> Iterator[Callable[[Any], None]]:
+    """Give a function that shows on stderr how far a training is: a line for each evaluation, a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}  {task.fields[numbers]}"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("training", total=None, epoch=1, numbers="")
+        last = None
+
+        def show(now: Any) -> None:
+            nonlocal last
+            loss = "" if now.loss is None else f"loss {now.loss:.4f}  "
+            accuracy = "" if now.accuracy is None else f"accuracy {now.accuracy:.2%}  "
+            numbers = f"{loss}{accuracy}{now.images_per_second:.0f} images/s"
+            bar.update(task, completed=now.step, total=now.total, epoch=now.epoch, numbers=numbers)
+            if now.evaluation is not None and now.evaluation != last:
+                last = now.evaluation
+                values = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in last.items())
+                console.print(f"{values}  {now.images_per_second:.0f} images/s")
+
+        yield show
