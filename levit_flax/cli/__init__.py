@@ -1,3 +1,3 @@
 """The `levit-flax` command."""
 
-from .main import main as main
+from .app import main as main

@@ -1,6 +1,5 @@
 """`levit-flax finetune`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +8,7 @@ import typer
 from levit_flax.choices import RECIPE_NAMES, WrittenLayout
 
 from .options import JsonOption, OfflineOption, RevisionOption
-from .output import print_fields, print_json, training_progress
+from .output import print_fields, print_json, print_notice, training_progress
 
 
 def finetune(
@@ -105,7 +104,7 @@ def finetune(
                 local_files_only=offline,
             )
     except training.TrainingStopped as stopped:
-        print(stopped, file=sys.stderr)
+        print_notice(stopped)
         raise typer.Exit(128 + stopped.signal) from None
     if as_json:
         print_json(report)

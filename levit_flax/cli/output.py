@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from .flags import with_flags
+
 T = TypeVar("T")
 
 MANY = 64  # images from which on a progress bar is worth its line
@@ -18,12 +20,17 @@ def print_json(value: Any) -> None:
 
 def print_error(message: object) -> None:
     """Print an error to stderr."""
-    print(f"error: {message}", file=sys.stderr)
+    print_notice(f"error: {message}")
 
 
 def print_warning(message: object) -> None:
     """Print a warning to stderr."""
-    print(f"warning: {message}", file=sys.stderr)
+    print_notice(f"warning: {message}")
+
+
+def print_notice(message: object) -> None:
+    """Print a message to stderr, with flags in place of the library's parameters."""
+    print(with_flags(message), file=sys.stderr)
 
 
 def print_fields(fields: dict[str, Any]) -> None:
@@ -33,7 +40,7 @@ def print_fields(fields: dict[str, Any]) -> None:
         if isinstance(value, dict):
             value = ", ".join(f"{key} {entry}" for key, entry in value.items())
         if value not in (None, ""):
-            print(f"{name:{width}}  {value}")
+            print(f"{name:{width}}  {with_flags(value)}")
 
 
 def with_progress(results: Iterable[T], total: int) -> Iterator[T]:

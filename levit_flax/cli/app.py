@@ -6,12 +6,12 @@ cache directory; JAX_ENABLE_COMPILATION_CACHE=false switches that off, JAX_COMPI
 """
 
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import typer
+from typer.core import TyperGroup
 
 from .classify import classify
 from .convert import convert
@@ -20,11 +20,11 @@ from .evaluate import evaluate
 from .explain import explain
 from .export import export
 from .finetune import finetune
+from .flags import use_flags
 from .info import info
-from .output import print_error, print_warning
+from .output import print_error, print_notice, print_warning
 
 app = typer.Typer(
-    help="LeViT for JAX: convert PyTorch checkpoints, classify, evaluate, explain, fine-tune and export.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,6 +32,14 @@ app = typer.Typer(
 )
 for command in (convert, classify, evaluate, finetune, explain, export, info, demo):
     app.command()(command)
+
+
+@app.callback()
+def _start(context: typer.Context) -> None:
+    """LeViT for JAX: convert PyTorch checkpoints, classify, evaluate, explain, fine-tune and export."""
+    assert isinstance(context.command, TyperGroup)
+    command = context.command.commands[str(context.invoked_subcommand)]
+    use_flags([flag for option in command.params for flag in (*option.opts, *option.secondary_opts)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # A model that was compiled once starts sooner. JAX reads this when it is imported; by itself it keeps only what
     # took a second, which small models do not.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(user_cache_directory() / "compiled"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_directory() / "compiled"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     warnings.showwarning = lambda message, *_, **__: print_warning(message)
     try:
@@ -56,11 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_error(error)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print_notice("interrupted")
         return 130
     return 0
 
 
-def user_cache_directory() -> Path:
+def _cache_directory() -> Path:
     """Return where this program may keep what it can make again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "levit-flax"
