@@ -1,6 +1,6 @@
-"""The names that settings may take, for the library and the command line.
+"""Names that arguments may take, shared by the library and the command line.
 
-This module imports nothing heavy, so that the command line can list the names in its help without loading JAX.
+The module imports nothing heavy: the command line lists the names in its help without importing JAX.
 """
 
 from pathlib import Path
@@ -10,16 +10,19 @@ from typing import Literal, get_args
 WrittenLayout = Literal["hf", "timm", "timm_conv", "facebook"]
 WRITTEN_LAYOUTS: tuple[WrittenLayout, ...] = get_args(WrittenLayout)
 
-# Types that weights can be converted to.
+# Data types that weights can be converted to.
 WeightDType = Literal["float32", "float16", "bfloat16"]
 
-# Rules to resize and crop images in an evaluation.
+# Rules for resizing and cropping images in an evaluation.
 CropRule = Literal["model", "hf", "torchvision", "timm"]
 CROP_RULES: tuple[CropRule, ...] = get_args(CropRule)
 
-# Formats of exported models, and the platforms that a StableHLO artifact supports by default.
+# Formats of exported artifacts.
 ExportFormat = Literal["stablehlo", "onnx"]
-PLATFORMS = ("cpu", "cuda", "tpu")
 
-# The training recipes in the package: the names of the TOML files.
+# Platforms of a StableHLO artifact: the default ones, and all.
+PLATFORMS = ("cpu", "cuda", "tpu")
+KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
+
+# Training recipes in the package, by the names of their files.
 RECIPE_NAMES = tuple(sorted(path.stem for path in (Path(__file__).parent / "training" / "recipes").glob("*.toml")))

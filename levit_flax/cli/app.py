@@ -1,8 +1,7 @@
-"""The `levit-flax` command: reads arguments, calls the library, prints.
+"""The application behind `levit-flax`: registers the commands and handles their errors.
 
-Results go to stdout, progress and warnings to stderr. Exit status 0, 1 (the work failed) or 2 (the call was wrong).
-Everything heavy is imported inside the commands, so that `--help` is quick. Compiled models are kept in the user's
-cache directory; JAX_ENABLE_COMPILATION_CACHE=false switches that off, JAX_COMPILATION_CACHE_DIR moves it.
+Results are printed to stdout, progress, warnings and errors to stderr. Heavy modules are imported inside the commands,
+so that `--help` is fast.
 """
 
 import os
@@ -43,16 +42,28 @@ def _start(context: typer.Context) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run the `levit-flax` command.
+
+    Compiled models are cached in `$XDG_CACHE_HOME/levit-flax` (by default `~/.cache/levit-flax`). Set the environment
+    variable JAX_COMPILATION_CACHE_DIR to use another directory, or JAX_ENABLE_COMPILATION_CACHE=false for no cache.
 
     Args:
-        arguments: the command line after the program's name; None for the process's own.
+        arguments: the arguments after the name of the command; None for those of the process, `sys.argv[1:]`.
 
     Returns:
-        The exit status.
+        The exit status: 0 for success, 1 if the work failed, 2 if the arguments are wrong, 130 if interrupted, or
+        128 plus the signal that stopped a training run.
+
+    Example:
+        >>> main(["info"])
+        levit-128S  parameters 7777058, hidden_sizes [128, 256, 384], depths [2, 3, 4]
+        levit-128   parameters 9213936, hidden_sizes [128, 256, 384], depths [4, 4, 4]
+        levit-192   parameters 10947069, hidden_sizes [192, 288, 384], depths [4, 4, 4]
+        levit-256   parameters 18893876, hidden_sizes [256, 384, 512], depths [4, 4, 4]
+        levit-384   parameters 39128836, hidden_sizes [384, 512, 768], depths [4, 4, 4]
+        0
     """
-    # A model that was compiled once starts sooner. JAX reads this when it is imported; by itself it keeps only what
-    # took a second, which small models do not.
+    # Set before JAX is imported. JAX's own threshold of one second leaves small models out of the cache.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_directory() / "compiled"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     warnings.showwarning = lambda message, *_, **__: print_warning(message)
@@ -70,5 +81,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _cache_directory() -> Path:
-    """Return where this program may keep what it can make again."""
+    """Return the user's cache directory for this package."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "levit-flax"

@@ -12,41 +12,41 @@ from .output import print_error, with_progress
 
 
 def classify(
-    paths: Annotated[list[Path], typer.Argument(help="Images, and folders that are searched for images.")],
+    paths: Annotated[list[Path], typer.Argument(help="Images, and directories to search for images.")],
     model: ModelOption = DEFAULT_MODEL,
-    top_k: Annotated[int, typer.Option(min=1, help="Classes to name for each image.")] = 5,
+    top_k: Annotated[int, typer.Option(min=1, help="Number of classes to print for each image.")] = 5,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Name what is in images."""
+    """Classify images."""
     from levit_flax.classifier import ImageClassifier
     from levit_flax.memory import keep_freed_memory
 
     keep_freed_memory()
-    files, broken = list_images(paths)
+    files, errors = _list_images(paths)
     classifier = ImageClassifier.from_pretrained(model, revision=revision, local_files_only=offline)
-    show = JsonList() if as_json else PredictionTable()
+    printer = _JsonPrinter() if as_json else _TablePrinter()
     for path, logits in zip(files, with_progress(classifier.stream_logits(files), len(files)), strict=True):
         if isinstance(logits, Exception):
-            broken[str(path)] = str(logits)
+            errors[str(path)] = str(logits)
         else:
-            show.add(str(path), classifier.name(logits, top_k))
-    show.end()
-    for reason in broken.values():
-        print_error(reason)
-    if broken:
+            printer.add(str(path), classifier.name(logits, top_k))
+    printer.end()
+    for error in errors.values():
+        print_error(error)
+    if errors:
         raise typer.Exit(1)
 
 
-class JsonList:
-    """Print a JSON list with an object for each image, as they come."""
+class _JsonPrinter:
+    """Print a JSON list with one object per image, as soon as each result is known."""
 
     def __init__(self) -> None:
         self.separator = "["
 
     def add(self, file: str, predictions: list[dict[str, Any]]) -> None:
-        """Print one image's object."""
+        """Print the object of one image."""
         print(self.separator + "\n  " + json.dumps({"file": file, "predictions": predictions}), end="")
         self.separator = ","
 
@@ -55,30 +55,30 @@ class JsonList:
         print("[]" if self.separator == "[" else "\n]")
 
 
-class PredictionTable:
-    """Print a line for each class named, as they come, the image's name before the first."""
+class _TablePrinter:
+    """Print the name of each image, followed by one line per class."""
 
     def add(self, file: str, predictions: list[dict[str, Any]]) -> None:
-        """Print one image's lines."""
+        """Print the lines of one image."""
         print(file)
         for prediction in predictions:
             print(f"  {prediction['score']:.4f}  {prediction['label']}")
 
     def end(self) -> None:
-        """Print nothing more."""
+        """Print nothing."""
 
 
-def list_images(paths: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
-    """Return the files to classify, folders searched in depth and in order, and what is wrong with the rest."""
+def _list_images(paths: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
+    """Return the files to classify, and an error for each directory without images."""
     from levit_flax.datasets import image_files
 
-    files, broken = [], {}
+    files, errors = [], {}
     for path in paths:
         if not path.is_dir():
-            files.append(path)  # whatever it is: if it is no image, its reader says so
+            files.append(path)  # the classifier reports files that are not images
             continue
         found = image_files(path)
         files += found
         if not found:
-            broken[str(path)] = f"The folder {path} holds no images."
-    return files, broken
+            errors[str(path)] = f"The directory {path} contains no images."
+    return files, errors

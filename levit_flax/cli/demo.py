@@ -2,7 +2,7 @@
 
 
 def demo() -> None:
-    """Convert the model inside the package, prove it right, and name what is in real photographs."""
+    """Convert the model in the package, verify it, and classify photographs."""
     from levit_flax.demo import run_demo
 
     run_demo()

@@ -9,15 +9,15 @@ from .options import DEFAULT_MODEL, ModelOption, OfflineOption, RevisionOption
 
 
 def explain(
-    image: Annotated[Path, typer.Argument(help="The image to explain.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The PNG file to write.")],
+    image: Annotated[Path, typer.Argument(help="Image to explain.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file to write.")],
     model: ModelOption = DEFAULT_MODEL,
-    label: Annotated[str | None, typer.Option(help="The class to explain; the likeliest if left out.")] = None,
-    biases: Annotated[bool, typer.Option("--biases", help="Draw the attention biases instead.")] = False,
+    label: Annotated[str | None, typer.Option(help="Class to explain; the default is the most likely class.")] = None,
+    biases: Annotated[bool, typer.Option("--biases", help="Draw the model's attention biases instead.")] = False,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
 ) -> None:
-    """Draw what a model sees in an image: class activation, gradient, and the attention of every block."""
+    """Draw why a model predicts a class: class activation, gradient and the attention of every block."""
     from levit_flax import visualize
     from levit_flax.classifier import ImageClassifier
     from levit_flax.files import write_atomically

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from levit_flax.choices import PLATFORMS, ExportFormat
+from levit_flax.choices import KNOWN_PLATFORMS, PLATFORMS, ExportFormat
 
 from .options import DEFAULT_MODEL, ImageSizeOption, ModelOption, OfflineOption, RevisionOption
 
@@ -13,14 +13,18 @@ from .options import DEFAULT_MODEL, ImageSizeOption, ModelOption, OfflineOption,
 def export(
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
     model: ModelOption = DEFAULT_MODEL,
-    format: Annotated[ExportFormat, typer.Option(help="StableHLO runs in JAX, ONNX in onnxruntime.")] = "stablehlo",
-    platforms: Annotated[str, typer.Option(help="Where StableHLO shall run.")] = ",".join(PLATFORMS),
+    format: Annotated[
+        ExportFormat, typer.Option(help="Format of the artifact: StableHLO runs in JAX, ONNX in onnxruntime.")
+    ] = "stablehlo",
+    platforms: Annotated[
+        str, typer.Option(help=f"Platforms of a StableHLO artifact, separated by commas: {', '.join(KNOWN_PLATFORMS)}.")
+    ] = ",".join(PLATFORMS),
     image_size: ImageSizeOption = None,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is in OUT.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the artifact in OUT.")] = False,
 ) -> None:
-    """Write a model as an artifact that runs without this library."""
+    """Export a model as an artifact that runs without levit-flax."""
     from levit_flax.classifier import ImageClassifier
     from levit_flax.export import export_model
     from levit_flax.files import check_free

@@ -15,70 +15,70 @@ def finetune(
     data: Annotated[
         str,
         typer.Argument(
-            help="Directory with a folder for each class, or with train and validation that hold such folders; or a"
-            " Hugging Face dataset."
+            help="Directory with one folder per class, or with the folders train and validation that contain such"
+            " folders; or the name of a Hugging Face dataset."
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the run, with the model in it.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Run directory; the trained model is saved in OUTPUT/model.")
+    ],
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", help="Checkpoint to start from; left out, the recipe's architecture is trained anew."
+            "--model", "-m", help="Checkpoint to start from; by default, the recipe's architecture starts from scratch."
         ),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help=f"{', '.join(RECIPE_NAMES)}, or a TOML file with the same keys.")
+        str, typer.Option(help=f"Training recipe: {', '.join(RECIPE_NAMES)}, or a TOML file with the same keys.")
     ] = "finetune",
     changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; can be repeated."),
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="Directory or Hub id of a model to learn from, or an .npz file of its logits.")
+        str | None, typer.Option(help="Directory or Hub id of a teacher model, or an .npz file with its logits.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in OUTPUT.")] = False,
     export_torch: Annotated[
-        WrittenLayout | None, typer.Option(help="Write the best model for PyTorch too, in this layout.")
+        WrittenLayout | None, typer.Option(help="Write the best model as PyTorch weights too, in this layout.")
     ] = None,
     skip: Annotated[
         Path | None,
         typer.Option(
-            help="File with images to leave out, a line each: paths relative to DATA, or rows such as train/17."
+            help="File that lists images to skip, one per line: paths relative to DATA, or dataset rows such as"
+            " train/17."
         ),
     ] = None,
     check_data: Annotated[bool, typer.Option("--check-data", help="Decode every image before the first step.")] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Threads that decode and augment, in each process.")] = 2,
-    processes: Annotated[int, typer.Option(min=0, help="Processes that do so beside this one.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="Threads per process that decode and augment images.")] = 2,
+    processes: Annotated[
+        int, typer.Option(min=0, help="Worker processes that decode and augment images; 0 uses this process.")
+    ] = 0,
     distributed: Annotated[
-        bool, typer.Option("--distributed", help="One of several hosts, found as the cluster says (TPU, SLURM, MPI).")
+        bool, typer.Option("--distributed", help="Train on several hosts, as the cluster (TPU, SLURM, MPI) is set up.")
     ] = False,
     coordinator: Annotated[
         str | None,
-        typer.Option(envvar="LEVIT_FLAX_COORDINATOR", help="Address host:port of process 0 of several."),
+        typer.Option(envvar="LEVIT_FLAX_COORDINATOR", help="Train on several hosts: HOST:PORT of process 0."),
     ] = None,
     process_count: Annotated[
-        int | None, typer.Option(min=1, envvar="LEVIT_FLAX_PROCESS_COUNT", help="Processes on all hosts.")
+        int | None, typer.Option(min=1, envvar="LEVIT_FLAX_PROCESS_COUNT", help="Number of processes on all hosts.")
     ] = None,
     process_id: Annotated[
-        int | None, typer.Option(min=0, envvar="LEVIT_FLAX_PROCESS_ID", help="Which of them this one is, from 0.")
+        int | None, typer.Option(min=0, envvar="LEVIT_FLAX_PROCESS_ID", help="Index of this process, from 0.")
     ] = None,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
-    force: Annotated[bool, typer.Option("--force", help="Begin anew in a directory that holds a run.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the training run in OUTPUT and start from step 0.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a model on labeled images, from a checkpoint or from scratch, with or without a teacher."""
     from levit_flax.memory import keep_freed_memory
 
     keep_freed_memory()
-    if not (distributed or coordinator) and not (process_count is None and process_id is None):
-        raise ValueError(
-            "--process-count and --process-id (LEVIT_FLAX_PROCESS_COUNT, LEVIT_FLAX_PROCESS_ID) make one training of"
-            " several processes: expected --coordinator (LEVIT_FLAX_COORDINATOR) with them."
-        )
-    if distributed or coordinator:
-        import jax
-
-        jax.distributed.initialize(coordinator, process_count, process_id)
+    _start_distributed(distributed, coordinator, process_count, process_id)
     from levit_flax import training
     from levit_flax.training.data import read_skip_list
     from levit_flax.training.recipe import parse_change
@@ -110,3 +110,18 @@ def finetune(
         print_json(report)
     else:
         print_fields(report)
+
+
+def _start_distributed(
+    distributed: bool, coordinator: str | None, process_count: int | None, process_id: int | None
+) -> None:
+    """Connect to the other processes of the training run, if there are any."""
+    if distributed or coordinator:
+        import jax
+
+        jax.distributed.initialize(coordinator, process_count, process_id)
+    elif process_count is not None or process_id is not None:
+        raise ValueError(
+            "--process-count and --process-id (LEVIT_FLAX_PROCESS_COUNT, LEVIT_FLAX_PROCESS_ID) describe a training run"
+            " of several processes: expected --coordinator (LEVIT_FLAX_COORDINATOR) with them, found none."
+        )

@@ -1,7 +1,7 @@
-"""Name command-line flags in the library's messages.
+"""Replace Python parameters by command-line flags in the library's messages.
 
-The library's messages name Python parameters, such as `overwrite=True`. In what a command prints, `with_flags` replaces
-them by the flags that the command has.
+The library names Python parameters in its messages, such as `overwrite=True`. The command line prints the flag of the
+running command instead, such as `--force`. A parameter without a flag in the running command is printed unchanged.
 """
 
 import re

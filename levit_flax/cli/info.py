@@ -1,6 +1,5 @@
 """`levit-flax info`."""
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -11,22 +10,22 @@ from .output import print_fields, print_json
 
 def info(
     model: Annotated[
-        str | None, typer.Argument(help="Directory or Hub id; left out, the published variants are listed.")
+        str | None, typer.Argument(help="Model directory or Hub id; by default, the published variants are listed.")
     ] = None,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Describe a model, or list the published variants."""
-    facts = describe_variants() if model is None else describe_model(model, revision, offline)
+    facts = _describe_variants() if model is None else _describe_model(model, revision, offline)
     if as_json:
         print_json(facts)
     else:
         print_fields(facts)
 
 
-def describe_variants() -> dict[str, Any]:
-    """Return the parameter count and the widths of every published variant, with two heads."""
+def _describe_variants() -> dict[str, Any]:
+    """Return the parameter count, widths and depths of every published variant with two heads."""
     import math
 
     from levit_flax.configuration import VARIANTS
@@ -43,17 +42,17 @@ def describe_variants() -> dict[str, Any]:
     return facts
 
 
-def describe_model(source: str, revision: str | None, offline: bool) -> dict[str, Any]:
-    """Return what is known of a model."""
+def _describe_model(source: str, revision: str | None, offline: bool) -> dict[str, Any]:
+    """Return the class, weights, config, preprocessing and provenance of a model."""
     import jax
 
+    from levit_flax.checkpoint import read_provenance
     from levit_flax.configuration import OWN_BLOCK
     from levit_flax.hub import HubOptions
     from levit_flax.loading import load_model
 
     model, variables, processor, found = load_model(source, HubOptions(revision, local_files_only=offline))
     config = model.config.to_dict()
-    stored = json.loads((found.directory / "config.json").read_text(encoding="utf-8"))
     labels = model.config.id2label
     for key in ("id2label", "label2id", OWN_BLOCK):
         config.pop(key, None)
@@ -68,5 +67,5 @@ def describe_model(source: str, revision: str | None, offline: bool) -> dict[str
         "preprocessing": processor.to_dict(),
         "weights": str(found.weights),
         "revision": found.revision,
-        "provenance": stored.get(OWN_BLOCK, {}).get("provenance"),
+        "provenance": read_provenance(found.directory) or None,
     }

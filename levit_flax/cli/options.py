@@ -7,27 +7,25 @@ import typer
 DEFAULT_MODEL = "facebook/levit-128S"
 
 
-def parse_image_size(text: str) -> int | tuple[int, int]:
-    """Read "224" or "224x320"; anything else is a wrong call."""
+def _parse_image_size(text: str) -> int | tuple[int, int]:
+    """Read "224" or "224x320"."""
     sides = text.lower().split("x")
     if not all(side.isdecimal() for side in sides) or len(sides) > 2:
-        raise typer.BadParameter(f"expected SIDE or HEIGHTxWIDTH in pixels, such as 224 or 224x320; found {text!r}")
+        raise typer.BadParameter(f"expected SIDE or HEIGHTxWIDTH in pixels, such as 224 or 224x320, found {text!r}")
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="Directory or Hub id; cifar10 is the small model inside the package.")
+    str, typer.Option("--model", "-m", help="Model directory or Hub id; cifar10 is the small model in the package.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
-OfflineOption = Annotated[bool, typer.Option("--offline", help="Use what is on this machine, without the network.")]
-
-
 ImageSizeOption = Annotated[
     Any,
     typer.Option(
-        parser=parse_image_size,
+        parser=_parse_image_size,
         metavar="SIDE|HEIGHTxWIDTH",
-        help="Input size in pixels, if not the checkpoint's.",
+        help="Input size in pixels; the default is the checkpoint's.",
     ),
 ]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Use cached files only, without network access.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

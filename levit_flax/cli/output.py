@@ -1,4 +1,4 @@
-"""Print fields, JSON, errors and progress."""
+"""Print results to stdout, and errors, warnings and progress to stderr."""
 
 import json
 import sys
@@ -10,12 +10,22 @@ from .flags import with_flags
 
 T = TypeVar("T")
 
-MANY = 64  # images from which on a progress bar is worth its line
+_SHOW_PROGRESS_FROM = 64  # images
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON."""
+    """Print a value as indented JSON."""
     print(json.dumps(value, indent=2))
+
+
+def print_fields(fields: dict[str, Any]) -> None:
+    """Print one line for each field that has a value."""
+    width = max(len(name) for name in fields)
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {entry}" for key, entry in value.items())
+        if value not in (None, ""):
+            print(f"{name:{width}}  {with_flags(value)}")
 
 
 def print_error(message: object) -> None:
@@ -33,19 +43,9 @@ def print_notice(message: object) -> None:
     print(with_flags(message), file=sys.stderr)
 
 
-def print_fields(fields: dict[str, Any]) -> None:
-    """Print a line for each field that says something."""
-    width = max(len(name) for name in fields)
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {entry}" for key, entry in value.items())
-        if value not in (None, ""):
-            print(f"{name:{width}}  {with_flags(value)}")
-
-
 def with_progress(results: Iterable[T], total: int) -> Iterator[T]:
-    """Yield the results; on a terminal, and where there are many, show on stderr how far they are."""
-    if total < MANY or not sys.stderr.isatty():
+    """Yield results of images, with a progress bar if stderr is a terminal and there are many."""
+    if total < _SHOW_PROGRESS_FROM or not sys.stderr.isatty():
         yield from results
         return
     from rich.console import Console
@@ -56,7 +56,7 @@ def with_progress(results: Iterable[T], total: int) -> Iterator[T]:
 
 @contextmanager
 def training_progress() -> Iterator[Callable[[Any], None]]:
-    """Give a function that shows on stderr how far a training is: a line for each evaluation, a bar on a terminal."""
+    """Yield a function that prints each evaluation of a training run, and updates a bar on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
