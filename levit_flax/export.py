@@ -15,13 +15,13 @@ from .image_processing import LevitImageProcessor
 from .inference import prepare
 from .modeling import LevitBase, Variables
 
-STABLEHLO_FILE = "model.stablehlo"
-ONNX_FILE = "model.onnx"
-ABOUT_FILE = "model.json"
-README_FILE = "README.md"
-OWN_FILES = (STABLEHLO_FILE, ONNX_FILE, ABOUT_FILE, README_FILE)
+_STABLEHLO_FILE = "model.stablehlo"
+_ONNX_FILE = "model.onnx"
+_ABOUT_FILE = "model.json"
+_README_FILE = "README.md"
+_OWN_FILES = (_STABLEHLO_FILE, _ONNX_FILE, _ABOUT_FILE, _README_FILE)
 
-RUN_STABLEHLO = """\
+_RUN_STABLEHLO = """\
 # {name}
 
 A LeViT classifier as StableHLO, for {platforms}. It requires only `jax` and `flatbuffers`:
@@ -38,7 +38,7 @@ logits = model.call(pixel_values)  # float32 {shape} -> float32 [B {classes}]
 `{about}` contains the class names (`labels`) and the preprocessing of images (`preprocessing`, as in transformers).
 """
 
-RUN_ONNX = """\
+_RUN_ONNX = """\
 # {name}
 
 A LeViT classifier as ONNX. It requires only `onnxruntime`:
@@ -56,8 +56,8 @@ session = onnxruntime.InferenceSession("{file}")
 
 # For each format, the name of the artifact and the text of its README.
 FORMATS: dict[ExportFormat, tuple[str, str]] = {
-    "stablehlo": (STABLEHLO_FILE, RUN_STABLEHLO),
-    "onnx": (ONNX_FILE, RUN_ONNX),
+    "stablehlo": (_STABLEHLO_FILE, _RUN_STABLEHLO),
+    "onnx": (_ONNX_FILE, _RUN_ONNX),
 }
 
 
@@ -127,17 +127,17 @@ def export_model(
         "platforms": list(platforms) if format == "stablehlo" else None,
         "versions": {name: version(name) for name in ("levit-flax", "jax")},
     }
-    with staged_directory(Path(directory), overwrite, OWN_FILES) as staging:
+    with staged_directory(Path(directory), overwrite, _OWN_FILES) as staging:
         (staging / file).write_bytes(artifact)
-        (staging / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        (staging / README_FILE).write_text(
+        (staging / _ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        (staging / _README_FILE).write_text(
             text.format(
                 name=Path(directory).name,
                 platforms=", ".join(platforms),
                 file=file,
                 shape=f"[B {' '.join(map(str, shape))}]",
                 classes=config.num_labels,
-                about=ABOUT_FILE,
+                about=_ABOUT_FILE,
             ),
             encoding="utf-8",
         )

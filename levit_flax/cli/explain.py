@@ -17,7 +17,7 @@ def explain(
     revision: RevisionOption = None,
     offline: OfflineOption = False,
 ) -> None:
-    """Draw why a model predicts a class: class activation, gradient and the attention of every block."""
+    """Draw an explanation of a prediction: class activation, gradient and the attention of every block."""
     from levit_flax import visualize
     from levit_flax.classifier import ImageClassifier
     from levit_flax.files import write_atomically

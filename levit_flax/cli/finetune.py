@@ -20,12 +20,14 @@ def finetune(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Run directory; the trained model is saved in OUTPUT/model.")
+        Path, typer.Option("--output", "-o", help="Run directory; the best model is saved in OUTPUT/model.")
     ],
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", help="Checkpoint to start from; by default, the recipe's architecture starts from scratch."
+            "--model",
+            "-m",
+            help="Checkpoint to start from; by default, train the recipe's architecture from scratch.",
         ),
     ] = None,
     recipe: Annotated[
@@ -40,7 +42,7 @@ def finetune(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in OUTPUT.")] = False,
     export_torch: Annotated[
-        WrittenLayout | None, typer.Option(help="Write the best model as PyTorch weights too, in this layout.")
+        WrittenLayout | None, typer.Option(help="Also write the best model as PyTorch weights in this layout.")
     ] = None,
     skip: Annotated[
         Path | None,
@@ -55,7 +57,7 @@ def finetune(
         int, typer.Option(min=0, help="Worker processes that decode and augment images; 0 uses this process.")
     ] = 0,
     distributed: Annotated[
-        bool, typer.Option("--distributed", help="Train on several hosts, as the cluster (TPU, SLURM, MPI) is set up.")
+        bool, typer.Option("--distributed", help="Train on several hosts, which the cluster (TPU, SLURM or MPI) lists.")
     ] = False,
     coordinator: Annotated[
         str | None,
