@@ -113,7 +113,8 @@ def export_model(
 
     def classify(pixel_values: jax.Array) -> jax.Array:
         output: Any = model.apply(variables, pixel_values)
-        return output.logits.astype(jnp.float32)
+        logits: jax.Array = output.logits.astype(jnp.float32)
+        return logits
 
     artifact = to_stablehlo(classify, shape, platforms) if format == "stablehlo" else to_onnx(classify, shape)
     file, text = FORMATS[format]

@@ -11,7 +11,7 @@ from .options import JsonOption, OfflineOption, RevisionOption
 from .output import print_fields, print_json, print_notice, training_progress
 
 
-def finetune(
+def finetune(  # long: its parameters are the options, with their help
     data: Annotated[
         str,
         typer.Argument(
