@@ -13,7 +13,7 @@ _M_MMAP_MAX = -4
 def keep_freed_memory() -> bool:
     """Make the C library keep freed memory instead of returning it to the system.
 
-    On a CPU, XLA allocates the working memory of every call anew, and the system clears each page of it. That takes
+    On a CPU, XLA allocates new working memory for every call, and the system clears each page of it. That takes
     about a sixth of the time of training levit-128S with 32 images, and up to a quarter of classifying 64
     (benchmarks/README.md). The commands `finetune`, `evaluate` and `classify` call this function.
 
