@@ -464,12 +464,12 @@ def test_offline_and_only_a_part_in_the_cache(hub: HubServer, missing: str) -> N
 
 def test_the_environment_variables_of_huggingface_hub_are_obeyed(hub: HubServer, tmp_path: Path) -> None:
     sha = hub.add(REPO, MODEL)
-    script = f"from levit_flax.hub import resolve; print(resolve({REPO!r}, weights=('model.safetensors',)).revision)"
     root = Path(__file__).parents[1]
+    command = [sys.executable, root / "tests" / "programs" / "resolve_revision.py", REPO]
 
     def run(**variables: str) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(root)} | variables
-        return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     assert run(HF_ENDPOINT=hub.url).stdout.strip() == sha
     hub.requests.clear()
