@@ -58,7 +58,7 @@ CROPS = 'crop_size must be a positive integer, (height, width), {"height": h, "w
         ),
     ],
 )
-def test_bad_settings(setting, message):
+def test_invalid_settings_raise(setting, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)) as raised:
         LevitImageProcessor(**setting)
     assert not isinstance(raised.value, ImageError)
@@ -76,25 +76,25 @@ def test_bad_settings(setting, message):
         ({"input_data_format": "x"}, "input_data_format must be one of None, 'channels_last', 'channels_first', found"),
     ],
 )
-def test_bad_options(option, message):
+def test_invalid_options_raise(option, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         LevitImageProcessor(size=16, crop_size=16)(FINE, **option)
 
 
-def test_unknown_keywords():
+def test_unknown_keywords_raise():
     with pytest.raises(TypeError, match="unexpected keyword argument 'sizes'"):
         LevitImageProcessor(sizes=3)
     with pytest.raises(TypeError, match="unexpected keyword argument 'sizes'"):
         LevitImageProcessor()(FINE, sizes=3)
 
 
-def test_torch_asked_for_where_there_is_none(monkeypatch):
+def test_torch_tensors_without_torch_raise(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ImportError, match=r'^return_tensors="pt" needs PyTorch, which is not installed; use "jax"\.$'):
         LevitImageProcessor()(FINE, return_tensors="pt")
 
 
-def test_defaults():
+def test_defaults_are_those_of_the_published_models():
     assert LevitImageProcessor().to_dict() == {
         "image_processor_type": "LevitImageProcessor",
         "do_resize": True,
@@ -192,19 +192,19 @@ def test_files_of_older_versions_are_read(settings):
         ({"size": {"longest_edge": 9}}, "size must be a positive integer"),
     ],
 )
-def test_settings_of_something_else_are_refused(settings, message):
+def test_settings_of_another_processor_raise(settings, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         LevitImageProcessor.from_dict(settings)
 
 
-def test_unknown_settings_are_warned_of():
+def test_unknown_settings_warn():
     with pytest.warns(UserWarning, match=r"does not know these settings and leaves them: \['bar', 'foo'\]"):
         assert vars(LevitImageProcessor.from_dict({"foo": 1, "bar": 2})) == vars(LevitImageProcessor())
     with pytest.raises(TypeError, match="unexpected keyword argument 'foo'"):
         LevitImageProcessor.from_dict({}, foo=1)
 
 
-def test_bad_settings_files(tmp_path):
+def test_damaged_settings_files_raise(tmp_path):
     path = tmp_path / PROCESSOR_FILE
     with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} does not hold {PROCESSOR_FILE}")):
         LevitImageProcessor.from_pretrained(tmp_path)
@@ -216,7 +216,7 @@ def test_bad_settings_files(tmp_path):
         LevitImageProcessor.from_pretrained(tmp_path)
 
 
-def test_saving_replaces_nothing_unasked(tmp_path):
+def test_saving_over_a_file_raises_without_overwrite(tmp_path):
     path = tmp_path / PROCESSOR_FILE
     LevitImageProcessor(size=10).save_pretrained(tmp_path)
     before = path.read_text()

@@ -37,7 +37,7 @@ def test_sixteen_bits_are_scaled_to_eight(mode, from_file, tmp_path):
     assert_same_bits(values(wide), values(Image.fromarray(gray)))
 
 
-def test_levels_beyond_sixteen_bits_are_refused():
+def test_levels_beyond_sixteen_bits_raise():
     with pytest.raises(ImageError, match="Expected a 16-bit image with levels 0 to 65535, found 0 to 70000"):
         values(Image.fromarray(np.array([[0, 70000]], dtype=np.int32)))
 
@@ -195,7 +195,7 @@ def test_the_smallest_images(shape):
     assert values(Image.new("RGB", shape, "white")).shape == (1, 16, 16, 3)
 
 
-def test_damaged_files_give_a_result_or_a_sentence(tmp_path):
+def test_damaged_files_load_or_raise_one_sentence(tmp_path):
     rng = np.random.default_rng(SEED)
     path = tmp_path / "damaged"
     results = refused = 0
@@ -217,12 +217,12 @@ def test_damaged_files_give_a_result_or_a_sentence(tmp_path):
     assert refused > 20
 
 
-def test_a_missing_path(tmp_path):
+def test_missing_path_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(f"There is no image at {tmp_path / 'no.jpg'}.")):
         values([make_image(), tmp_path / "no.jpg"])
 
 
-def test_bad_files(tmp_path):
+def test_unreadable_files_raise(tmp_path):
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("This is not an image.\n" * 100)
     make_image().save(tmp_path / "whole.jpg")
@@ -310,19 +310,19 @@ def test_a_strip_that_would_become_huge(monkeypatch):
         ([FINE, FINE * np.nan], ImageError, "Image 1 of the 2 (counted from 0): Expected finite pixel values"),
     ],
 )
-def test_bad_images(images, error, message):
+def test_invalid_images_raise(images, error, message):
     with pytest.raises(error, match="^" + re.escape(message)):
         values(images)
 
 
-def test_the_wrong_channel_order_is_refused():
+def test_wrong_channel_order_raises():
     with pytest.raises(ImageError, match=re.escape("with 1, 3 or 4 channels, found [H W C] shape (8, 3, 8).")):
         values(FINE, input_data_format="channels_first")
     with pytest.raises(ImageError, match=re.escape("Pillow resizes images of up to 4 channels, found [H W C] shape")):
         values(FINE, input_data_format="channels_first", do_convert_rgb=False)
 
 
-def test_a_ragged_batch_cannot_be_stacked():
+def test_stacking_different_sizes_raises():
     expected = (
         "Images of different shapes [(18, 22, 3), (20, 18, 3)] cannot become one array; crop them with "
         "do_center_crop=True, or pass return_tensors=None for a list."
