@@ -18,7 +18,8 @@ from safetensors.numpy import save_file
 import levit_flax as lf
 from configs import SMALL, in_another_order, random_variables
 from hub_server import HubServer, run_with_hub
-from levit_flax import checkpoint, convert, hub, loading
+from levit_flax import checkpoint, convert, loading
+from levit_flax import hub as hub_module
 from levit_flax.convert import ConversionError, conversion, verification, workflow
 from levit_flax.convert.layouts import LAYOUTS, Structure, index_table
 from levit_flax.convert.sources import open_source
@@ -268,6 +269,22 @@ def test_options_that_a_converted_model_has_no_use_for(own, tmp_path):
             run(own, tmp_path / "out", **options)
 
 
+def test_every_hub_option_reaches_the_hub(tmp_path, monkeypatch):
+    options = HubOptions("v2", "hf_token", tmp_path / "cache", local_files_only=True)
+    asked = []
+
+    def resolve(source, **arguments):
+        asked.append((source, arguments["options"]))
+        raise HubError("no Hub here")
+
+    monkeypatch.setattr(hub_module, "resolve", resolve)
+    with pytest.raises(HubError, match="no Hub here"):
+        run("someone/levit", tmp_path / "out", options=options)
+    with pytest.raises(HubError, match="no Hub here"):
+        convert.from_torch("someone/levit", **dataclasses.asdict(options))
+    assert asked == [("someone/levit", options)] * 2
+
+
 def test_replacing_takes_the_old_report_away(own, tmp_path):
     out = tmp_path / "out"
     run(own, out, fold=True)
@@ -298,9 +315,9 @@ def hub_files(model, layout):
     ],
 )
 def test_the_hub_s_three_families(repository, layout, model, tmp_path):
-    with HubServer() as server:
-        revision = server.add(repository, hub_files(model, layout))
-        printed = run_with_hub(server, tmp_path, "convert", repository, "out", "--no-verify", "--json")
+    with HubServer() as hub:
+        revision = hub.add(repository, hub_files(model, layout))
+        printed = run_with_hub(hub, tmp_path, "convert", repository, "out", "--no-verify", "--json")
     report = json.loads(printed)
     assert (report["source"]["source"], report["source"]["revision"]) == (repository, revision)
     assert report["checkpoint"]["layout"] == layout and list(report["source"]["files"]) == ["model.safetensors"]
@@ -311,26 +328,10 @@ def test_the_hub_s_three_families(repository, layout, model, tmp_path):
     assert processor.size == {"shortest_edge": 64 if layout == "hf" else 63}
 
 
-def test_every_hub_option_reaches_the_hub(tmp_path, monkeypatch):
-    options = HubOptions("v2", "hf_token", tmp_path / "cache", local_files_only=True)
-    asked = []
-
-    def resolve(source, **arguments):
-        asked.append((source, arguments["options"]))
-        raise HubError("no Hub here")
-
-    monkeypatch.setattr(hub, "resolve", resolve)
-    with pytest.raises(HubError, match="no Hub here"):
-        run("someone/levit", tmp_path / "out", options=options)
-    with pytest.raises(HubError, match="no Hub here"):
-        convert.from_torch("someone/levit", **dataclasses.asdict(options))
-    assert asked == [("someone/levit", options)] * 2
-
-
 def test_a_converted_model_on_the_hub_goes_back(own, model, tmp_path):
-    with HubServer() as server:
-        revision = server.add("someone/levit-flax", {file.name: file.read_bytes() for file in own.iterdir()})
-        run_with_hub(server, tmp_path, "convert", "someone/levit-flax", "out", "--to=hf", "--no-verify")
+    with HubServer() as hub:
+        revision = hub.add("someone/levit-flax", {file.name: file.read_bytes() for file in own.iterdir()})
+        run_with_hub(hub, tmp_path, "convert", "someone/levit-flax", "out", "--to=hf", "--no-verify")
     assert json.loads((tmp_path / "out" / checkpoint.REPORT_FILE).read_text())["source"]["revision"] == revision
     assert convert.from_torch(tmp_path / "out")[0].config == model.config
 
