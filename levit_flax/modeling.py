@@ -7,7 +7,6 @@ Source: Graham et al. 2021, "LeViT: a Vision Transformer in ConvNet's Clothing f
 facebookresearch/LeViT levit.py; transformers modeling_levit.py.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,226 +16,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from flax.traverse_util import flatten_dict
 from flax.typing import Dtype, PrecisionLike
 
-from .attention import Attention, DownsamplingAttention
+from .blocks import Downsample, Stage, Stem
 from .configuration import MULTI_LABEL, REGRESSION, SINGLE_LABEL, LevitConfig
-from .layers import MLP, ConvNorm, Layer, NormLinear, at_least_float32, drop_path
+from .layers import NormLinear, at_least_float32
+from .modeling_outputs import (
+    LevitForImageClassificationOutput,
+    LevitForImageClassificationWithTeacherOutput,
+    LevitModelOutput,
+)
 
 Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}
-
-
-class ModelOutput:
-    """What the output classes share."""
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """Return the fields that are not None, in transformers' order.
-
-        Example:
-            >>> output = LevitModelOutput(last_hidden_state=jnp.ones((1, 4, 8)), pooler_output=jnp.ones((1, 8)))
-            >>> [value.shape for value in output.to_tuple()]
-            [(1, 4, 8), (1, 8)]
-        """
-        values = (getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
-        return tuple(value for value in values if value is not None)
-
-
-@struct.dataclass
-class LevitModelOutput(ModelOutput):
-    """Hold what `LevitModel` computes.
-
-    Attributes:
-        last_hidden_state: [B N C], the tokens of the last stage.
-        pooler_output: [B C], their mean.
-        hidden_states: the stem's tokens, then those after each stage and its downsampling, each [B N C]; or None.
-        attentions: one [B H Q K] per attention in order, downsampling included, rows summing to 1; or None.
-        features: the map [B H W C] of each stage before its downsampling; or None.
-
-    Example:
-        >>> model = LevitModel(LevitConfig(image_size=64))
-        >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-        >>> compute = lambda v, x: model.apply(v, x, output_attentions=True)
-        >>> output = jax.eval_shape(compute, variables, jnp.zeros((1, 64, 64, 3)))
-        >>> output.last_hidden_state.shape, len(output.attentions), output.attentions[0].shape, output.features
-        ((1, 1, 384), 14, (1, 4, 16, 16), None)
-    """
-
-    last_hidden_state: jax.Array
-    pooler_output: jax.Array
-    hidden_states: tuple[jax.Array, ...] | None = None
-    attentions: tuple[jax.Array, ...] | None = None
-    features: tuple[jax.Array, ...] | None = None
-
-
-@struct.dataclass
-class LevitForImageClassificationOutput(ModelOutput):
-    """Hold what `LevitForImageClassification` computes.
-
-    Attributes:
-        loss: the mean loss over the batch, a scalar; None without labels.
-        logits: [B num_labels], unbounded scores before softmax.
-        hidden_states: as in `LevitModelOutput`.
-        attentions: as in `LevitModelOutput`.
-        features: as in `LevitModelOutput`.
-
-    Example:
-        >>> output = LevitForImageClassificationOutput(logits=jnp.array([[0.0, 2.0, 1.0]]))
-        >>> [logits] = output.to_tuple()  # without labels there is no loss
-        >>> int(logits.argmax(-1)[0])
-        1
-    """
-
-    loss: jax.Array | None = None
-    logits: jax.Array | None = None
-    hidden_states: tuple[jax.Array, ...] | None = None
-    attentions: tuple[jax.Array, ...] | None = None
-    features: tuple[jax.Array, ...] | None = None
-
-
-@struct.dataclass
-class LevitForImageClassificationWithTeacherOutput(ModelOutput):
-    """Hold what `LevitForImageClassificationWithTeacher` computes.
-
-    Attributes:
-        logits: [B num_labels], the mean of the two heads' logits, which all published accuracies are for.
-        cls_logits: [B num_labels], of the head that learned the labels.
-        distillation_logits: [B num_labels], of the head that learned from the teacher.
-        hidden_states: as in `LevitModelOutput`.
-        attentions: as in `LevitModelOutput`.
-        features: as in `LevitModelOutput`.
-
-    Example:
-        >>> first, second = jnp.array([[0.0, 2.0]]), jnp.array([[4.0, 0.0]])
-        >>> output = LevitForImageClassificationWithTeacherOutput((first + second) / 2, first, second)
-        >>> logits, cls_logits, distillation_logits = output.to_tuple()
-        >>> logits.tolist()
-        [[2.0, 1.0]]
-    """
-
-    logits: jax.Array
-    cls_logits: jax.Array
-    distillation_logits: jax.Array
-    hidden_states: tuple[jax.Array, ...] | None = None
-    attentions: tuple[jax.Array, ...] | None = None
-    features: tuple[jax.Array, ...] | None = None
-
-
-class Stem(Layer):
-    """Turn an image into tokens by four strided convolutions (section 4.2 of the paper)."""
-
-    features: int
-    kernel_size: int
-    stride: int
-    padding: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Map [B H W C] to tokens [B N features], row by row."""
-        for i, share in enumerate((8, 4, 2, 1)):
-            if i:
-                x = nn.hard_swish(x)
-            conv = ConvNorm(
-                self.features // share, self.kernel_size, self.stride, self.padding, **self.shared, name=f"conv_{i}"
-            )
-            x = conv(x, train)
-        return x.reshape(x.shape[0], -1, x.shape[-1])
-
-
-class Block(Layer):
-    """Attend, then apply the MLP, each as a residual branch.
-
-    Attributes:
-        num_heads: as in `BiasedAttention`, and so are key_dim, attention_ratio and grid.
-        mlp_ratio: hidden channels of the MLP as a multiple of the width; 0 for no MLP.
-        drop_path_rate: probability in [0, 1) that a branch is dropped while training.
-    """
-
-    num_heads: int
-    key_dim: int
-    attention_ratio: int
-    grid: tuple[int, int]
-    mlp_ratio: int
-    drop_path_rate: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Map [B N C] to [B N C], and return the attention [B H N N] with it."""
-        branch, attention = Attention(
-            num_heads=self.num_heads,
-            key_dim=self.key_dim,
-            attention_ratio=self.attention_ratio,
-            grid=self.grid,
-            **self.shared,
-            name="attention",
-        )(x, train)
-        x = x + drop_path(self, branch, self.drop_path_rate, train)
-        if self.mlp_ratio:
-            branch = MLP(self.mlp_ratio * x.shape[-1], **self.shared, name="mlp")(x, train)
-            x = x + drop_path(self, branch, self.drop_path_rate, train)
-        return x, attention
-
-
-class Stage(Layer):
-    """Apply the blocks of one stage.
-
-    Attributes:
-        config: the architecture.
-        index: which of its stages.
-    """
-
-    config: LevitConfig
-    index: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, list[jax.Array]]:
-        """Map [B N C] to [B N C], and return the attention [B H N N] of each block with it."""
-        config, attentions = self.config, []
-        for i in range(config.depths[self.index]):
-            x, attention = Block(
-                num_heads=config.num_attention_heads[self.index],
-                key_dim=config.key_dim[self.index],
-                attention_ratio=config.attention_ratio[self.index],
-                grid=config.grids[self.index],
-                mlp_ratio=config.mlp_ratio[self.index],
-                drop_path_rate=config.drop_path_rate,
-                **self.shared,
-                name=f"block_{i}",
-            )(x, train)
-            attentions.append(attention)
-        return x, attentions
-
-
-class Downsample(Layer):
-    """Go from one stage to the next: attention onto the coarser grid, then an MLP as a residual branch.
-
-    Attributes:
-        config: the architecture.
-        index: which stage it leaves.
-    """
-
-    config: LevitConfig
-    index: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Map [B K C] to [B Q C'], and return the attention [B H Q K] with it."""
-        op = self.config.down_ops[self.index]
-        x, attention = DownsamplingAttention(
-            features=self.config.hidden_sizes[self.index + 1],
-            num_heads=op.num_attention_heads,
-            key_dim=op.key_dim,
-            attention_ratio=op.attention_ratio,
-            grid=self.config.grids[self.index],
-            stride=op.stride,
-            **self.shared,
-            name="attention",
-        )(x, train)
-        if op.mlp_ratio:
-            branch = MLP(op.mlp_ratio * x.shape[-1], **self.shared, name="mlp")(x, train)
-            x = x + drop_path(self, branch, self.config.drop_path_rate, train)
-        return x, attention
 
 
 def check_pixel_values(pixel_values: jax.Array, config: LevitConfig) -> None:
