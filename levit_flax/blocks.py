@@ -1,4 +1,7 @@
-"""The parts that a LeViT is built from: the stem, the stages and the downsampling between them."""
+"""The parts of a LeViT: the stem, the stages and the downsampling between them.
+
+Axes are named as in `levit_flax.attention`.
+"""
 
 import flax.linen as nn
 import jax
@@ -9,7 +12,15 @@ from .layers import MLP, ConvNorm, Layer, drop_path
 
 
 class Stem(Layer):
-    """Turn an image into tokens by four strided convolutions (section 4.2 of the paper)."""
+    """Four strided convolutions that turn an image into tokens (section 4.2 of the paper).
+
+    Attributes:
+        features: channels of the tokens, a multiple of 8. The first convolution has an eighth of them, and each of the
+            others twice as many as the one before.
+        kernel_size: side of the convolution kernels, in pixels.
+        stride: stride of each convolution, in pixels.
+        padding: zero padding on every side, in pixels.
+    """
 
     features: int
     kernel_size: int
@@ -18,24 +29,27 @@ class Stem(Layer):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Map [B H W C] to tokens [B N features], row by row."""
-        for i, share in enumerate((8, 4, 2, 1)):
+        """Map [B H W C] to tokens [B N features], in row-major order."""
+        for i, divisor in enumerate((8, 4, 2, 1)):
             if i:
                 x = nn.hard_swish(x)
             conv = ConvNorm(
-                self.features // share, self.kernel_size, self.stride, self.padding, **self.shared, name=f"conv_{i}"
+                self.features // divisor, self.kernel_size, self.stride, self.padding, **self.shared, name=f"conv_{i}"
             )
-            x = conv(x, train)
+            x = conv(x, train)  # [B H W C], half the height and width
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 class Block(Layer):
-    """Attend, then apply the MLP, each as a residual branch.
+    """Attention and an MLP, each in a residual branch.
 
     Attributes:
-        num_heads: as in `BiasedAttention`, and so are key_dim, attention_ratio and grid.
-        mlp_ratio: hidden channels of the MLP as a multiple of the width; 0 for no MLP.
-        drop_path_rate: probability in [0, 1) that a branch is dropped while training.
+        num_heads: as in `BiasedAttention`.
+        key_dim: as in `BiasedAttention`.
+        attention_ratio: as in `BiasedAttention`.
+        grid: as in `BiasedAttention`.
+        mlp_ratio: hidden channels of the MLP as a multiple of the stage's width; 0 for no MLP.
+        drop_path_rate: probability in [0, 1) that a residual branch is dropped during training.
     """
 
     num_heads: int
@@ -47,7 +61,7 @@ class Block(Layer):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Map [B N C] to [B N C], and return the attention [B H N N] with it."""
+        """Map [B N C] to [B N C], and also return the attention weights [B H N N]."""
         branch, attention = Attention(
             num_heads=self.num_heads,
             key_dim=self.key_dim,
@@ -64,11 +78,11 @@ class Block(Layer):
 
 
 class Stage(Layer):
-    """Apply the blocks of one stage.
+    """The blocks of one stage.
 
     Attributes:
         config: the architecture.
-        index: which of its stages.
+        index: index of the stage, from 0.
     """
 
     config: LevitConfig
@@ -76,7 +90,7 @@ class Stage(Layer):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, list[jax.Array]]:
-        """Map [B N C] to [B N C], and return the attention [B H N N] of each block with it."""
+        """Map [B N C] to [B N C], and also return the attention weights [B H N N] of each block."""
         config, attentions = self.config, []
         for i in range(config.depths[self.index]):
             x, attention = Block(
@@ -94,11 +108,11 @@ class Stage(Layer):
 
 
 class Downsample(Layer):
-    """Go from one stage to the next: attention onto the coarser grid, then an MLP as a residual branch.
+    """The step from one stage to the next: attention onto a coarser grid, then an MLP in a residual branch.
 
     Attributes:
         config: the architecture.
-        index: which stage it leaves.
+        index: index of the stage before this step, from 0.
     """
 
     config: LevitConfig
@@ -106,7 +120,7 @@ class Downsample(Layer):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Map [B K C] to [B Q C'], and return the attention [B H Q K] with it."""
+        """Map [B K C] to [B Q C'], and also return the attention weights [B H Q K]."""
         op = self.config.down_ops[self.index]
         x, attention = DownsamplingAttention(
             features=self.config.hidden_sizes[self.index + 1],
