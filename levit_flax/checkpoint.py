@@ -163,7 +163,7 @@ def to_device(variables: Variables, name: str) -> Variables:
     """Return the variables as JAX arrays, or raise ValueError if JAX would truncate float64 to float32."""
     if not jax.config.jax_enable_x64 and any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(variables)):
         raise ValueError(
-            f"{name} holds float64 arrays, which JAX would truncate to float32. Pass dtype='float32', or call"
+            f"{name} holds float64 arrays, which JAX would truncate to float32. Choose float32 with dtype=..., or call"
             " jax.config.update('jax_enable_x64', True)."
         )
     return jax.device_put(variables)
