@@ -154,8 +154,10 @@ def check_variables(model: LevitBase, variables: Mapping[str, Any], name: str) -
         if expected.get(path) != found.get(path)
     ]
     if differing:
+        count = len(expected.keys() | found.keys())
         raise ValueError(
-            f"{name} does not fit {type(model).__name__}: {len(differing)} arrays differ, {', '.join(differing[:8])}."
+            f"{name} does not fit {type(model).__name__}: {len(differing)} of {count} arrays differ,"
+            f" {', '.join(differing[:8])}."
         )
 
 

@@ -436,7 +436,7 @@ def _to_levels(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
         if high <= 1:
             return _rescale(pixels, 255).astype(np.uint8), True
     raise ImageError(
-        "The pixel values are out of range: expected integers from 0 to 255 or values in [0, 1], found values from"
+        "The pixel values are out of range: expected integers from 0 to 255 or values in [0, 1], found"
         f" {low} to {high}."
     )
 

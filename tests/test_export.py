@@ -129,6 +129,6 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no format 'tflite': the formats are stablehlo, onnx"):
         export_model(tmp_path / "out", *arguments, format="tflite")
     features = lf.LevitModel(model.config)
-    with pytest.raises(ValueError, match="This model has no classifier"):
+    with pytest.raises(ValueError, match="The model has no classifier"):
         export_model(tmp_path / "out", features, random_variables(features), lf.LevitImageProcessor())
     assert not (tmp_path / "out").exists()
