@@ -268,7 +268,7 @@ class ImageClassifier:
             yield pixels if isinstance(pixels, Exception) else next(rows)
 
     def _dispatch(self, pixels: np.ndarray) -> jax.Array:
-        """Start to compute a batch padded with black images, whose logits are last."""
+        """Start to compute the logits of a batch padded with black images at the end."""
         devices = self._sharding.num_devices
         per_device = -(-len(pixels) // devices)
         size = min(self.batch_size, devices << (per_device - 1).bit_length())

@@ -65,7 +65,7 @@ class LevitImageProcessor:
         do_resize: whether to resize.
         size: n or {"shortest_edge": n} resizes the shorter edge to int(256 / 224 * n) pixels and keeps the aspect
             ratio. (height, width) or {"height": h, "width": w} resizes to exactly this size in pixels.
-        resample: the resampling filter, a `PIL.Image.Resampling` value. Bicubic is what LeViT is evaluated with.
+        resample: the resampling filter, a `PIL.Image.Resampling` value. LeViT is evaluated with bicubic resampling.
         do_center_crop: whether to crop the center. Images smaller than the crop are padded with black.
         crop_size: n, (height, width) or {"height": h, "width": w}, in pixels.
         do_rescale: whether to multiply pixel values by `rescale_factor`.

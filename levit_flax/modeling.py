@@ -340,7 +340,7 @@ class LevitModel(LevitBase):
 class LevitForImageClassification(LevitBase):
     """LeViT with one classifier head.
 
-    The published checkpoints have two heads, and their accuracies hold for `LevitForImageClassificationWithTeacher`.
+    The published checkpoints have two heads. Their accuracies refer to `LevitForImageClassificationWithTeacher`.
 
     Example:
         >>> model = LevitForImageClassification(LevitConfig(image_size=32, num_labels=4))

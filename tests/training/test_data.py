@@ -658,10 +658,10 @@ def with_other_classes(directory):
 
 
 BAD_DATA = {
-    "empty": (Path.mkdir, "{data} has no folders: expected one for each class, with the class's images in it."),
+    "empty": (Path.mkdir, "{data} has no folders: expected one folder of images per class."),
     "an empty class": (
         with_an_empty_class,
-        "{data}/dog holds no images: fill the folder of the class, or remove it.",
+        "{data}/dog has no images: expected at least one per class. Add images, or remove the folder.",
     ),
     "one class": (images_of(10), "{data} has one class, ant: expected two or more to tell apart."),
     "one image in a class": (
