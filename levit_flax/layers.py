@@ -54,8 +54,8 @@ class BatchNorm(Layer):
     Flax's `nn.BatchNorm` is not equivalent. It updates the running variance with the biased variance, which differs by
     a factor of 1 - 1/n for n values per channel, and it does not count batches.
 
-    The collection `batch_stats` contains `mean` [C], `var` [C] and the int32 `count` of training batches. Statistics are
-    computed in float32 or float64.
+    The collection `batch_stats` contains `mean` [C], `var` [C] and the int32 `count` of training batches. Statistics
+    are computed in float32 or float64.
 
     Attributes:
         zero_scale: initialize the scale to 0 instead of 1, so that a residual branch starts as zero.
