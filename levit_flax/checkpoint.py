@@ -168,4 +168,5 @@ def to_device(variables: Variables, name: str) -> Variables:
             f"{name} holds float64 arrays, which JAX would truncate to float32. Choose float32 with dtype=..., or call"
             " jax.config.update('jax_enable_x64', True)."
         )
-    return jax.device_put(variables)
+    arrays: Variables = jax.device_put(variables)
+    return arrays

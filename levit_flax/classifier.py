@@ -70,7 +70,8 @@ class ImageClassifier:
             if pixels.dtype == jnp.uint8:
                 pixels = normalize(pixels, self.processor)
             output: Any = self.model.apply(variables, pixels)
-            return output.logits.astype(jnp.promote_types(output.logits.dtype, jnp.float32))
+            logits: jax.Array = output.logits
+            return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
         self._logits = compute
 
@@ -273,7 +274,8 @@ class ImageClassifier:
         per_device = -(-len(pixels) // devices)
         size = min(self.batch_size, devices << (per_device - 1).bit_length())
         padded = np.concatenate([pixels, np.zeros((size - len(pixels), *pixels.shape[1:]), pixels.dtype)])
-        return self._logits(self.variables, jax.device_put(padded, self._sharding))
+        logits: jax.Array = self._logits(self.variables, jax.device_put(padded, self._sharding))
+        return logits
 
 
 def map_ahead(pool: ThreadPoolExecutor, function: Any, items: Iterable[Any], ahead: int) -> Iterator[Any]:

@@ -48,9 +48,11 @@ def widen(variables: Variables, dtype: Any) -> Variables:
     if not any(is_narrow(leaf) for leaf in jax.tree.leaves(variables)):
         return variables
     # NumPy converts without compiling.
-    return jax.device_put(
-        jax.tree.map(lambda leaf: np.asarray(leaf, dtype if is_narrow(leaf) else leaf.dtype), variables)
+    widened: Variables = jax.tree.map(
+        lambda leaf: np.asarray(leaf, dtype if is_narrow(leaf) else leaf.dtype), variables
     )
+    arrays: Variables = jax.device_put(widened)
+    return arrays
 
 
 def scores(logits: np.ndarray, config: LevitConfig) -> np.ndarray:

@@ -476,4 +476,7 @@ def abstract_variables(model: LevitBase) -> dict[str, jax.ShapeDtypeStruct]:
 def _trace_variables(model: LevitBase) -> dict[str, jax.ShapeDtypeStruct]:
     config = model.config
     pixel_values = jax.ShapeDtypeStruct((1, *config.image_height_width, config.num_channels), jnp.float32)
-    return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), pixel_values), sep="/")
+    traced: dict[str, jax.ShapeDtypeStruct] = flatten_dict(
+        jax.eval_shape(model.init, jax.random.key(0), pixel_values), sep="/"
+    )
+    return traced

@@ -147,9 +147,11 @@ def classification_loss(logits: jax.Array, labels: jax.Array, problem_type: str 
             problem_type = SINGLE_LABEL
         else:
             problem_type = MULTI_LABEL
+    loss: jax.Array
     if problem_type == SINGLE_LABEL:
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels.reshape(-1)).mean()
-    labels = labels.reshape(logits.shape).astype(logits.dtype)
-    if problem_type == REGRESSION:
-        return jnp.square(logits - labels).mean()
-    return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels.reshape(-1))
+    elif problem_type == REGRESSION:
+        loss = jnp.square(logits - labels.reshape(logits.shape).astype(logits.dtype))
+    else:
+        loss = optax.sigmoid_binary_cross_entropy(logits, labels.reshape(logits.shape).astype(logits.dtype))
+    return loss.mean()

@@ -31,7 +31,8 @@ def _take_patches(x: jax.Array, size: int, stride: int, padding: int) -> jax.Arr
         rows = jnp.broadcast_to(stride * row + down, (len(x), height, 1, size, 1))
         patches = jax.vmap(lambda image, rows: image[rows, columns])(jnp.pad(x, widths), rows)
         # XLA copies whole pixels only if these axes are not merged with later ones, so prevent fusion.
-        return jax.lax.optimization_barrier(patches)
+        barred: jax.Array = jax.lax.optimization_barrier(patches)
+        return barred
 
     @gather.defjvp
     def differentiate(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
