@@ -54,7 +54,7 @@ CROPS = 'crop_size must be a positive integer, (height, width), {"height": h, "w
         ({"image_mean": [0.5, None, 0.5]}, "image_mean must be a finite number, found None."),
         (
             {"image_std": [0.5, 0, 0.5]},
-            "image_std must not be zero, because the pixels are divided by it; found [0.5, 0, ",
+            "image_std must not be zero, because pixels are divided by it, found [0.5, 0, ",
         ),
     ],
 )
@@ -69,8 +69,8 @@ def test_invalid_settings_raise(setting, message):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"image_mean": [0.5]}, "image_mean must be one number or one for each of the 3 channels, found 1."),
-        ({"image_std": [0.5] * 4}, "image_std must be one number or one for each of the 3 channels, found 4."),
+        ({"image_mean": [0.5]}, "image_mean must be one number, or one for each of the 3 channels, found 1."),
+        ({"image_std": [0.5] * 4}, "image_std must be one number, or one for each of the 3 channels, found 4."),
         ({"return_tensors": "tf"}, "return_tensors must be one of None, 'np', 'jax', 'pt', found 'tf'."),
         ({"data_format": "NHWC"}, "data_format must be one of 'channels_last', 'channels_first', found 'NHWC'."),
         ({"input_data_format": "x"}, "input_data_format must be one of None, 'channels_last', 'channels_first', found"),
@@ -90,7 +90,10 @@ def test_unknown_keywords_raise():
 
 def test_torch_tensors_without_torch_raise(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ImportError, match=r'^return_tensors="pt" needs PyTorch, which is not installed; use "jax"\.$'):
+    with pytest.raises(
+        ImportError,
+        match=r'^return_tensors="pt" requires PyTorch, which is not installed\. Install torch, or use "jax" or "np"\.$',
+    ):
         LevitImageProcessor()(FINE, return_tensors="pt")
 
 
@@ -186,9 +189,9 @@ def test_files_of_older_versions_are_read(settings):
     [
         (
             {"image_processor_type": "ViTImageProcessor"},
-            "Expected the settings of a LevitImageProcessor, found those of a V",
+            "The settings are of another processor: expected LevitImageProcessor, found V",
         ),
-        ({"do_pad": True}, "LevitImageProcessor works with do_pad=False only, found True."),
+        ({"do_pad": True}, "LevitImageProcessor does not support do_pad: expected False, found True."),
         ({"size": {"longest_edge": 9}}, "size must be a positive integer"),
     ],
 )
@@ -198,7 +201,7 @@ def test_settings_of_another_processor_raise(settings, message):
 
 
 def test_unknown_settings_warn():
-    with pytest.warns(UserWarning, match=r"does not know these settings and leaves them: \['bar', 'foo'\]"):
+    with pytest.warns(UserWarning, match=r"ignores unknown settings: \['bar', 'foo'\]"):
         assert vars(LevitImageProcessor.from_dict({"foo": 1, "bar": 2})) == vars(LevitImageProcessor())
     with pytest.raises(TypeError, match="unexpected keyword argument 'foo'"):
         LevitImageProcessor.from_dict({}, foo=1)
@@ -206,13 +209,17 @@ def test_unknown_settings_warn():
 
 def test_damaged_settings_files_raise(tmp_path):
     path = tmp_path / PROCESSOR_FILE
-    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} does not hold {PROCESSOR_FILE}")):
+    with pytest.raises(
+        FileNotFoundError, match=re.escape(f"{tmp_path} is not a model directory: expected {PROCESSOR_FILE}")
+    ):
         LevitImageProcessor.from_pretrained(tmp_path)
     path.write_text("{")
     with pytest.raises(ValueError, match="^" + re.escape(f"{path} is not valid JSON (")):
         LevitImageProcessor.from_pretrained(tmp_path)
     path.write_text("[1]")
-    with pytest.raises(ValueError, match="^" + re.escape(f"Expected {path} to hold a JSON object, found a list.")):
+    with pytest.raises(
+        ValueError, match="^" + re.escape(f"{path} is malformed: expected a JSON object, found a list.")
+    ):
         LevitImageProcessor.from_pretrained(tmp_path)
 
 
@@ -220,13 +227,13 @@ def test_saving_over_a_file_raises_without_overwrite(tmp_path):
     path = tmp_path / PROCESSOR_FILE
     LevitImageProcessor(size=10).save_pretrained(tmp_path)
     before = path.read_text()
-    with pytest.raises(FileExistsError, match=re.escape(f"{path} exists already; pass overwrite=True to replace it.")):
+    with pytest.raises(FileExistsError, match=re.escape(f"{path} already exists. Pass overwrite=True to replace it.")):
         LevitImageProcessor().save_pretrained(tmp_path)
     assert path.read_text() == before
     LevitImageProcessor().save_pretrained(tmp_path, overwrite=True)
     assert json.loads(path.read_text()) == LevitImageProcessor().to_dict()
     with pytest.raises(
-        NotADirectoryError, match=re.escape(f"Expected a directory to write {PROCESSOR_FILE} into, but {path}")
+        NotADirectoryError, match=re.escape(f"{path} is a file: expected a directory for {PROCESSOR_FILE}.")
     ):
         LevitImageProcessor().save_pretrained(path)
 

@@ -120,7 +120,7 @@ def test_wrong_channels_raise_in_both():
     reference, _, model, variables, _ = both(CLASSES[0])
     with pytest.raises(ValueError, match="channel dimension"):
         reference(torch.zeros(1, 4, 32, 32))
-    with pytest.raises(ValueError, match="num_channels is 3"):
+    with pytest.raises(ValueError, match="num_channels, which is 3"):
         model.apply(variables, np.zeros((1, 32, 32, 4), np.float32))
 
 
