@@ -2,8 +2,8 @@
 
     python benchmarks/plot.py [--results FILE] [--runs FILE] [--out DIRECTORY]
 
-Writes `speed_accuracy.png` and `ratios.png` from the results of `latency.py`, and `cifar10.png` from the training runs of
-the embedded model. Requires `pip install -e '.[visualize]'`.
+Writes `speed_accuracy.png` and `ratios.png` from the results of `latency.py`, and `cifar10.png` from the training
+runs of the embedded model. Requires `pip install -e '.[visualize]'`.
 """
 
 import argparse
