@@ -18,11 +18,27 @@ if TYPE_CHECKING:
 
 _CELL = 1.8  # inches
 _DPI = 120
-_GRID_COLUMNS = range(4, 8)
 
 
 def new_figure(rows: int, columns: int, cell: float = _CELL) -> "tuple[Figure, np.ndarray]":
-    """Return a figure and its frameless axes [rows columns], each `cell` inches wide."""
+    """Create a figure with a grid of axes without frames.
+
+    Args:
+        rows: number of rows.
+        columns: number of columns.
+        cell: width of one column in inches.
+
+    Returns:
+        The figure and its axes [rows columns].
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> figure, axes = new_figure(2, 3)
+        >>> axes.shape
+        (2, 3)
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -34,8 +50,17 @@ def new_figure(rows: int, columns: int, cell: float = _CELL) -> "tuple[Figure, n
     return figure, axes
 
 
-def _attention_names(model: LevitBase) -> list[str]:
-    """Return the path of every attention in the order of `output_attentions`, such as "stage_0/block_1"."""
+def attention_names(model: LevitBase) -> list[str]:
+    """Return the paths of all attentions in the order of `output_attentions`.
+
+    Args:
+        model: any model.
+
+    Example:
+        >>> from levit_flax import VARIANTS, LevitModel
+        >>> attention_names(LevitModel(VARIANTS["levit-128S"]))[:4]
+        ['stage_0/block_0', 'stage_0/block_1', 'downsample_0', 'stage_1/block_0']
+    """
     names = []
     for stage, depth in enumerate(model.config.depths):
         names += [f"stage_{stage}/block_{block}" for block in range(depth)]
@@ -68,7 +93,7 @@ def attention_maps(
     config = model.config
     output: Any = jax.jit(lambda v, x: model.apply(v, x, output_attentions=True))(variables, pixel_values)
     maps = {}
-    for name, attention in zip(_attention_names(model), output.attentions, strict=True):
+    for name, attention in zip(attention_names(model), output.attentions, strict=True):
         stage = int(name.partition("/")[0].rpartition("_")[2])
         weights = np.asarray(attention[0], np.float32)  # [H Q K]
         if query is None:
@@ -99,7 +124,7 @@ def bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> dict[str, np.
     """
     flat = flatten_dict(variables, sep="/")
     images = {}
-    for name in _attention_names(model):
+    for name in attention_names(model):
         table = np.asarray(flat[f"params/{name}/attention/attention_biases"], np.float32)
         height, width = model.config.grids[int(name.partition("/")[0].rpartition("_")[2])]
         rows, columns = (np.abs(np.arange(-n + 1, n)) for n in (height, width))
@@ -211,18 +236,23 @@ def explain(classifier: ImageClassifier, image: Any, label: str | None = None) -
     gradients = saliency(model, variables, pixel_values, index)[0]
     attention = attention_maps(model, variables, pixel_values)
     count = 4 + len(attention)
-    columns = min(_GRID_COLUMNS, key=lambda columns: -count % columns)  # the fewest empty cells
+    columns = _columns(count)
     figure, axes = new_figure(-(-count // columns), columns)
     panels = iter(axes.flat)
     _draw_image(next(panels), shown, "input image")
     overlay(next(panels), shown, activation, f"class activation: {_shorten(names[index], 16)}")
     brightness = gradients / max(np.quantile(gradients, 0.995), np.finfo(np.float32).tiny)
     _draw_image(next(panels), np.clip(brightness, 0, 1), "gradient saliency")
-    _draw_scores(next(panels), row, names)
+    draw_scores(next(panels), row, names)
     for ax, (name, maps) in zip(panels, attention.items(), strict=False):
         overlay(ax, shown, maps.mean(0), f"attention: {_title(name)}")
     figure.suptitle(f"{_shorten(names[index], 60)}: {row[index]:.1%}", fontsize=11)
     return figure
+
+
+def _columns(panels: int) -> int:
+    """Return the number of columns from 4 to 7 that leaves the fewest cells empty."""
+    return min(range(4, 8), key=lambda columns: -panels % columns)
 
 
 def _title(path: str) -> str:
@@ -248,8 +278,7 @@ def overlay(ax: Any, image: np.ndarray, heat: np.ndarray, title: str) -> None:
         title: title of the axes.
 
     Example:
-        >>> from matplotlib.figure import Figure
-        >>> ax = Figure().subplots()
+        >>> figure, [[ax]] = new_figure(1, 1)
         >>> overlay(ax, np.zeros((80, 80, 3), np.uint8), heat=np.arange(25).reshape(5, 5), title="attention")
     """
     height, width = image.shape[:2]
@@ -259,8 +288,21 @@ def overlay(ax: Any, image: np.ndarray, heat: np.ndarray, title: str) -> None:
     ax.set_title(title, fontsize=8)
 
 
-def _draw_scores(ax: Any, row: np.ndarray, names: Sequence[str], count: int = 5) -> None:
-    """Draw the scores [N] of the most likely classes as bars, with the class names inside the axes."""
+def draw_scores(ax: Any, row: np.ndarray, names: Sequence[str], count: int = 5) -> None:
+    """Draw the scores of the most likely classes as bars.
+
+    Args:
+        ax: a matplotlib `Axes`.
+        row: scores [N], in [0, 1].
+        names: names of the N classes.
+        count: number of classes to draw.
+
+    Example:
+        >>> figure, [[ax]] = new_figure(1, 1)
+        >>> draw_scores(ax, np.array([0.2, 0.7, 0.1]), ["ant", "bee", "cat"], count=2)
+        >>> [text.get_text() for text in ax.texts]
+        ['bee 70%', 'ant 20%']
+    """
     order = np.argsort(row)[::-1][:count]
     ax.set_axis_on()
     ax.set_box_aspect(1)
