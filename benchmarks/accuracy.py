@@ -42,7 +42,7 @@ def main() -> None:
     own = loaded.model.config.image_size
     result = {
         "description": "accuracy of the embedded model at other image sizes and in other dtypes",
-        "images": len(data.labels),
+        "images": len(data),
         "machine": describe_machine(("optax", "grain")),
         "image_size": own,
         "image_sizes": {},
@@ -75,7 +75,7 @@ def main() -> None:
         reference = named if reference is None else reference
         agreement = float((named == reference).mean())
         result["types"][name] = {
-            "top1": float((named == np.array(data.labels)).mean()),
+            "top1": float((named == data.targets).mean()),
             "agreement_with_float32": agreement,
         }
         print(f"{name:9}  top-1 {result['types'][name]['top1']:.2%}  agrees with float32 on {agreement:.2%}")
