@@ -739,8 +739,8 @@ def test_recipes_that_cannot_be_read(capsys, folder, tmp_path):
     assert said.startswith(f"The recipe {tmp_path}/broken.toml is not valid TOML: ") and "line 1" in said
     said = refused(capsys, output, "finetune", folder, "--recipe", "finetone")
     assert said == (
-        "There is no recipe finetone: expected finetune, paper, small_images, small_images_finish, or the path of a TOML"
-        " file."
+        "There is no recipe finetone: expected finetune, paper, small_images, small_images_finish, or the path of a"
+        " TOML file."
     )
     said = refused(capsys, output, "finetune", folder, "--set", "batch_size=8")
     assert said.startswith(
