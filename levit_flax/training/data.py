@@ -105,7 +105,7 @@ def read_dataset(name: str, skip: Collection[str] = ()) -> dict[str, LabeledImag
     """Like `read_folders`, for a Hugging Face dataset."""
     found = load_dataset(name)
     if TRAIN_FOLDER not in found:
-        raise DataError(f"The dataset {name} has the splits {', '.join(found)}: expected a split named {TRAIN_FOLDER}.")
+        raise DataError(f"The dataset {name} has the splits {', '.join(found)}: expected one named {TRAIN_FOLDER}.")
     other = next((part for part in VALIDATION_FOLDERS if part in found), None)
     names = (TRAIN_FOLDER, other) if other else (TRAIN_FOLDER,)
     parts = {part: read_split(found[part], name, part) for part in names}

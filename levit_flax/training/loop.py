@@ -138,7 +138,7 @@ class Clock:
 
 
 class Session:
-    """Own the state, the step and the checkpoints of one training run in this process; every host has one."""
+    """The state, the step and the checkpoints of a training run in this process; every host has its own session."""
 
     clock: Clock
     checkpoints: Checkpoints

@@ -80,10 +80,10 @@ def make_plan(
     def find() -> tuple[RunSettings | None, LabeledImages, LabeledImages]:
         if overwrite:
             check_sources(output, model, teacher)
-        begun = read_run(output) if resume else None
-        return begun, *find_images(source, recipe, frozenset(begun.skip) if begun else skipped)
+        previous = read_run(output) if resume else None
+        return previous, *find_images(source, recipe, frozenset(previous.skip) if previous else skipped)
 
-    begun, train, validation = together(find)
+    previous, train, validation = together(find)
     settings = RunSettings(
         recipe=recipe.to_dict(),
         model=str(model) if model is not None else None,
@@ -92,36 +92,24 @@ def make_plan(
         data=fingerprint(train, validation),
         skip=tuple(sorted(skipped)),
     )
-    agree([settings.to_dict(), begun and begun.to_dict()])
+    agree([settings.to_dict(), previous and previous.to_dict()])
 
-    def load() -> TrainingPlan:
-        if begun:
-            check_same(output, begun, settings)
+    def load() -> tuple[Student, TeacherSource, LabeledImages, LabeledImages]:
+        if previous:
+            check_same(output, previous, settings)
         check_batch(recipe, train)
         check_teacher(teacher, recipe, train)
         root = Path(source).expanduser()
-        parts = leave_out(train, validation, root, skipped) if begun else (train, validation)
+        parts = leave_out(train, validation, root, skipped) if previous else (train, validation)
         for part in parts:
             check_images(part, decode=check_data)
         student = _load_student(model, recipe, parts[0], export_torch, options)
-        aligned = [align_classes(part, student.model.config) for part in parts]
         config, of_teacher = student.model.config, dataclasses.replace(options, revision=None)
-        answers = make_teacher(teacher, recipe, config, student.processor, aligned[0], root, of_teacher)
-        return TrainingPlan(
-            output,
-            recipe,
-            settings,
-            student,
-            answers,
-            aligned[0],
-            aligned[1],
-            threads,
-            processes,
-            export_torch,
-            bool(begun),
-        )
+        aligned = (align_classes(parts[0], config), align_classes(parts[1], config))
+        return student, make_teacher(teacher, recipe, config, student.processor, aligned[0], root, of_teacher), *aligned
 
-    return together(load)
+    loaded = together(load)
+    return TrainingPlan(output, recipe, settings, *loaded, threads, processes, export_torch, resumed=bool(previous))
 
 
 def check_batch(recipe: Recipe, data: LabeledImages) -> None:
