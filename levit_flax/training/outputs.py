@@ -79,21 +79,25 @@ def write_best(
     variables: Variables,
     processor: LevitImageProcessor,
     row: Mapping[str, float],
-    facts: Mapping[str, Any],
+    provenance: Mapping[str, Any],
 ) -> None:
     """Write the model directory with a model card and the metrics of the evaluation `row`."""
     with files.staged_directory(directory / MODEL_DIRECTORY, True, checkpoint.OWN_FILES) as staging:
-        checkpoint.write_model(staging, model.clone(dtype=None), variables, processor, {"training": dict(facts)})
+        checkpoint.write_model(staging, model.clone(dtype=None), variables, processor, {"training": dict(provenance)})
         (staging / "metrics.json").write_text(json.dumps(dict(row), indent=2) + "\n", encoding="utf-8")
-        (staging / CARD_FILE).write_text(model_card(model, row, facts), encoding="utf-8")
+        (staging / CARD_FILE).write_text(model_card(model, row, provenance), encoding="utf-8")
 
 
-def model_card(model: LevitBase, row: Mapping[str, float], facts: Mapping[str, Any]) -> str:
+def model_card(model: LevitBase, row: Mapping[str, float], provenance: Mapping[str, Any]) -> str:
     """Return the model card, with the front matter of the Hub."""
     labels = model.config.id2label
     metrics = "\n".join(f"| {name.replace('_', ' ')} | {value:.6g} |" for name, value in row.items())
-    settings = "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items() if name != "recipe")
-    recipe = "\n".join(f"{key} = {json.dumps(value)}" for key, value in facts["recipe"].items() if value is not None)
+    settings = "\n".join(
+        f"- {name.replace('_', ' ')}: {value}" for name, value in provenance.items() if name != "recipe"
+    )
+    recipe = "\n".join(
+        f"{key} = {json.dumps(value)}" for key, value in provenance["recipe"].items() if value is not None
+    )
     return f"""---
 library_name: levit-flax
 pipeline_tag: image-classification
