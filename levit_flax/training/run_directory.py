@@ -130,9 +130,8 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output} is a file: expected a directory, or a path that does not exist.")
     names = [entry.name for entry in output.iterdir()] if output.is_dir() else []
-    occupied = any(
-        not name.startswith(f".{_RUN_FILE}.") for name in names
-    )  # temporary files of a killed run do not count
+    # A run that was killed at its start may leave a temporary file, which does not count.
+    occupied = any(not name.startswith(f".{_RUN_FILE}.") for name in names)
     if occupied and not (output / _RUN_FILE).is_file():
         raise FileExistsError(f"{output} is not empty and holds no training run. Choose another directory.")
     if occupied and not resume and not overwrite:
@@ -167,9 +166,11 @@ def read_run(output: Path) -> RunSettings | None:
         return None
     try:
         return RunSettings.from_dict(json.loads(text))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError):
+        keys = ", ".join(field.name for field in dataclasses.fields(RunSettings))
         raise ValueError(
-            f"{path} does not hold the settings of a training run: {error}. Start the run again with overwrite=True."
+            f"{path} does not hold the settings of a training run: expected a JSON object with the keys {keys}. Start"
+            " the run again with overwrite=True."
         ) from None
 
 
