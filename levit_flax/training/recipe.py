@@ -198,7 +198,7 @@ class Recipe:
             if span and not (len(span) == 2 and 0 < span[0] <= span[1]):
                 raise RecipeError(f"{name} is {list(span)}: expected two positive numbers in ascending order.")
         if self.warmup_epochs >= self.epochs:
-            raise RecipeError(f"warmup_epochs is {self.warmup_epochs}: expected less than epochs, which is {self.epochs}.")
+            raise RecipeError(f"warmup_epochs is {self.warmup_epochs}: expected less than epochs ({self.epochs}).")
 
     def _check_range(self, name: str, value: Any) -> None:
         if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
