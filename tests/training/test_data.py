@@ -203,7 +203,9 @@ def test_a_skip_list(tmp_path):
     found = [name for part in find_images(tmp_path, tiny_recipe(), skip) for name, _ in listed(part, tmp_path)]
     assert found == [name for name in names if name not in ("train/ant/1 x.png", "val/cat/0 x.png")]
     everything = {name for name in names if name.startswith("train/bee")}
-    with pytest.raises(DataError, match="train/bee holds no images: fill the folder of the class, or remove it"):
+    with pytest.raises(
+        DataError, match=r"train/bee has no images: expected at least one per class\. Add images, or remove the folder"
+    ):
         find_images(tmp_path, tiny_recipe(), everything)
 
 
@@ -580,8 +582,8 @@ def test_what_transformers_could_not_open_is_refused_before_the_training(folder,
     assert main([*map(str, arguments), "--export-torch", "hf"]) == 1
     height, width = size if isinstance(size, list) else (size, size)
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"error: transformers' LeViT cannot take images of {height}x{width} pixels: give the model a square"
-        " image_size that is a multiple of 16."
+        "error: transformers' LeViT does not support this image size: expected a square multiple of 16, found"
+        f" {height}x{width}. Change the model's image_size."
     )
     assert not list((tmp_path / "run").iterdir())
 
@@ -658,10 +660,10 @@ def with_other_classes(directory):
 
 
 BAD_DATA = {
-    "empty": (Path.mkdir, "{data} has no folders: expected one for each class, with the class's images in it."),
+    "empty": (Path.mkdir, "{data} has no folders: expected one folder of images per class."),
     "an empty class": (
         with_an_empty_class,
-        "{data}/dog holds no images: fill the folder of the class, or remove it.",
+        "{data}/dog has no images: expected at least one per class. Add images, or remove the folder.",
     ),
     "one class": (images_of(10), "{data} has one class, ant: expected two or more."),
     "one image in a class": (
@@ -835,7 +837,7 @@ def test_outputs_that_are_files(capsys, arguments, folder, tmp_path):
     said = refused(capsys, tmp_path / "file", "finetune", folder, *arguments)
     assert said == f"{tmp_path}/file is a file: expected a directory, or a path that does not exist."
     said = refused(capsys, tmp_path / "file" / "deeper", "finetune", folder, *arguments)
-    assert said.startswith(f"Cannot write {tmp_path}/file/deeper: ") and said.endswith("that you may write to.")
+    assert said.startswith(f"Cannot write {tmp_path}/file/deeper: ") and said.endswith("with enough space.")
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"
 
 
