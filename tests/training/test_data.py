@@ -358,7 +358,7 @@ def test_two_heads_become_what_the_recipe_says(two_heads, folder):
 @pytest.mark.parametrize("changes", [{"heads": "both"}, {"distillation": "hard"}])
 def test_a_head_that_is_lacking_is_announced(one_head, folder, changes):
     train, _ = find_images(folder, tiny_recipe(), ())
-    with pytest.warns(UserWarning, match="The checkpoint has no head_dist: these weights are newly initialized"):
+    with pytest.warns(UserWarning, match="The checkpoint has no head_dist: these heads are newly initialized"):
         student = student_of(one_head, train, **changes)
     _, before = lf.from_pretrained(one_head)
     after = student.variables["params"]
