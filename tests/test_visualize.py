@@ -1,4 +1,4 @@
-"""Attention maps, class activation maps and saliency against the model."""
+"""The figures show what the model computes."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def pixel_values():
     return np.random.default_rng(0).standard_normal((1, 64, 96, 3), np.float32)
 
 
-def test_attention_maps_are_shares_of_the_attention(loaded, pixel_values):
+def test_attention_maps_are_attention_weights(loaded, pixel_values):
     model, variables = loaded
     maps = visualize.attention_maps(model, variables, pixel_values)
     stages = (["stage_0/block_0"], ["stage_1/block_0"], ["stage_2/block_0"])
@@ -42,7 +42,7 @@ def test_attention_maps_are_shares_of_the_attention(loaded, pixel_values):
     np.testing.assert_allclose(corner["downsample_0"].reshape(2, -1), out.attentions[1][0, :, 3], rtol=1e-4, atol=1e-6)
 
 
-def test_bias_tables_are_the_biases_between_tokens(loaded):
+def test_bias_tables_hold_the_bias_of_each_offset(loaded):
     model, variables = loaded
     images = visualize.bias_tables(model, variables)
     image = images["stage_0/block_0"]
@@ -52,7 +52,7 @@ def test_bias_tables_are_the_biases_between_tokens(loaded):
         assert image[0, 3 + dy, 5 + dx] == table[abs(dy), abs(dx), 0]
 
 
-def test_class_activation_map_averages_to_the_logit(loaded, pixel_values):
+def test_mean_of_a_class_activation_map_is_the_logit(loaded, pixel_values):
     model, variables = loaded
     logits = np.asarray(compiled(model)(variables, pixel_values).logits)
     for label in (0, 3):
@@ -64,7 +64,7 @@ def test_class_activation_map_averages_to_the_logit(loaded, pixel_values):
 
 
 def test_saliency_is_the_gradient(loaded, pixel_values):
-    """A small step in one pixel changes the logit by the gradient times the step."""
+    """Finite differences at the pixel with the largest saliency agree with it."""
     model, variables = loaded
 
     def logit(x):
@@ -82,7 +82,7 @@ def test_saliency_is_the_gradient(loaded, pixel_values):
 
 
 @pytest.mark.parametrize("extra", [["--label", "cat"], pytest.param(["--biases"], marks=pytest.mark.slow)])
-def test_explain_command_draws(extra, capsys, tmp_path):
+def test_command_writes_figures(extra, capsys, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 50, 3), np.uint8)).save(tmp_path / "noise.png")
     out = tmp_path / "out.png"
     assert main(["explain", str(tmp_path / "noise.png"), "-m", "cifar10", "-o", str(out), *extra]) == 0
@@ -91,3 +91,22 @@ def test_explain_command_draws(extra, capsys, tmp_path):
     assert main(["explain", str(tmp_path / "noise.png"), "-m", "cifar10", "-o", "x.png", "--label", "yak"]) == 1
     assert "error: The model has no class 'yak': its classes are airplane" in capsys.readouterr().err
     assert main(["explain", str(tmp_path / "none.png"), "-m", "cifar10", "-o", "x.png"]) == 1
+
+
+def test_curves_of_a_single_evaluation_show_its_values():
+    figure = visualize.draw_curves([{"epoch": 3, "train_loss": 0.5, "validation_loss": 0.25, "learning_rate": 1e-3}])
+    loss, rate = figure.axes
+    assert [text.get_text() for text in loss.texts] == ["0.5", "0.25"]
+    assert [text.get_text() for text in rate.texts] == ["0.001"] and list(rate.get_xticks()) == [3]
+
+
+def test_confusion_leaves_empty_cells_blank():
+    confusion = np.diag(np.full(10, 1000))
+    confusion[0, 1] = 4  # rounds to 0 %
+    figure = visualize.draw_confusion(confusion, list("abcdefghij"))
+    assert [text.get_text() for text in figure.axes[0].texts] == ["100"] * 10
+
+
+@pytest.mark.parametrize(("panels", "columns"), [(12, 4), (15, 5), (18, 6)])  # of the embedded and published models
+def test_explain_leaves_no_cell_empty(panels, columns):
+    assert visualize._columns(panels) == columns and panels % columns == 0
