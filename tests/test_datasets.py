@@ -24,7 +24,7 @@ def make(column, kind, values):
 
 
 @pytest.mark.parametrize(
-    "column, kind, values, targets, problem_type",
+    ("column", "kind", "values", "targets", "problem_type"),
     [
         ("label", CLASS, [2, 0, 1, 2], np.array([2, 0, 1, 2], np.int32), "single_label_classification"),
         (

@@ -211,7 +211,7 @@ def test_damaged_files_load_or_raise_one_sentence(tmp_path):
                 try:
                     results += values(path).shape == (1, 16, 16, 3)
                 except ImageError as error:
-                    assert str(path) in str(error) or "too large after resizing" in str(error)
+                    assert str(path) in str(error) or "too large after resizing" in str(error)  # noqa: PT017
                     refused += 1
     assert results > 20
     assert refused > 20
@@ -320,8 +320,10 @@ def test_a_strip_that_would_become_huge(monkeypatch):
         (
             np.zeros((8, 8, 2), np.uint8),
             ImageError,
-            "An image array has the wrong number of channels: expected 1, 3 or 4 on the first or last axis, found "
-            "shape (8, 8, 2).",
+            (
+                "An image array has the wrong number of channels: expected 1, 3 or 4 on the first or last axis, found "
+                "shape (8, 8, 2)."
+            ),
         ),
         (
             np.zeros((3, 0, 8), np.uint8),

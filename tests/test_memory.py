@@ -17,7 +17,9 @@ def test_freed_memory_is_kept_for_the_next_call():
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}  # it computes for longer than it compiles
     faults = {}
     for way in ("keep", "free"):
-        done = subprocess.run([sys.executable, program, way], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, program, way], env=environment, capture_output=True, text=True, check=False
+        )
         if "no glibc" in done.stderr:
             pytest.skip("only glibc keeps freed memory")
         assert done.returncode == 0, done.stderr

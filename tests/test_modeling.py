@@ -84,7 +84,7 @@ def test_parameter_tree_follows_the_architecture():
 
 
 @pytest.mark.parametrize("side", range(1, 29))
-@pytest.mark.parametrize("stride", (1, 2, 3))
+@pytest.mark.parametrize("stride", [1, 2, 3])
 def test_offset_index_equals_first_seen_enumeration(side, stride):
     """The original code numbers the offsets in the order in which it first sees them."""
     points = [(y, x) for y in range(side) for x in range(side)]
