@@ -1,4 +1,8 @@
-"""Small configs, unusual ones, random variables and odd state dicts, that the tests share."""
+"""Small and unusual configs, random variables, compiled models and state dicts that the tests share."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,8 +20,21 @@ SMALL = {
     "num_labels": 5,
 }
 
+# The smallest model with every kind of layer, for tests that compile it. Its grids are not square.
+TINY = {
+    "image_size": (32, 48),
+    "hidden_sizes": (8, 16),
+    "num_attention_heads": (1, 2),
+    "depths": (1, 1),
+    "key_dim": (4, 8),
+    "mlp_ratio": (2, 2),
+    "attention_ratio": (2, 2),
+    "num_labels": 5,
+}
+
+# Changes to SMALL with one block per stage, except where a config sets the depths itself.
 UNUSUAL = {
-    "small": {},
+    "small": {"depths": (2, 1, 2)},
     "odd grids": {"image_size": 80},
     "one token at the end": {"image_size": 32},
     "one channel": {"num_channels": 1},
@@ -49,11 +66,17 @@ UNUSUAL = {
 
 
 def unusual_config(name: str) -> LevitConfig:
-    return LevitConfig(**{**SMALL, **UNUSUAL[name]})
+    return LevitConfig(**{**SMALL, "depths": (1, 1, 1), **UNUSUAL[name]})
+
+
+@functools.cache
+def compiled(model: LevitBase, **options: Any) -> Callable[..., Any]:
+    """Return `model.apply` with these options under `jax.jit`: tests of equal models share the compiled programs."""
+    return jax.jit(functools.partial(model.apply, **options))
 
 
 def in_another_order(tensors: dict[str, np.ndarray], tables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return a state dict with these tables of indices, numbering the distances otherwise, and biases that fit them."""
+    """Return a state dict whose index tables order the offsets differently, with biases permuted to match."""
     generator = np.random.default_rng(0)
     result = dict(tensors)
     for name, table in tables.items():
@@ -65,7 +88,7 @@ def in_another_order(tensors: dict[str, np.ndarray], tables: dict[str, np.ndarra
 
 
 def random_variables(model: LevitBase, seed: int = 0) -> Variables:
-    """Return variables that are random all over and of the size that they have in life, without compiling anything."""
+    """Return random variables of the magnitude that trained weights have, without compiling anything."""
     generator = np.random.default_rng(seed)
 
     def draw(path: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:

@@ -1,5 +1,6 @@
-"""Strictness for every test: warnings are errors (pyproject.toml), ranks and types are never promoted in silence."""
+"""Strict promotion rules for every test; pyproject.toml turns warnings into errors."""
 
+import gc
 import os
 import socket
 from urllib.parse import urlsplit
@@ -12,6 +13,15 @@ HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests of training relax this: optax needs the standard rules.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores
+
+
+def pytest_collection_finish():
+    """Keep the garbage collector from visiting the objects of the imported libraries again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

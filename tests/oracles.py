@@ -1,6 +1,6 @@
 """PyTorch models with random weights, statistics and biases, to compare with.
 
-A freshly initialized LeViT proves nothing: its residual branches are zero and its statistics are 0 and 1. Here every
+A newly initialized LeViT proves nothing: its residual branches are zero and its statistics are 0 and 1. Here every
 tensor is random.
 """
 
@@ -12,13 +12,15 @@ from levit_flax import LevitConfig
 
 BATCH = 2
 
+torch.set_num_threads(1)  # a second thread costs more than it computes on models this small
+
 
 def torch_config(config: LevitConfig) -> transformers.LevitConfig:
     return transformers.LevitConfig.from_dict(config.to_dict())
 
 
 def torch_model(config: LevitConfig, class_name: str, seed: int = 0) -> torch.nn.Module:
-    """Return transformers' model in float64 and evaluation mode, everything in it random."""
+    """Return transformers' model in float64 and evaluation mode with random weights, statistics and biases."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(tensor: torch.Tensor, low: float, high: float) -> torch.Tensor:
@@ -85,9 +87,9 @@ LEAVES = {
 
 
 def renamed(name: str, layout: str, depths: tuple[int, ...]) -> str:
-    """Return what timm or the original repository calls a tensor of transformers' models that have an MLP everywhere.
+    """Return the name in timm or the original repository of a tensor of transformers' model with an MLP in every stage.
 
-    By arithmetic on the name alone, so that it shares nothing with the converter's tables.
+    The name is computed from the old one alone and shares nothing with the converter's tables.
     """
     leaves = LEAVES[layout]
     parts = name.removeprefix("levit.").split(".")
@@ -113,7 +115,7 @@ def renamed(name: str, layout: str, depths: tuple[int, ...]) -> str:
 
 
 def in_layout(tensors: dict[str, np.ndarray], layout: str, depths: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Return transformers' tensors as another library would have saved them, without tables of indices."""
+    """Return transformers' tensors as another library would have saved them, without index tables."""
     if layout == "hf":
         return tensors
     family = layout.removesuffix("_conv")

@@ -1,4 +1,4 @@
-"""The model directory: whole or not there, and ours alone."""
+"""Model directories: save, load, damaged files, and loading through the model classes."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ def small(model_class=lf.LevitForImageClassification, **fields):
 
 @pytest.mark.parametrize("model_class", MODEL_CLASSES)
 @pytest.mark.parametrize("folded", [False, True])
-def test_what_is_saved_is_loaded(model_class, folded, tmp_path):
+def test_saved_models_load_unchanged(model_class, folded, tmp_path):
     model = model_class(lf.LevitConfig(**SMALL, drop_path_rate=0.2, problem_type="regression"), folded=folded)
     variables = random_variables(model)
     lf.save_pretrained(tmp_path / "new" / "model", model, variables, provenance={"source": "here"})
@@ -42,7 +42,7 @@ def test_what_is_saved_is_loaded(model_class, folded, tmp_path):
     assert sorted(os.listdir(tmp_path / "new")) == ["model"]
 
 
-def test_types_are_kept_or_changed(tmp_path):
+def test_types_are_kept_or_converted(tmp_path):
     model, variables = small()
     half = jax.tree.map(lambda leaf: leaf.astype(jax.numpy.bfloat16) if leaf.dtype == np.float32 else leaf, variables)
     lf.save_pretrained(tmp_path, model, half)
@@ -54,7 +54,7 @@ def test_types_are_kept_or_changed(tmp_path):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"float32", "int32"}
 
 
-def test_the_processor_goes_along(tmp_path):
+def test_processor_is_saved_with_the_model(tmp_path):
     model, variables = small()
     lf.save_pretrained(tmp_path, model, variables, lf.LevitImageProcessor(size=56, crop_size=64))
     assert loading.load_processor(tmp_path, model.config).size == {"shortest_edge": 56}
@@ -62,7 +62,7 @@ def test_the_processor_goes_along(tmp_path):
     assert (usual.size, usual.crop_size) == ({"shortest_edge": 96}, {"height": 64, "width": 96})
 
 
-def test_existing_work_is_kept_unless_told_otherwise(tmp_path):
+def test_existing_files_are_kept_without_overwrite(tmp_path):
     model, variables = small()
     directory = tmp_path / "model"
     directory.mkdir()
@@ -79,7 +79,7 @@ def test_existing_work_is_kept_unless_told_otherwise(tmp_path):
     assert os.listdir(tmp_path) == ["model"]
 
 
-def test_a_failed_write_leaves_nothing(tmp_path):
+def test_failed_write_leaves_no_files(tmp_path):
     model, variables = small()
 
     class Broken(lf.LevitImageProcessor):
@@ -96,32 +96,9 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         lf.save_pretrained(tmp_path / "file", model, variables)
 
 
-FULL_DISK = """
-import os, resource, signal, sys
-from pathlib import Path
-import levit_flax as lf
-from levit_flax import convert
-
-folder, suffixes = Path(sys.argv[1]), sys.argv[2:]
-model, variables = lf.from_pretrained("cifar10")
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # else the kernel ends the process, which a full disk does not
-for limit in (100_000, 100):  # the weights do not fit, not even config.json does
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    for write in (
-        lambda: lf.save_pretrained(folder / "model", model, variables),
-        *(lambda end=suffix: convert.save_torch(folder / f"model.{end}", model, variables) for suffix in suffixes),
-    ):
-        try:
-            write()
-        except OSError as error:
-            print(error)
-print(os.listdir(folder))
-"""
-
-
-def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path):
+def test_full_disk_raises_one_sentence_and_leaves_no_files(tmp_path):
     suffixes = ["safetensors", *(["pth"] if importlib.util.find_spec("torch") else [])]
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), *suffixes]
+    command = [sys.executable, Path(__file__).parent / "programs" / "full_disk.py", tmp_path, *suffixes]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     *sentences, left = done.stdout.splitlines()
     assert (done.returncode, done.stderr, left) == (0, "", "[]")
@@ -130,7 +107,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path):
         assert re.fullmatch(rf"Cannot write {tmp_path}/.*model.*: .*\. Choose a .*\.", sentence)
 
 
-def test_variables_must_fit_the_model(tmp_path):
+def test_variables_of_another_model_raise(tmp_path):
     model, variables = small()
     del variables["params"]["head"]["linear"]["bias"]
     with pytest.raises(
@@ -140,7 +117,7 @@ def test_variables_must_fit_the_model(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_damaged_directories(tmp_path):
+def test_damaged_directories_raise(tmp_path):
     model, variables = small()
     lf.save_pretrained(tmp_path / "model", model, variables)
     weights, config = tmp_path / "model" / "flax_model.safetensors", tmp_path / "model" / "config.json"
@@ -167,7 +144,7 @@ def test_damaged_directories(tmp_path):
         lf.from_pretrained(tmp_path / "nowhere")
 
 
-# Through the classes, as transformers' users expect.
+# Through the model classes, as in transformers.
 
 
 @pytest.fixture
@@ -183,12 +160,12 @@ def leaves(variables):
     return flatten_dict(variables, sep="/")
 
 
-def test_a_class_loads_its_own(two_heads):
+def test_class_loads_its_own_model(two_heads):
     model, variables = lf.LevitForImageClassificationWithTeacher.from_pretrained(two_heads)
     jax.tree.map(np.testing.assert_array_equal, variables, random_variables(model))
 
 
-def test_one_head_of_two_is_announced(two_heads):
+def test_loading_one_head_of_two_warns(two_heads):
     with pytest.warns(
         UserWarning, match=r"published accuracy is that of the average of both heads.*levit_flax\.merge_heads"
     ):
@@ -199,13 +176,13 @@ def test_one_head_of_two_is_announced(two_heads):
     check_variables(model, variables, "it")
 
 
-def test_features_without_heads(two_heads):
+def test_features_load_without_heads(two_heads):
     model, variables = lf.LevitModel.from_pretrained(two_heads)
     assert type(model) is lf.LevitModel
     check_variables(model, variables, "it")
 
 
-def test_a_head_that_is_lacking_is_fresh_and_announced(two_heads, tmp_path):
+def test_missing_head_is_newly_initialized_with_a_warning(two_heads, tmp_path):
     model, variables = lf.merge_heads(*lf.from_pretrained(two_heads))
     model.save_pretrained(tmp_path / "one", variables)
     with pytest.warns(UserWarning, match="has no head_dist: these heads are newly initialized"):
@@ -223,7 +200,7 @@ def test_a_head_that_is_lacking_is_fresh_and_announced(two_heads, tmp_path):
         lf.LevitForImageClassificationWithTeacher.from_pretrained(tmp_path / "folded")
 
 
-def test_another_number_of_classes_is_announced(two_heads):
+def test_another_number_of_classes_warns(two_heads):
     with pytest.warns(UserWarning, match="has 5 classes: the heads for 7 are newly initialized"):
         model, variables = lf.from_pretrained(two_heads, num_labels=7)
     assert model.config.num_labels == 7
@@ -231,7 +208,7 @@ def test_another_number_of_classes_is_announced(two_heads):
     assert lf.from_pretrained(two_heads, num_labels=5)[0].config.num_labels == 5
 
 
-def test_another_image_size(two_heads):
+def test_image_size_resizes_model_and_processor(two_heads):
     model, variables = lf.from_pretrained(two_heads, image_size=(96, 80))
     assert model.config.image_size == (96, 80)
     check_variables(model, variables, "it")
@@ -240,7 +217,7 @@ def test_another_image_size(two_heads):
     assert len(classifier(np.zeros((50, 60, 3), np.uint8))[0]) == 5
 
 
-def test_push_to_hub(two_heads, tmp_path, monkeypatch):
+def test_push_to_hub_uploads_the_model_directory(two_heads, tmp_path, monkeypatch):
     sent = {}
 
     def push(directory, repo_id, *, files, **options):
@@ -257,5 +234,5 @@ def test_push_to_hub(two_heads, tmp_path, monkeypatch):
     }
 
 
-def test_other_names_of_the_processor():
+def test_processor_has_the_names_of_transformers():
     assert lf.LevitImageProcessorFast is lf.LevitFeatureExtractor is lf.LevitImageProcessor

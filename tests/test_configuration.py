@@ -1,4 +1,4 @@
-"""The configuration: checked, hashable, and transformers' own on disk."""
+"""The configuration: checked, hashable, and stored in the format of transformers."""
 
 import dataclasses
 import json
@@ -74,7 +74,7 @@ def test_messages_name_the_field(fields, message):
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_dictionaries_go_both_ways(name):
+def test_dictionary_round_trip(name):
     config = dataclasses.replace(unusual_config(name), drop_path_rate=0.25, problem_type="regression")
     assert lf.LevitConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -98,7 +98,7 @@ def test_transformers_reads_and_writes_the_same(tmp_path):
     assert lf.LevitConfig.from_dict(json.loads((tmp_path / "config.json").read_text())) == config
 
 
-def test_unknown_keys_are_kept_and_warned_of():
+def test_unknown_keys_are_kept_with_a_warning():
     with pytest.warns(UserWarning, match=re.escape("does not use: color, finetuned_by. They have no effect")) as caught:
         config = lf.LevitConfig.from_dict({"color": {"b": 1, "a": [2]}, "finetuned_by": "me", "dtype": "float32"})
     assert len(caught) == 1
@@ -106,7 +106,7 @@ def test_unknown_keys_are_kept_and_warned_of():
     assert config.to_dict()["color"] == {"b": 1, "a": [2]} and "dtype" not in config.to_dict()
 
 
-def test_other_networks_are_refused():
+def test_configs_of_other_networks_raise():
     with pytest.raises(ValueError, match="The config has another model_type: expected 'levit', found 'resnet'"):
         lf.LevitConfig.from_dict({"model_type": "resnet"})
     with pytest.raises(

@@ -24,7 +24,7 @@ def make(column, kind, values):
 
 
 @pytest.mark.parametrize(
-    "column, kind, values, targets, problem_type",
+    ("column", "kind", "values", "targets", "problem_type"),
     [
         ("label", CLASS, [2, 0, 1, 2], np.array([2, 0, 1, 2], np.int32), "single_label_classification"),
         (
@@ -38,7 +38,7 @@ def make(column, kind, values):
         ("point", datasets.List(datasets.Value("float64"), length=2), [[1.0, 2.0]], [[1.0, 2.0]], "regression"),
     ],
 )
-def test_rows_of_every_kind(column, kind, values, targets, problem_type):
+def test_targets_of_every_column_type(column, kind, values, targets, problem_type):
     images = read_split(make(column, kind, values), "the data", "train")
     np.testing.assert_array_equal(images.targets, targets)
     assert images.targets.dtype == (np.int32 if problem_type.startswith("single") else np.float32)
@@ -48,14 +48,14 @@ def test_rows_of_every_kind(column, kind, values, targets, problem_type):
     assert images.select([len(values) - 1], "one").load(0).getpixel((0, 0))[0] == len(values) - 1
 
 
-def test_rows_without_a_target():
+def test_rows_without_a_target_raise():
     with pytest.raises(
         DataError, match=r"expected a column of images and one of classes, .* the columns note, image, count"
     ):
         read_split(make("count", datasets.Value("int64"), [1, 2]), "the data", "train")
 
 
-def test_splits_of_a_dataset(monkeypatch):
+def test_dataset_without_training_split_raises(monkeypatch):
     part = make("label", CLASS, [0, 1, 2, 0])
     both = datasets.DatasetDict({"train": part, "test": part.select([1, 2])})
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"whole": both}[name])
@@ -65,7 +65,7 @@ def test_splits_of_a_dataset(monkeypatch):
         data.read_dataset("part")
 
 
-def test_rows_without_a_class():
+def test_rows_without_a_class_raise():
     for values, row in (([0, -1, 1], 1), ([0, 1, None], 2)):
         with pytest.raises(
             DataError, match=rf"^the data, test has .* of 3 rows, found 1 rows .* the first of which is row {row}\."
@@ -87,7 +87,7 @@ def test_rows_are_left_out_by_name(monkeypatch, tmp_path):
         data.leave_out(whole["train"], whole["test"], tmp_path, {"train/1"})
 
 
-def test_a_row_that_cannot_be_decoded_is_named(monkeypatch):
+def test_undecodable_row_raises_with_its_name(monkeypatch):
     features = datasets.Features({"image": datasets.Image(), "label": CLASS})
     rows = {"image": [{"bytes": b"no image", "path": None}] * 2, "label": [0, 1]}
     broken = datasets.Dataset.from_dict(rows, features=features)

@@ -1,4 +1,4 @@
-"""Evaluation: counted by hand, by every crop rule, and on the images that the embedded model's card speaks of."""
+"""Evaluation: counted by hand, by every crop rule, and on the test images of the embedded model's card."""
 
 import json
 import os
@@ -22,7 +22,7 @@ CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
 
 @pytest.fixture(scope="module")
 def classifier():
-    config = lf.LevitConfig(**{**SMALL, "num_labels": 7, "id2label": CLASSES})
+    config = lf.LevitConfig(**{**SMALL, "depths": (1, 1, 1), "num_labels": 7, "id2label": CLASSES})
     model = lf.LevitForImageClassification(config, precision="highest")
     return lf.ImageClassifier(model, random_variables(model), batch_size=4)
 
@@ -41,7 +41,7 @@ def folder(tmp_path):
     return tmp_path / "data"
 
 
-def test_counted_by_hand(classifier, folder):
+def test_metrics_equal_a_count_by_hand(classifier, folder):
     data = read_data(folder, CLASSES)
     assert data.targets.tolist() == [i for i in range(7) for _ in range(3)]
     result = evaluate(classifier, data)
@@ -63,7 +63,7 @@ def test_counted_by_hand(classifier, folder):
 
 
 @pytest.mark.skipif(CIFAR is None, reason="needs CIFAR-10 as JPEG files: LEVIT_FLAX_CIFAR10 is not set")
-def test_the_embedded_model_s_card_is_true(capsys):
+def test_embedded_model_reaches_the_accuracy_of_its_card(capsys):
     assert main(["evaluate", f"{CIFAR}/test", "--model", "cifar10", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     card = json.loads((EMBEDDED_DIRECTORY / "metrics.json").read_text())
@@ -80,8 +80,8 @@ def test_classes_are_matched_by_name_or_by_order():
         match_classes(["ant", "yak"], labels, "here")
 
 
-def test_a_dataset_by_name(classifier, monkeypatch, folder):
-    """With a stand-in for the datasets package: what is asked of it, and how its columns are read."""
+def test_dataset_is_loaded_by_name(classifier, monkeypatch, folder):
+    """With a stand-in for the datasets package that records its calls."""
     import sys
     import types
 
@@ -137,7 +137,7 @@ def test_crop_rules_are_those_of_the_sources(rule, height, width):
     np.testing.assert_allclose(ours, transform(image).numpy(), atol=1e-5)
 
 
-def test_the_other_rules():
+def test_crop_rules_set_size_and_offset():
     own = lf.LevitImageProcessor(size=70, crop_size=80, image_mean=0.5)
     assert evaluation_processor("model", own) is own
     assert vars(evaluation_processor("hf", own)) == vars(lf.LevitImageProcessor(size=80, crop_size=80, image_mean=0.5))
@@ -150,7 +150,7 @@ def test_the_other_rules():
         evaluation_processor("square", own)
 
 
-def test_the_command(capsys, classifier, folder, tmp_path):
+def test_evaluate_command_writes_its_results(capsys, classifier, folder, tmp_path):
     pytest.importorskip("matplotlib")
     lf.save_pretrained(tmp_path / "model", classifier.model, classifier.variables)
     arguments = [
@@ -173,7 +173,7 @@ def test_the_command(capsys, classifier, folder, tmp_path):
         assert image.format == "PNG"
 
 
-def test_an_output_that_cannot_be_written_is_said_before_the_work(capsys, tmp_path):
+def test_unwritable_output_fails_before_the_evaluation(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "file").write_text("mine")
     for output in ("file", "file/deeper"):
@@ -186,8 +186,8 @@ def test_an_output_that_cannot_be_written_is_said_before_the_work(capsys, tmp_pa
 
 
 def test_images_follow_the_image_size(capsys, classifier, folder, tmp_path):
-    """Of PyTorch weights too, whose own processor makes images of 64 pixels."""
-    config = lf.LevitConfig(**{**SMALL, "num_labels": 7, "id2label": CLASSES})
+    """Also for PyTorch weights whose own processor crops to 64 pixels."""
+    config = lf.LevitConfig(**{**SMALL, "depths": (1, 1, 1), "num_labels": 7, "id2label": CLASSES})
     model = lf.LevitForImageClassification(config)
     directory = tmp_path / "torch"
     directory.mkdir()
@@ -203,7 +203,7 @@ def test_images_follow_the_image_size(capsys, classifier, folder, tmp_path):
     assert found["images"] == 20 and found["loss"] == pytest.approx(wanted.loss, rel=1e-5)
 
 
-def test_nothing_to_count(capsys, classifier, tmp_path):
+def test_empty_data_raises(capsys, classifier, tmp_path):
     with pytest.raises(ValueError, match="no images to evaluate: the data is empty"):
         evaluate(classifier, LabeledImages([], np.zeros(0, np.int32)))
     with pytest.raises(ValueError, match="has no folders: expected one folder of images per class"):

@@ -120,7 +120,7 @@ def test_a_home_directory_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert resolve("~", files=FILES) == Resolved(tmp_path, None, None, None)
 
 
-def test_a_local_directory_without_weights_says_what_it_holds(tmp_path: Path) -> None:
+def test_local_directory_without_weights_lists_its_files(tmp_path: Path) -> None:
     for name in ("config.json", "notes.txt"):
         (tmp_path / name).touch()
 
@@ -133,7 +133,7 @@ def test_a_local_directory_without_weights_says_what_it_holds(tmp_path: Path) ->
     assert text.endswith(", found config.json, notes.txt, work.")
 
 
-def test_a_file_is_not_a_source(tmp_path: Path) -> None:
+def test_file_as_a_source_raises(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
 
     with pytest.raises(
@@ -161,7 +161,7 @@ def test_a_file_is_not_a_source(tmp_path: Path) -> None:
         Path("facebook/levit-128S"),
     ],
 )
-def test_what_can_only_be_a_path_never_reaches_the_network(hub: HubServer, source: str | Path) -> None:
+def test_names_that_can_only_be_paths_never_reach_the_network(hub: HubServer, source: str | Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"The model .* does not exist: expected a directory, or a Hub repository"
     ):
@@ -224,14 +224,14 @@ def test_a_sharded_checkpoint_brings_the_shards_that_its_index_names(hub: HubSer
     assert names(load(local_files_only=True)) == names(resolved)
 
 
-def test_a_damaged_index_is_named(hub: HubServer) -> None:
+def test_damaged_index_raises(hub: HubServer) -> None:
     hub.add(REPO, SHARDED | {"model.safetensors.index.json": b"[]"})
 
     with pytest.raises(HubError, match=r"model\.safetensors\.index\.json is not the index of a sharded checkpoint"):
         load()
 
 
-def test_what_is_in_the_cache_is_not_downloaded_again(hub: HubServer) -> None:
+def test_cached_files_are_not_downloaded_again(hub: HubServer) -> None:
     hub.add(REPO, MODEL)
     first = load()
     hub.requests.clear()
@@ -260,7 +260,7 @@ def test_a_revision_is_a_branch_or_a_commit_hash(hub: HubServer) -> None:
     assert load(revision="refs/pr/1", local_files_only=True).revision == other
 
 
-def test_a_cut_download_goes_on_where_it_stopped(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_download_resumes(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)  # only whole chunks are kept
     hub.add(REPO, MODEL)
     hub.cut.add("model.safetensors")
@@ -285,7 +285,7 @@ def test_a_token_opens_a_private_repository(hub: HubServer, monkeypatch: pytest.
 # --- the Hub says no --------------------------------------------------------------------------------------------------
 
 
-def test_a_wrong_token(hub: HubServer) -> None:
+def test_wrong_token_raises(hub: HubServer) -> None:
     hub.add(REPO, MODEL)
 
     with pytest.raises(HubError, match=r"The Hub refused access to levit/tiny \(HTTP 401, .*\)\. Log in with") as error:
@@ -305,7 +305,7 @@ def test_a_token_that_cannot_be_one_is_not_shown(hub: HubServer, directory: Path
 
 
 @pytest.mark.parametrize("token", [None, "hf_other"])
-def test_a_missing_or_private_repository(hub: HubServer, token: str | None) -> None:
+def test_missing_or_private_repository_raises(hub: HubServer, token: str | None) -> None:
     hub.add("levit/private", MODEL, token="hf_secret")
     hub.tokens.add("hf_other")
 
@@ -315,7 +315,7 @@ def test_a_missing_or_private_repository(hub: HubServer, token: str | None) -> N
         one_sentence(error)
 
 
-def test_a_gated_repository(hub: HubServer) -> None:
+def test_gated_repository_raises(hub: HubServer) -> None:
     hub.add(REPO, MODEL, gated=True)
 
     with pytest.raises(HubError, match=f"levit/tiny is gated. Request access at {hub.url}/levit/tiny") as error:
@@ -323,7 +323,7 @@ def test_a_gated_repository(hub: HubServer) -> None:
     one_sentence(error)
 
 
-def test_a_missing_revision(hub: HubServer) -> None:
+def test_missing_revision_raises(hub: HubServer) -> None:
     hub.add(REPO, MODEL)
 
     with pytest.raises(
@@ -333,7 +333,7 @@ def test_a_missing_revision(hub: HubServer) -> None:
     one_sentence(error)
 
 
-def test_a_repository_without_weights_says_what_it_holds(hub: HubServer) -> None:
+def test_repository_without_weights_lists_its_files(hub: HubServer) -> None:
     hub.add(REPO, {"config.json": b"{}"} | {f"{i:02}.onnx": b"" for i in range(20)})
 
     with pytest.raises(
@@ -344,7 +344,7 @@ def test_a_repository_without_weights_says_what_it_holds(hub: HubServer) -> None
     assert hub.downloads() == []
 
 
-def test_a_cache_that_cannot_be_written(hub: HubServer, tmp_path: Path) -> None:
+def test_unwritable_cache_raises(hub: HubServer, tmp_path: Path) -> None:
     hub.add(REPO, MODEL)
     (tmp_path / "file").touch()
 
@@ -369,7 +369,7 @@ def test_a_cache_that_cannot_be_written(hub: HubServer, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_download_that_fails_half_way(
+def test_download_that_fails_midway_raises(
     hub: HubServer, monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: type[HubError], text: str
 ) -> None:
     def fail(*args: Any, **options: Any) -> str:
@@ -387,7 +387,7 @@ def test_a_download_that_fails_half_way(
 # --- no Hub -----------------------------------------------------------------------------------------------------------
 
 
-def test_no_network(no_network: str, cache: Path) -> None:
+def test_no_network_raises_promptly(no_network: str, cache: Path) -> None:
     started = time.monotonic()
     with pytest.raises(HubUnreachableError) as error:
         load()
@@ -469,12 +469,12 @@ def test_offline_and_only_a_part_in_the_cache(hub: HubServer, missing: str) -> N
 
 def test_the_environment_variables_of_huggingface_hub_are_obeyed(hub: HubServer, tmp_path: Path) -> None:
     sha = hub.add(REPO, MODEL)
-    script = f"from levit_flax.hub import resolve; print(resolve({REPO!r}, weights=('model.safetensors',)).revision)"
     root = Path(__file__).parents[1]
+    command = [sys.executable, root / "tests" / "programs" / "resolve_revision.py", REPO]
 
     def run(**variables: str) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(root)} | variables
-        return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     assert run(HF_ENDPOINT=hub.url).stdout.strip() == sha
     hub.requests.clear()
@@ -548,7 +548,7 @@ def test_push_without_network(no_network: str, directory: Path) -> None:
     assert time.monotonic() - started < PROMPT_SECONDS
 
 
-def test_push_of_nothing(hub: HubServer, directory: Path) -> None:
+def test_push_without_files_raises(hub: HubServer, directory: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no files to upload: expected model\.onnx, found config\.json,"):
         push(directory, REPO, files=("model.onnx",))
     with pytest.raises(FileNotFoundError, match=r"nowhere has no files to upload: expected a directory\."):

@@ -1,4 +1,4 @@
-"""Folding batch norms and merging heads: the same logits, from fewer arrays."""
+"""Folding batch norms, merging heads, and changing the image size or the classes."""
 
 import contextlib
 
@@ -9,22 +9,13 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import levit_flax as lf
-from configs import SMALL, random_variables, unusual_config
+from configs import TINY, compiled, random_variables, unusual_config
 from levit_flax.attention import offset_index
 from levit_flax.modeling import MODEL_CLASSES, abstract_variables
 
 FLOAT32_LIMIT = 1e-5  # of the largest logit
 FLOAT64_LIMIT = 1e-10
 SAME_RESULT = 1e-6  # of the largest entry: two orders of rounding to float32
-
-# Parameters with one head, fused. Source: counted on the original code after `replace_batchnorm`.
-FUSED_PARAMETERS = {
-    "levit-128S": 7_371_466,
-    "levit-128": 8_803_864,
-    "levit-192": 10_533_613,
-    "levit-256": 18_343_276,
-    "levit-384": 38_305_100,
-}
 
 
 @contextlib.contextmanager
@@ -37,25 +28,35 @@ def precision_of(dtype):
 
 
 def make(name, model_class=lf.LevitForImageClassificationWithTeacher, dtype="float32"):
-    model = model_class(unusual_config(name), precision="highest", param_dtype=jnp.dtype(dtype))
+    config = lf.LevitConfig(**TINY) if name == "tiny" else unusual_config(name)
+    model = model_class(config, precision="highest", param_dtype=jnp.dtype(dtype))
     return model, random_variables(model)
 
 
+def pixels(model, batch=3):
+    shape = (batch, *model.config.image_height_width, model.config.num_channels)
+    return np.random.default_rng(5).standard_normal(shape).astype(model.param_dtype)
+
+
 def logits(model, variables):
-    shape = (3, *model.config.image_height_width, model.config.num_channels)
-    pixel_values = np.random.default_rng(5).standard_normal(shape).astype(model.param_dtype)
-    return np.asarray(jax.jit(lambda v, x: model.apply(v, x, return_dict=False)[0])(variables, pixel_values))
+    return np.asarray(compiled(model, return_dict=False)(variables, pixels(model))[0])
 
 
 def difference(result, reference):
     return np.abs(result - reference).max() / np.abs(reference).max()
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("float32", FLOAT32_LIMIT), ("float64", FLOAT64_LIMIT)])
+BOTH_PRECISIONS = pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [pytest.param("float32", FLOAT32_LIMIT, marks=pytest.mark.slow), ("float64", FLOAT64_LIMIT)],
+)
+
+
+@BOTH_PRECISIONS
 @pytest.mark.parametrize("model_class", MODEL_CLASSES)
-def test_folding_changes_nothing(model_class, dtype, limit):
+def test_folding_keeps_the_outputs(model_class, dtype, limit):
     with precision_of(dtype):
-        model, variables = make("odd grids", model_class, dtype)
+        model, variables = make("tiny", model_class, dtype)
         folded, folded_variables = lf.fold_batch_norm(model, variables)
         assert difference(logits(folded, folded_variables), logits(model, variables)) < limit
         expected = abstract_variables(folded)
@@ -65,18 +66,27 @@ def test_folding_changes_nothing(model_class, dtype, limit):
     assert {leaf.dtype for leaf in flat.values()} == {np.dtype(dtype)}
 
 
-@pytest.mark.parametrize("name", ["one channel", "two stages", "stage without MLP", "other downsampling"])
-def test_unusual_models_fold_and_merge(name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("odd grids", marks=pytest.mark.slow),
+        "stage without MLP",
+        "other downsampling",
+        pytest.param("one channel", marks=pytest.mark.slow),
+        pytest.param("two stages", marks=pytest.mark.slow),
+    ],
+)
+def test_folding_and_merging_keep_the_logits_of_unusual_models(name):
     model, variables = make(name)
     result = lf.fold_batch_norm(*lf.merge_heads(model, variables))
     assert difference(logits(*result), logits(model, variables)) < FLOAT32_LIMIT
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("float32", FLOAT32_LIMIT), ("float64", FLOAT64_LIMIT)])
+@BOTH_PRECISIONS
 @pytest.mark.parametrize("folded", [False, True])
-def test_merging_gives_the_average(folded, dtype, limit):
+def test_merged_head_returns_the_average_of_both(folded, dtype, limit):
     with precision_of(dtype):
-        model, variables = make("odd grids", dtype=dtype)
+        model, variables = make("tiny", dtype=dtype)
         if folded:
             model, variables = lf.fold_batch_norm(model, variables)
         merged, merged_variables = lf.merge_heads(model, variables)
@@ -90,16 +100,15 @@ def test_merging_gives_the_average(folded, dtype, limit):
             np.testing.assert_array_equal(merged_variables["batch_stats"]["head"]["norm"][name], leaf)
 
 
-def test_a_merged_model_goes_on_training_as_the_average():
-    """On batch statistics too its logits are the average, and its running statistics move like the first head's."""
-    model, variables = make("small")
-    # As in life: both heads see the same vectors, so that their statistics agree but for rounding.
+def test_merged_model_trains_as_the_average_of_both_heads():
+    """Its logits on batch statistics are the average, and its running statistics are updated like the first head's."""
+    model, variables = make("tiny")
+    # As in a trained model: both heads see the same vectors, so their statistics agree except for rounding.
     variables["batch_stats"]["head_dist"] = variables["batch_stats"]["head"]
     merged, merged_variables = lf.merge_heads(model, variables)
-    pixel_values = np.random.default_rng(6).standard_normal((8, 64, 64, 3), np.float32)
 
     def train(model, variables):
-        return jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))(variables, pixel_values)
+        return compiled(model, train=True, mutable=("batch_stats",))(variables, pixels(model, batch=8))
 
     wanted, wanted_updates = train(model, variables)
     out, updates = train(merged, merged_variables)
@@ -108,7 +117,7 @@ def test_a_merged_model_goes_on_training_as_the_average():
         np.testing.assert_array_equal(updates["batch_stats"]["head"]["norm"][name], leaf)
 
 
-def test_either_order_gives_the_same():
+def test_folding_and_merging_commute():
     model, variables = make("other ratios")
     one = lf.merge_heads(*lf.fold_batch_norm(model, variables))
     other = lf.fold_batch_norm(*lf.merge_heads(model, variables))
@@ -119,15 +128,8 @@ def test_either_order_gives_the_same():
         assert difference(leaf, other_flat[path]) < SAME_RESULT, path
 
 
-@pytest.mark.parametrize("name", lf.VARIANTS)
-def test_parameters_of_the_published_variants(name):
-    model = lf.LevitForImageClassification(lf.VARIANTS[name], folded=True)
-    assert sum(leaf.size for leaf in abstract_variables(model).values()) == FUSED_PARAMETERS[name]
-
-
-def test_nothing_is_changed_in_place_and_types_are_kept():
-    model = lf.LevitForImageClassificationWithTeacher(lf.LevitConfig(**SMALL), param_dtype=jnp.float16)
-    variables = random_variables(model)
+def test_operations_keep_their_arguments_and_the_types():
+    model, variables = make("tiny", dtype="float16")
     before = jax.tree.map(np.copy, variables)
     on_device = jax.device_put(variables)
     for operate in (lf.fold_batch_norm, lf.merge_heads):
@@ -140,8 +142,8 @@ def test_nothing_is_changed_in_place_and_types_are_kept():
     jax.tree.map(np.testing.assert_array_equal, variables, before)
 
 
-def test_what_cannot_be_done_is_said():
-    model, variables = make("small")
+def test_folding_or_merging_twice_raises():
+    model, variables = make("tiny")
     folded = lf.fold_batch_norm(model, variables)
     with pytest.raises(ValueError, match="already folded: expected a model with folded=False"):
         lf.fold_batch_norm(*folded)
@@ -149,11 +151,11 @@ def test_what_cannot_be_done_is_said():
     with pytest.raises(ValueError, match=r"does not have two heads to merge: .* found a LevitForImageClassification"):
         lf.merge_heads(*merged)
     with pytest.raises(ValueError, match="A folded model cannot be trained"):
-        folded[0].apply(folded[1], np.zeros((2, 64, 64, 3), np.float32), train=True)
+        folded[0].apply(folded[1], pixels(model), train=True)
 
 
 def test_folded_and_merged_models_are_saved_and_loaded(tmp_path):
-    model, variables = lf.fold_batch_norm(*lf.merge_heads(*make("small")))
+    model, variables = lf.fold_batch_norm(*lf.merge_heads(*make("tiny")))
     lf.save_pretrained(tmp_path / "model", model, variables)
     loaded, loaded_variables = lf.from_pretrained(tmp_path / "model")
     assert loaded.folded and type(loaded) is lf.LevitForImageClassification
@@ -166,7 +168,7 @@ def test_folded_and_merged_models_are_saved_and_loaded(tmp_path):
 
 
 def hermite(values, place):
-    """Read a curve through values at 0, 1, 2, ... that goes on evenly below 0 and is held at the end."""
+    """Interpolate values at 0, 1, 2, ..., extended as an even function below 0 and as a constant past the end."""
     last = len(values) - 1
     place = min(place, last)
     left = min(int(place), last - 1) if last else 0
@@ -185,7 +187,7 @@ def hermite(values, place):
 
 
 def bias_between(table, grid, new_grid, query, key):
-    """Return the bias [H] between two tokens of the new grid, each (y, x), by walking the old table by hand."""
+    """Return the bias [H] between two tokens (y, x) of the new grid, interpolated in the old table."""
     dy, dx = abs(query[0] - key[0]), abs(query[1] - key[1])
     old = [[table[y * grid[1] + x] for x in range(grid[1])] for y in range(grid[0])]
     column = [hermite(row, dx * grid[1] / new_grid[1]) for row in old]
@@ -193,7 +195,7 @@ def bias_between(table, grid, new_grid, query, key):
 
 
 @pytest.mark.parametrize("image_size", [96, 48, (64, 112), (80, 50), 200, 17])
-def test_resized_biases_are_those_of_the_geometry(image_size):
+def test_resized_biases_interpolate_the_old_distances(image_size):
     model, variables = make("small", dtype="float32")
     resized, resized_variables = lf.resize_image(model, variables, image_size)
     assert resized.config.image_height_width == (image_size if isinstance(image_size, tuple) else (image_size,) * 2)
@@ -213,10 +215,10 @@ def test_resized_biases_are_those_of_the_geometry(image_size):
             q, k = generator.integers(len(queries)), generator.integers(len(keys))
             wanted = bias_between(table.astype(np.float64), grid, new_grid, queries[q], keys[k])
             np.testing.assert_allclose(new_table[index[q, k]], wanted, rtol=1e-6, atol=1e-6)
-    assert logits(resized, resized_variables).shape == (3, 5)
+    assert jax.eval_shape(resized.apply, resized_variables, pixels(resized)).logits.shape == (3, 5)
 
 
-def test_the_same_size_changes_nothing():
+def test_resizing_to_the_same_size_changes_nothing():
     for folded in (False, True):
         model, variables = make("odd grids")
         if folded:
@@ -224,12 +226,12 @@ def test_the_same_size_changes_nothing():
         same, same_variables = lf.resize_image(model, variables, 80)
         assert same == model
         jax.tree.map(np.testing.assert_array_equal, same_variables, variables)
-    # 72 pixels are five tokens too, since the stem rounds up.
+    # The stem rounds up, so 72 pixels are five tokens too.
     jax.tree.map(np.testing.assert_array_equal, lf.resize_image(model, variables, 72)[1], variables)
 
 
-def test_a_smooth_bias_stays_that_bias():
-    """A bias that is a parabola of the distance, even at zero, is met to rounding wherever it is not held."""
+def test_quadratic_bias_is_resized_exactly():
+    """A quadratic function of the distance is reproduced up to rounding, except past the end of the old grid."""
     model, variables = make("small")
     model, variables = lf.resize_image(model, variables, 320)
     flat = flatten_dict(variables, sep="/")
@@ -242,16 +244,16 @@ def test_a_smooth_bias_stays_that_bias():
     np.testing.assert_allclose(found[:27, :14], wanted[:27, :14], atol=1e-6)
 
 
-def test_sizes_that_cannot_be():
+def test_resizing_to_zero_pixels_raises():
     with pytest.raises(ValueError, match="image_size must be an integer of at least 1, found 0"):
-        lf.resize_image(*make("small"), 0)
+        lf.resize_image(*make("tiny"), 0)
 
 
 # Other classes.
 
 
 @pytest.mark.parametrize("model_class", MODEL_CLASSES[1:])
-def test_fresh_heads(model_class):
+def test_replaced_heads_are_newly_initialized(model_class):
     model, variables = make("small", model_class)
     renewed, renewed_variables = lf.replace_head(model, variables, num_labels=9, key=jax.random.key(0))
     assert renewed.config.num_labels == 9 and renewed.config.id2label[8] == "LABEL_8"
@@ -268,11 +270,11 @@ def test_fresh_heads(model_class):
         assert (head["linear"]["kernel"] != renewed_variables["params"]["head_dist"]["linear"]["kernel"]).any()
 
 
-def test_where_no_head_can_be_replaced():
-    model, variables = make("small")
+def test_replacing_the_head_of_an_unsuitable_model_raises():
+    model, variables = make("tiny")
     with pytest.raises(ValueError, match="num_labels must be at least 1, found 0"):
         lf.replace_head(model, variables, num_labels=0, key=jax.random.key(0))
     with pytest.raises(ValueError, match="found a folded LevitForImageClassificationWithTeacher"):
         lf.replace_head(*lf.fold_batch_norm(model, variables), num_labels=3, key=jax.random.key(0))
     with pytest.raises(ValueError, match="found a LevitModel"):
-        lf.replace_head(*make("small", lf.LevitModel), num_labels=3, key=jax.random.key(0))
+        lf.replace_head(*make("tiny", lf.LevitModel), num_labels=3, key=jax.random.key(0))

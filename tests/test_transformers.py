@@ -1,4 +1,4 @@
-"""What transformers' LeViT page documents, beside ours: the rows of docs/from_transformers.md.
+"""The features that transformers documents for LeViT, one test per row of docs/from_transformers.md.
 
 Logits, hidden states and gradients are compared in test_parity, the image processor in test_image_processing, saving in
 test_workflow.
@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import levit_flax as lf  # noqa: E402
-from configs import SMALL  # noqa: E402
+from configs import TINY, compiled  # noqa: E402
 from levit_flax import convert  # noqa: E402
 from levit_flax.hub import EMBEDDED_DIRECTORY  # noqa: E402
 from oracles import pixels, state_dict, torch_model  # noqa: E402
@@ -27,7 +27,7 @@ CLASSES = ("LevitModel", "LevitForImageClassification", "LevitForImageClassifica
 
 def both(class_name, **fields):
     """Return transformers' model and ours with its weights, in float32, and images for each."""
-    config = lf.LevitConfig(**{**SMALL, **fields})
+    config = lf.LevitConfig(**{**TINY, "image_size": 32, **fields})
     reference = torch_model(config, class_name).float()
     model, variables = convert.from_torch(state_dict(reference), config=config)
     pixel_values = pixels(config).astype(np.float32)
@@ -66,14 +66,20 @@ def test_configs_go_both_ways_through_json(fields, tmp_path):
     assert ours.num_labels == theirs.num_labels
 
 
-@pytest.mark.parametrize("class_name", CLASSES)
-@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize(
+    ("class_name", "hidden"),
+    [
+        *((name, True) for name in CLASSES),
+        (CLASSES[2], False),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in CLASSES[:2]),
+    ],
+)
 def test_tuples_have_transformers_order(class_name, hidden):
     reference, theirs, model, variables, ours = both(class_name)
     with torch.inference_mode():
         wanted = reference(theirs, output_hidden_states=hidden, return_dict=False)
         named = reference(theirs, output_hidden_states=hidden)
-    found = jax.jit(lambda v, x: model.apply(v, x, output_hidden_states=hidden, return_dict=False))(variables, ours)
+    found = compiled(model, output_hidden_states=hidden, return_dict=False)(variables, ours)
     assert len(found) == len(wanted)
     for one, other in zip(found[:-1] if hidden else found, wanted, strict=False):
         assert one.shape == tuple(other.shape)
@@ -96,31 +102,31 @@ def test_tuples_have_transformers_order(class_name, hidden):
         ("regression", 5, np.linspace(-1, 1, 10, dtype=np.float32).reshape(2, 5)),
     ],
 )
-def test_losses(problem_type, num_labels, labels):
+def test_losses_match_transformers(problem_type, num_labels, labels):
     reference, theirs, model, variables, ours = both(CLASSES[1], num_labels=num_labels, problem_type=problem_type)
     with torch.inference_mode():
         wanted = reference(theirs, labels=torch.from_numpy(labels))
     narrow = labels.astype(np.int32) if labels.dtype.kind == "i" else labels  # JAX's own integers
-    found = jax.jit(lambda v, x, y: model.apply(v, x, labels=y))(variables, ours, narrow)
+    found = compiled(model)(variables, ours, labels=narrow)
     assert found.loss.shape == () and float(found.loss) == pytest.approx(float(wanted.loss), rel=LOSS_LIMIT)
-    assert model.config.problem_type == problem_type  # where transformers writes what it inferred into its config
+    assert model.config.problem_type == problem_type  # transformers writes the inferred type into its config
     assert reference.config.problem_type is not None
     with torch.inference_mode():
         order = reference(theirs, labels=torch.from_numpy(labels), return_dict=False)
     assert len(order) == len(found.to_tuple()) == 2
 
 
-def test_wrong_channels_are_named_by_both():
+def test_wrong_channels_raise_in_both():
     reference, _, model, variables, _ = both(CLASSES[0])
     with pytest.raises(ValueError, match="channel dimension"):
-        reference(torch.zeros(1, 4, 64, 64))
+        reference(torch.zeros(1, 4, 32, 32))
     with pytest.raises(ValueError, match="num_channels, which is 3"):
-        model.apply(variables, np.zeros((1, 64, 64, 4), np.float32))
+        model.apply(variables, np.zeros((1, 32, 32, 4), np.float32))
 
 
 @pytest.mark.parametrize("num_labels", [7, 1])
-def test_another_number_of_classes(tmp_path, num_labels):
-    """Both keep the backbone and make a fresh head; ours says so without being told to ignore it."""
+def test_another_number_of_classes_initializes_a_new_head(tmp_path, num_labels):
+    """Both keep the backbone and initialize a new head. Ours warns, and needs no option to accept the mismatch."""
     reference, *_ = both(CLASSES[1])
     reference.save_pretrained(tmp_path)
     theirs = transformers.LevitForImageClassification.from_pretrained(
@@ -135,8 +141,8 @@ def test_another_number_of_classes(tmp_path, num_labels):
             np.testing.assert_array_equal(tensor.numpy(), back[name], err_msg=name)
 
 
-def test_other_image_sizes_are_of_use_here(tmp_path):
-    """transformers' biases are uninitialized memory then; ours come from the checkpoint's."""
+def test_other_image_size_resizes_the_attention_biases(tmp_path):
+    """transformers leaves them uninitialized."""
     reference, *_ = both(CLASSES[2])
     reference.save_pretrained(tmp_path)
     _, variables = lf.from_pretrained(tmp_path, image_size=96)
@@ -146,7 +152,7 @@ def test_other_image_sizes_are_of_use_here(tmp_path):
     assert np.abs(biases).max() < 1.3 * float(stored.abs().max())
 
 
-def test_the_pipeline():
+def test_classifier_matches_the_pipeline():
     theirs = transformers.pipeline(
         "image-classification",
         model=transformers.LevitForImageClassificationWithTeacher.from_pretrained(EMBEDDED_DIRECTORY, dtype="float32"),

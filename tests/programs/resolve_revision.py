@@ -1,0 +1,10 @@
+"""Resolve a repository and print its revision.
+
+python resolve_revision.py REPO_ID
+"""
+
+import sys
+
+from levit_flax.hub import resolve
+
+print(resolve(sys.argv[1], weights=("model.safetensors",)).revision)
