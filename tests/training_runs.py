@@ -1,5 +1,6 @@
-"""Tiny data, a tiny recipe and tiny trainings, in this process and in others, that the tests share."""
+"""Tiny data, a tiny recipe and tiny training runs, in this process and in others, that the tests share."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -14,6 +15,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
+
+TESTS = Path(__file__).parent
+PROGRAMS = TESTS / "programs"
 
 CLASSES = ("ant", "bee", "cat")
 ARCHITECTURE = {
@@ -43,27 +47,53 @@ STEPS_PER_EPOCH, STEPS = 3, 18
 COMPILER = {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0.0}
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """A directory where this process and those that the tests start keep what they compile."""
-    directory = tmp_path_factory.mktemp("compiled")
-    settings = {**COMPILER, "jax_compilation_cache_dir": str(directory)}
+@contextlib.contextmanager
+def training_settings(directory: Path):
+    """Configure JAX for tiny trainings, and to keep what it compiles in a directory."""
+    settings = {**COMPILER, "jax_compilation_cache_dir": str(directory), "jax_numpy_dtype_promotion": "standard"}
     before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield directory
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def standard_promotion(compiled):
-    before = jax.config.jax_numpy_dtype_promotion
-    jax.config.update("jax_numpy_dtype_promotion", "standard")  # as optax needs it
-    yield
-    jax.config.update("jax_numpy_dtype_promotion", before)
+class BlankFigure:
+    """Stands in for the figure of a run's curves, which take longer to draw than a tiny training takes."""
+
+    def savefig(self, file, format):
+        file.write_bytes(b"")
+
+
+@contextlib.contextmanager
+def shared_steps(runs: dict[str, Any], students: dict[str, Any]):
+    """Make equal trainings of this process share what is traced and compiled for them, and draw no curves."""
+    from levit_flax.training import loop, outputs
+
+    make_student = loop.make_student
+
+    class Run(loop.Run):
+        def __init__(self, output, recipe, student, *others):
+            super().__init__(output, recipe, student, *others)
+            key = f"{recipe} {student.model} {self.rows.steps_per_epoch}"
+            self.train_step, self.evaluate_step = runs.setdefault(key, (self.train_step, self.evaluate_step))
+
+    def make_student_once(source, recipe, images, options):
+        key = f"{source} {recipe} {images.labels}"
+        if key not in students:
+            students[key] = make_student(source, recipe, images, options)
+        return students[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Run", Run)
+        patch.setattr(loop, "make_student", make_student_once)
+        patch.setattr(outputs, "draw_curves", lambda history: BlankFigure())
+        yield
 
 
 def write_images(directory: Path, each: int | Sequence[int] = 10, classes: Sequence[str] = CLASSES, seed: int = 0):
@@ -140,14 +170,43 @@ def assert_same_run(output: Path, expected: Path) -> None:
 def start(
     arguments: Sequence[Any], compiled: Path, devices: int | None = None, **environment: str
 ) -> subprocess.Popen[str]:
-    """Start Python, with a number of virtual devices where one is given."""
+    """Start Python, with a number of virtual devices if one is given; programs find what the tests share."""
     settings = {name.upper(): str(value) for name, value in COMPILER.items()}
+    settings["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     if devices is not None:
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
+        [sys.executable, "-W", "ignore", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **settings, "JAX_COMPILATION_CACHE_DIR": str(compiled), **environment},
     )
+
+
+def run(capsys: Any, *arguments: Any) -> tuple[int, str, str]:
+    """Run `levit-flax` in this process; return its exit status and what it printed to stdout and stderr."""
+    from levit_flax.cli import main
+
+    capsys.readouterr()
+    status = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def tensorboard_scalars(output: Path) -> dict[tuple[int, str], float]:
+    """Return the value that TensorBoard shows for each (step, name); a restart hides later steps of earlier files."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    shown = {}
+    for path in sorted((output / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        content = path.read_bytes()
+        while content:
+            length = int.from_bytes(content[:8], "little")
+            event = Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            if event.session_log.status == SessionLog.START:
+                shown = {key: value for key, value in shown.items() if key[0] < event.step}
+            for value in event.summary.value:
+                shown[event.step, value.tag] = value.simple_value
+    return shown
