@@ -13,8 +13,11 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
+from quick_compiler import compiler_environment, quick_compiler
+
+import levit_flax as lf
+from configs import random_variables
 
 TESTS = Path(__file__).parent
 PROGRAMS = TESTS / "programs"
@@ -43,24 +46,26 @@ VALUES = {
 }
 STEPS_PER_EPOCH, STEPS = 3, 18
 
-# For this process as configuration, for others as environment. Tiny models run no faster for being optimized.
-COMPILER = {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0.0}
+PROCESSOR = lf.LevitImageProcessor(size=28, crop_size=32)
+NOTHING = {"crop_scale": (), "flip": 0.0, "color_jitter": 0.0, "drop_path_rate": 0.0}
+# One step of the heads alone, on all of the 27 images, so that their order does not matter.
+ONE_STEP = {
+    **NOTHING,
+    "epochs": 1,
+    "warmup_epochs": 0,
+    "batch_size": 27,
+    "batch_norm": "freeze",
+    "learning_rates": {"head(_dist)?/.*": 1.0, ".*": 0.0},
+    "ema_decay": 0.0,
+}
+DISTILLED = {**ONE_STEP, "distillation_alpha": 0.3, "distillation_temperature": 2.0}
 
 
 @contextlib.contextmanager
 def training_settings(directory: Path):
-    """Configure JAX for tiny trainings, and to keep what it compiles in a directory."""
-    settings = {**COMPILER, "jax_compilation_cache_dir": str(directory), "jax_numpy_dtype_promotion": "standard"}
-    before = {name: jax.config.values[name] for name in settings}
-    try:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+    """Configure JAX for tiny training runs, and to keep what it compiles in a directory."""
+    with quick_compiler(directory), jax.numpy_dtype_promotion("standard"):  # as optax needs it
         yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 class BlankFigure:
@@ -71,9 +76,18 @@ class BlankFigure:
 
 
 @contextlib.contextmanager
+def without_curves():
+    from levit_flax.training import outputs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outputs, "draw_curves", lambda history: BlankFigure())
+        yield
+
+
+@contextlib.contextmanager
 def shared_steps(runs: dict[str, Any], students: dict[str, Any]):
-    """Make equal trainings of this process share what is traced and compiled for them, and draw no curves."""
-    from levit_flax.training import loop, outputs
+    """Make equal trainings of this process share what is traced and compiled for them; draw no curves."""
+    from levit_flax.training import loop
 
     make_student = loop.make_student
 
@@ -89,11 +103,28 @@ def shared_steps(runs: dict[str, Any], students: dict[str, Any]):
             students[key] = make_student(source, recipe, images, options)
         return students[key]
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, without_curves():
         patch.setattr(loop, "Run", Run)
         patch.setattr(loop, "make_student", make_student_once)
-        patch.setattr(outputs, "draw_curves", lambda history: BlankFigure())
         yield
+
+
+def random_config(**changes: Any) -> lf.LevitConfig:
+    values = {**ARCHITECTURE, "num_labels": 3, "id2label": CLASSES, "drop_path_rate": 0.25, **changes}
+    return lf.LevitConfig(**values)
+
+
+def save_model(
+    directory: Path,
+    model_class: str = "LevitForImageClassification",
+    seed: int = 0,
+    processor: lf.LevitImageProcessor = PROCESSOR,
+    **changes: Any,
+) -> Path:
+    """Save a tiny model with random weights, and return its directory."""
+    model = getattr(lf, model_class)(random_config(**changes))
+    lf.save_pretrained(directory, model, random_variables(model, seed), processor)
+    return directory
 
 
 def write_images(directory: Path, each: int | Sequence[int] = 10, classes: Sequence[str] = CLASSES, seed: int = 0):
@@ -171,7 +202,7 @@ def start(
     arguments: Sequence[Any], compiled: Path, devices: int | None = None, **environment: str
 ) -> subprocess.Popen[str]:
     """Start Python, with a number of virtual devices if one is given; programs find what the tests share."""
-    settings = {name.upper(): str(value) for name, value in COMPILER.items()}
+    settings = compiler_environment(compiled)
     settings["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     if devices is not None:
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
@@ -180,7 +211,7 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **settings, "JAX_COMPILATION_CACHE_DIR": str(compiled), **environment},
+        env={**os.environ, **settings, **environment},
     )
 
 

@@ -22,7 +22,7 @@ from levit_flax.convert import workflow  # noqa: E402
 
 SEED = 20211
 ROUNDS = 11  # of every damage to every checkpoint: 11 * 14 * 7 = 1,078
-SHORT_ROUNDS = 3
+SHORT_ROUNDS = 1
 
 CHECKPOINTS = [
     (layout, folded) for layout in convert.WRITTEN_LAYOUTS for folded in (False, True) if layout != "hf" or not folded
@@ -191,7 +191,7 @@ def outcome_of(path, out):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of PyTorch's and NumPy's, on numbers made to overflow
 @pytest.mark.parametrize("rounds", [SHORT_ROUNDS, pytest.param(ROUNDS, marks=pytest.mark.slow)])
-def test_a_thousand_damaged_checkpoints(checkpoints, tmp_path, rounds):
+def test_damaged_checkpoints_are_refused_or_read_as_by_pytorch(checkpoints, tmp_path, rounds):
     generator = np.random.default_rng(SEED)
     outcomes: dict[str, Counter[str]] = {}
     path, out = tmp_path / "levit.safetensors", tmp_path / "out"
@@ -218,4 +218,4 @@ def test_a_thousand_damaged_checkpoints(checkpoints, tmp_path, rounds):
     assert outcomes["truncate"].keys() == {"refused"} and outcomes["drop"].keys() == {"refused"}
     assert not any(counter["not comparable"] for counter in outcomes.values())
     for damage in ("swap", "retype", "poison", "flip", "shuffle_table"):  # so that the other outcome is tested too
-        assert outcomes[damage]["equal to PyTorch"] >= 5 * rounds // ROUNDS, damage
+        assert outcomes[damage]["equal to PyTorch"] >= max(1, 5 * rounds // ROUNDS), damage

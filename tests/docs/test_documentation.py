@@ -15,8 +15,8 @@ import jax
 import numpy as np
 import pytest
 from huggingface_hub import constants
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
+from quick_compiler import compiler_environment, quick_compiler
 
 import levit_flax
 from hub_server import HubServer
@@ -51,23 +51,13 @@ EXAMPLES_NEED = {
     "levit_flax.training": "grain",
 }
 
-# What is compiled is shared between processes and not optimized: most examples use the same model.
-COMPILER = {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0.0}
-
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory):
     """The directory where this process and those of the pages keep what they compile."""
     directory = tmp_path_factory.mktemp("compiled")
-    settings = {**COMPILER, "jax_compilation_cache_dir": str(directory)}
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield directory
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    with quick_compiler(directory):
+        yield directory
 
 
 needs_pages = pytest.mark.skipif(not PAGES, reason="the documentation does not come with the wheel")
@@ -89,15 +79,13 @@ def test_examples_of_a_page(page, compiled, tmp_path):
     assert blocks
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)).save(tmp_path / "cat.jpg")
     script = "\n".join(blocks)
-    environment = {name.upper(): str(value) for name, value in COMPILER.items()}
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **environment, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **compiler_environment(compiled), "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
 

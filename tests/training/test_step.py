@@ -235,6 +235,7 @@ def test_five_steps_with_hard_distillation_and_clipping_equal_pytorchs(trained):
     check_parity(trained)
 
 
+@pytest.mark.slow
 def test_five_steps_with_one_head_equal_pytorchs():
     check_parity(train(TINY, ONE_HEAD))
 

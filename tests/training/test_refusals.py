@@ -1,0 +1,347 @@
+"""Exports of a run, and the errors for data, recipes, teachers and outputs that cannot be used."""
+
+import json
+import os
+import re
+import shutil
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("grain")
+pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("tensorboardX")
+pytest.importorskip("matplotlib")
+
+from training_runs import (
+    ARCHITECTURE,
+    CLASSES,
+    DISTILLED,
+    ONE_STEP,
+    save_model,
+    truncate,
+    write_images,
+    write_recipe,
+)
+
+import levit_flax as lf
+from levit_flax.cli import main
+
+pytestmark = pytest.mark.usefixtures("compiled")
+
+ONE_HEAD, TWO_HEADS = lf.LevitForImageClassification, lf.LevitForImageClassificationWithTeacher
+
+
+# Exports
+
+
+@pytest.fixture(scope="module")
+def exported(two_heads, stored, folder, tmp_path_factory):
+    """A run with two heads, through the command, and what it was begun with."""
+    directory = tmp_path_factory.mktemp("exported")
+    toml = write_recipe(directory / "tiny.toml", **DISTILLED)
+    arguments = ["finetune", folder, "--recipe", toml, "--model", two_heads, "--teacher", stored]
+    arguments = [*map(str, arguments), "--set", "distillation=hard", "--output"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's own
+        assert main([*arguments, str(directory / "run"), "--export-torch", "hf"]) == 0
+    return directory / "run", arguments
+
+
+@pytest.mark.parametrize("size", [40, [32, 48]])
+def test_what_transformers_could_not_open_is_refused_before_the_training(folder, tmp_path, capsys, size):
+    toml = write_recipe(tmp_path / "tiny.toml", architecture={**ARCHITECTURE, "image_size": size})
+    arguments = ["finetune", folder, "--recipe", toml, "--output", tmp_path / "run"]
+    assert main([*map(str, arguments), "--export-torch", "hf"]) == 1
+    height, width = size if isinstance(size, list) else (size, size)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: transformers' LeViT cannot take images of {height}x{width} pixels: give the model a square"
+        " image_size that is a multiple of 16."
+    )
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_transformers_opens_what_is_exported(exported, two_heads, folder):
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    classifier = lf.ImageClassifier.from_pretrained(exported[0] / "model")
+    paths = sorted(folder.rglob("*.png"))[::7]
+    wanted = np.array(list(classifier.stream_logits(paths)))
+    directory = exported[0] / "torch"
+    model = transformers.LevitForImageClassificationWithTeacher.from_pretrained(directory).eval()
+    assert model.config.architectures == [type(model).__name__] and tuple(model.config.id2label.values()) == CLASSES
+    processor = transformers.AutoImageProcessor.from_pretrained(directory, backend="pil")
+    given = processor([Image.open(path) for path in paths], return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**given).logits.numpy()
+    np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-4)
+    before = np.array(list(lf.ImageClassifier.from_pretrained(two_heads).stream_logits(paths)))
+    assert np.abs(wanted - before).max() > 1e-3  # the step changed it
+
+
+# Data and recipes
+
+
+def refused(capsys, output, *arguments):
+    """Return the one sentence with which the command refuses, having written nothing."""
+    before = contents(output)
+    capsys.readouterr()
+    status = main([*map(str, arguments), "--output", str(output)])
+    out, err = capsys.readouterr()
+    assert status in (1, 2) and out == "", (status, out)
+    assert err.startswith("error: ") and len(err.splitlines()) == 1 and "Traceback" not in err, err
+    assert contents(output) == before
+    return err.removeprefix("error: ").strip()
+
+
+def contents(output):
+    """Return every file of a place, but for what is under another name."""
+    if output.is_file():
+        return output.read_bytes()
+    return {path: path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()} if output.is_dir() else {}
+
+
+@pytest.fixture(scope="module")
+def arguments(one_head, tmp_path_factory):
+    """What is right of a command that is to be refused, but for the data."""
+    toml = write_recipe(tmp_path_factory.mktemp("recipe") / "quick.toml", **ONE_STEP)
+    return ["--recipe", toml, "--model", one_head]
+
+
+def images_of(*counts):
+    return lambda directory: write_images(directory, counts, CLASSES[: len(counts)])
+
+
+def with_an_empty_class(directory):
+    write_images(directory)
+    (directory / "dog").mkdir()
+
+
+def with_a_text(directory):
+    write_images(directory)
+    (directory / "bee" / "3.png").write_text("no image")
+    (directory / "cat" / "4.png").write_bytes(b"")
+
+
+def with_broken_pixels(directory):
+    write_images(directory)
+    truncate(directory / "cat" / "4.png")
+
+
+def with_other_classes(directory):
+    write_images(directory / "train", 10)
+    write_images(directory / "val", 2, ("ant", "bee", "yak"))
+
+
+BAD_DATA = {
+    "empty": (Path.mkdir, "{data} has no folders: expected one for each class, with the class's images in it."),
+    "an empty class": (
+        with_an_empty_class,
+        "{data}/dog holds no images: fill the folder of the class, or remove it.",
+    ),
+    "one class": (images_of(10), "{data} has one class, ant: expected two or more to tell apart."),
+    "one image in a class": (
+        images_of(30, 30, 1),
+        "{data} has 1 image of the class cat: expected at least two, one to train on and one to validate on.",
+    ),
+    "too few images": (
+        images_of(10, 10, 9),
+        "batch_size is 27, but {data}, for training has 26 images: expected 26 or less.",
+    ),
+    "headers of no image": (with_a_text, "2 of the 27 images of {data}, for training cannot be used: "),
+    "other classes to validate on": (
+        with_other_classes,
+        "{data}/train has 3 classes and {data}/val 3: expected the same, but cat, yak is in one only.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_data_that_cannot_be_used(capsys, arguments, tmp_path, name):
+    prepare, sentence = BAD_DATA[name]
+    data = tmp_path / "data"
+    prepare(data)
+    said = refused(capsys, tmp_path / "run", "finetune", data, *arguments)
+    assert said.startswith(sentence.format(data=data)), said
+    assert said.endswith(".") and said.count(". ") <= 1
+
+
+def test_unusable_images_are_named(capsys, arguments, tmp_path):
+    """By their headers; by their pixels where that is asked for."""
+    with_a_text(tmp_path / "data")
+    said = refused(capsys, tmp_path / "run", "finetune", tmp_path / "data", *arguments)
+    for name in ("bee/3.png", "cat/4.png"):
+        assert f"{tmp_path}/data/{name}" in said
+    with_broken_pixels(tmp_path / "broken")
+    said = refused(capsys, tmp_path / "run", "finetune", tmp_path / "broken", *arguments, "--check-data")
+    assert f"{tmp_path}/broken/cat/4.png" in said and re.match(r"1 of the (27|3) images of ", said)
+
+
+BAD_RECIPES = {
+    "batch_size=28": "batch_size is 28, but .*, for training has 27 images: expected 27 or less",
+    "batch_norm=train; batch_size=1": "A batch of one image cannot be trained on, since the head's batch norm",
+    "batch_norm=train; accumulation=27": "A batch of one image cannot be trained on",
+    "accumulation=2": "batch_size 27 cannot be computed in 2 equal parts",
+    "epoch=3": "has the unknown key epoch: the keys are epochs, batch_size,",
+    "epochs=many": "epochs is 'many': expected int",
+    "epochs=2.5": "epochs is 2.5: expected int",
+    "flip=true": "flip is True: expected float",
+    "crop_scale=0.5": "crop_scale is 0.5: expected tuple",
+    "architecture=7": "architecture is 7: expected str or Mapping or NoneType",
+    "learning_rates=1.0": "learning_rates is 1.0: expected Mapping",
+    "epochs=0": "epochs is 0: expected more than 0",
+    "heads=three": "heads is 'three': expected one of merge, first, both",
+    "epochs": "Expected KEY=VALUE, such as epochs=10; found 'epochs'",
+    'learning_rates={"head/.*"=1.0}': r'learning_rates does not cover .*: every parameter needs a pattern; end with "',
+    'learning_rates={".*"=1.0,"head/.*"=2.0}': r"learning_rates: 'head/\.\*' matches no parameter that an earlier",
+    'learning_rates={"("=1.0}': r"learning_rates: '\(' is not a regular expression",
+    "validation_share=0.0": "has no part for validation and validation_share is 0: expected one of the two",
+    "image_size=-3": "image_size is -3: expected a number that is not negative",
+    "distillation=hard": r"distillation is 'hard' and there is no teacher: expected a teacher \(--teacher\)",
+}
+
+
+@pytest.mark.parametrize("change", BAD_RECIPES)
+def test_recipes_that_cannot_be_used(capsys, arguments, folder, tmp_path, change):
+    settings = [part for setting in change.split("; ") for part in ("--set", setting)]
+    said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, *settings)
+    assert re.search(BAD_RECIPES[change], said) and said.endswith("."), said
+
+
+def test_recipes_that_cannot_be_read(capsys, folder, tmp_path):
+    (tmp_path / "broken.toml").write_text("epochs = = 3\n")
+    output = tmp_path / "run"
+    said = refused(capsys, output, "finetune", folder, "--recipe", tmp_path / "broken.toml")
+    assert said.startswith(f"The recipe {tmp_path}/broken.toml is not TOML: ") and "line 1" in said
+    said = refused(capsys, output, "finetune", folder, "--recipe", "finetone")
+    assert (
+        said
+        == "There is no recipe finetone: expected finetune, paper, small_images, small_images_finish, or a TOML file."
+    )
+    said = refused(capsys, output, "finetune", folder, "--set", "batch_size=8")
+    assert said.startswith(
+        "There is no model to train: expected --model with a checkpoint, or a recipe's architecture."
+    )
+    said = refused(capsys, output, "finetune", folder, "--set", "batch_size=8", "--set", "architecture=levit-1")
+    assert said.startswith("architecture is 'levit-1': expected one of levit-128S, ")
+    changes = ("--set", "batch_size=8", "--set", "architecture={hidden_sizes=[8]}")
+    assert refused(capsys, output, "finetune", folder, *changes).startswith("architecture: ")
+
+
+def test_a_skip_list_that_is_not_there(capsys, arguments, folder, tmp_path):
+    path = tmp_path / "nowhere.txt"
+    said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, "--skip", path)
+    assert "No such file" in said and str(path) in said
+
+
+# Teachers that do not fit
+
+
+def test_a_teacher_of_other_classes(capsys, arguments, folder, tmp_path):
+    other = save_model(tmp_path / "teacher", num_labels=4, id2label=("ant", "bee", "dog", "elk"))
+    distills = ("--set", "distillation=soft")
+    arguments = [*arguments[:3], save_model(tmp_path / "student", TWO_HEADS.__name__)]
+    said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, *distills, "--teacher", other)
+    assert said == (
+        f"The teacher {other} has 4 classes, and cat is none of them: expected one that knows the student's 3 classes"
+        " by name."
+    )
+
+
+def test_a_teacher_that_is_not_asked_for(capsys, arguments, folder, teacher, tmp_path):
+    said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, "--teacher", teacher)
+    assert said == 'distillation is \'none\' and there is a teacher: expected distillation="hard" or "soft".'
+
+
+def loaded(stored):
+    with np.load(stored) as arrays:
+        return dict(arrays)
+
+
+NOT_STORED = "is not a file of stored logits: "
+BAD_STORED = {
+    "images that are missing": (
+        lambda a: {"files": a["files"][:20], "logits": a["logits"][:20]},
+        r"has no logits for \d+ of the 27 training images, the first of which is ant/\d\.png: store them for all\.",
+    ),
+    "a class that is missing": (
+        lambda a: {"labels": a["labels"][:2], "logits": a["logits"][:, :2]},
+        "has 2 classes, and bee is none of them",
+    ),
+    "no names": (lambda a: {"files": None}, NOT_STORED),
+    "fewer columns than classes": (lambda a: {"logits": a["logits"][:, :2]}, NOT_STORED),
+    "more columns than classes": (lambda a: {"logits": np.tile(a["logits"], 2)}, NOT_STORED),
+    "fewer rows than names": (lambda a: {"logits": a["logits"][:5]}, NOT_STORED),
+    "one dimension": (lambda a: {"logits": a["logits"][:, 0]}, NOT_STORED),
+    "damaged data": (lambda a: b"\xff", NOT_STORED),
+    "text": (lambda a: b"no archive", NOT_STORED),
+    "half an archive": (lambda a: None, NOT_STORED),
+    "nothing": (lambda a: b"", NOT_STORED),
+}
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # NumPy's, of half an archive
+@pytest.mark.parametrize("name", BAD_STORED)
+def test_stored_logits_that_do_not_fit(capsys, arguments, folder, two_heads, stored, tmp_path, name):
+    change, sentence = BAD_STORED[name]
+    path, changed = tmp_path / "bad.npz", change(loaded(stored))
+    if changed is None:
+        path.write_bytes(stored.read_bytes())
+        truncate(path)
+    elif changed == b"\xff":
+        content = bytearray(stored.read_bytes())
+        begin = 30 + sum(struct.unpack_from("<HH", content, 26))  # of the first array's deflated bytes
+        content[begin] = 0xFF  # no legal kind of block
+        path.write_bytes(content)
+    elif isinstance(changed, bytes):
+        path.write_bytes(changed)
+    else:
+        arrays = {key: value for key, value in {**loaded(stored), **changed}.items() if value is not None}
+        np.savez(path, **arrays)
+    arguments = [*arguments[:3], two_heads, "--set", "distillation=soft", "--teacher", path]
+    said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments)
+    assert str(path) in said and re.search(sentence, said), said
+
+
+# Outputs
+
+
+def test_outputs_that_are_files(capsys, arguments, folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    said = refused(capsys, tmp_path / "file", "finetune", folder, *arguments)
+    assert said == f"{tmp_path}/file is a file: expected a directory to write, or a name that is free."
+    said = refused(capsys, tmp_path / "file" / "deeper", "finetune", folder, *arguments)
+    assert said.startswith(f"Cannot write {tmp_path}/file/deeper: ") and said.endswith("that you may write to.")
+    assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"
+
+
+def test_outputs_that_hold_something_else(capsys, arguments, folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    for more in ((), ("--force",), ("--resume",)):
+        said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, *more)
+        assert said == f"{tmp_path}/run holds something else than a training: choose another name."
+
+
+def test_outputs_that_hold_a_training(capsys, exported, folder, one_head, tmp_path):
+    output, begun = exported
+    begun = begun[:-1]
+    said = refused(capsys, output, *begun)
+    assert said.startswith(f"{output} holds a training: go on with it by --resume (resume=True), begin anew by --force")
+    other = shutil.copytree(folder, tmp_path / "data")
+    (other / "ant" / "0.png").rename(other / "ant" / "zero.png")
+    for changed, sentence in {
+        ("--set", "epochs=7"): "recipe.epochs (was 1, is 7)",
+        ("--set", 'learning_rates={".*"=1.0}'): "recipe.learning_rates..* (was 0.0, is 1.0)",
+        ("--model", str(one_head)): f"model (was '{begun[5]}', is '{one_head}')",
+        ("--teacher", str(one_head)): f"teacher (was '{begun[7]}', is '{one_head}')",
+    }.items():
+        said = refused(capsys, output, *begun, *changed, "--resume")
+        assert said.startswith(f"{output} was begun with something else: ") and sentence in said, said
+        assert said.endswith("Resume with the same, or begin anew with --force.")
+    said = refused(capsys, output, "finetune", other, *begun[2:], "--resume")
+    assert "data.sha256 (was '" in said and said.startswith(f"{output} was begun with something else: ")
+    assert json.loads((output / "run.json").read_text())["data"]["training_images"] == 27
