@@ -1,5 +1,6 @@
 """Fixtures that the tests of training runs share: data, a recipe, compiled steps and a finished run."""
 
+import jax
 import pytest
 import training_runs
 from training_runs import save_model, tiny_recipe, write_images, write_recipe
@@ -15,6 +16,13 @@ def compiled(compiled_directory):
     """The directory where this process and those that the tests start keep what they compile."""
     with training_runs.training_settings(compiled_directory), training_runs.without_curves():
         yield compiled_directory
+
+
+@pytest.fixture(scope="module")
+def standard_promotion():
+    """The dtype promotion that optax needs."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,8 @@ from levit_flax.training.augmentation import (
 )
 from levit_flax.training.recipe import Recipe, read_recipe, recipe_names
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 FLOAT32_ROUNDING = 1e-6  # a few operations on numbers of size 1
 # Without optimization, which takes longer than these functions take to run.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -58,12 +60,6 @@ TIMM_NAMES = {
 # These three know no strength, and posterising begins with four bits.
 NEVER_IDENTITY = ("auto_contrast", "equalize", "invert", "posterize")
 NOTHING = {"crop_scale": (), "flip": 0.0, "color_jitter": 0.0}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):  # as the training step has it
-        yield
 
 
 def make_image(width=61, height=47, seed=0):
