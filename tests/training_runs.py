@@ -85,27 +85,27 @@ def without_curves():
 
 
 @contextlib.contextmanager
-def shared_steps(runs: dict[str, Any], students: dict[str, Any]):
+def shared_steps(sessions: dict[str, Any], students: dict[str, Any]):
     """Make equal trainings of this process share what is traced and compiled for them; draw no curves."""
-    from levit_flax.training import loop
+    from levit_flax.training import loop, plan
 
-    make_student = loop.make_student
+    make_student = plan.make_student
 
-    class Run(loop.Run):
-        def __init__(self, output, recipe, student, *others):
-            super().__init__(output, recipe, student, *others)
-            key = f"{recipe} {student.model} {self.rows.steps_per_epoch}"
-            self.train_step, self.evaluate_step = runs.setdefault(key, (self.train_step, self.evaluate_step))
+    class Session(loop.Session):
+        def __init__(self, plan, show):
+            super().__init__(plan, show)
+            key = f"{plan.recipe} {plan.student.model} {self.rows.steps_per_epoch}"
+            self.train_step, self.evaluate_step = sessions.setdefault(key, (self.train_step, self.evaluate_step))
 
-    def make_student_once(source, recipe, images, options):
-        key = f"{source} {recipe} {images.labels}"
+    def make_student_once(source, recipe, train, options):
+        key = f"{source} {recipe} {train.labels}"
         if key not in students:
-            students[key] = make_student(source, recipe, images, options)
+            students[key] = make_student(source, recipe, train, options)
         return students[key]
 
     with pytest.MonkeyPatch.context() as patch, without_curves():
-        patch.setattr(loop, "Run", Run)
-        patch.setattr(loop, "make_student", make_student_once)
+        patch.setattr(loop, "Session", Session)
+        patch.setattr(plan, "make_student", make_student_once)
         yield
 
 

@@ -28,17 +28,17 @@ def train_in_child(folder, output, recipe, processes):
         os.close(writer)
         return child, os.fdopen(reader)
 
-    class ReportingRun(loop.Run):
-        def next_batch(self, checkpoints, state, step):
-            os.write(writer, f"batch {step}\n".encode())
+    class ReportingSession(loop.Session):
+        def next_batch(self):
+            os.write(writer, f"batch {self.step}\n".encode())
             time.sleep(0.1)  # otherwise saving would take all of the time
-            return super().next_batch(checkpoints, state, step)
+            return super().next_batch()
 
-        def save(self, checkpoints, state, step):
-            super().save(checkpoints, state, step)  # waits for the previous save first
-            os.write(writer, f"saving {step}\n".encode())
+        def save(self):
+            super().save()  # waits for the previous save first
+            os.write(writer, f"saving {self.step}\n".encode())
 
-    loop.Run = ReportingRun
+    loop.Session = ReportingSession
     finetune(folder, output, recipe=recipe, resume=True, processes=processes)
     os._exit(0)
 

@@ -16,14 +16,14 @@ from hosts import run_hosts
 from training_runs import BlankFigure, tiny_recipe
 
 from levit_flax import checkpoint
-from levit_flax.training import finetune, loop, outputs
+from levit_flax.training import finetune, loop, outputs, plan
 
 
 def train(index, address, hosts, folder, output, dtype, stop_at, changes):
     if hosts > 1:
         jax.distributed.initialize(address, hosts, index)
     jax.config.update("jax_enable_x64", dtype == "float64")
-    make_student, add, losses = loop.make_student, loop.Totals.add, []
+    make_student, add, losses = plan.make_student, loop.Totals.add, []
 
     def make_student_of_dtype(*arguments, **options):
         student = make_student(*arguments, **options)
@@ -38,7 +38,7 @@ def train(index, address, hosts, folder, output, dtype, stop_at, changes):
         if now.step == stop_at and index == 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    loop.make_student, loop.Totals.add = make_student_of_dtype, note_loss
+    plan.make_student, loop.Totals.add = make_student_of_dtype, note_loss
     outputs.draw_curves = lambda history: BlankFigure()
     try:
         finetune(folder, output, recipe=tiny_recipe(**changes), resume=True, show=stop, processes=0)

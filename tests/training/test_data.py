@@ -74,7 +74,7 @@ def test_the_part_for_validation_has_four_names(tmp_path):
         assert listed(validation, tmp_path)[0] == (f"{part}/ant/{part}.png", "ant") and len(validation) == 3
     (tmp_path / "validation" / "dog").mkdir()
     touch(tmp_path, "validation/dog/1.png")
-    with pytest.raises(DataError, match=r"train has 3 classes and .*validation 4: .* but dog is in one only"):
+    with pytest.raises(DataError, match=r"train has 3 classes and .*validation has 4: .* but only one has dog"):
         find_images(tmp_path, tiny_recipe(), ())
 
 

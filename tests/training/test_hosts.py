@@ -145,10 +145,10 @@ def test_hosts_that_differ_refuse_to_begin(folder, toml, compiled, tmp_path):
         return [(tmp_path / f"{index}.err").read_text() for index in range(2)]
 
     first, second = messages([folder], [tmp_path / "empty"])
-    assert "error: Host 1 cannot begin; what it prints says why." in first
+    assert "error: Host 1 cannot start training. See its output for the reason." in first
     assert f"error: {tmp_path}/empty has no folders" in second
     for said in messages([folder], [folder, "--skip", tmp_path / "skip"]):
-        assert "error: The hosts were not asked for the same, or do not see the same images" in said
+        assert "error: The hosts have different settings or see different images" in said
 
 
 def test_process_count_without_coordinator_is_refused(folder, toml, tmp_path, capsys):

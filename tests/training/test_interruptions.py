@@ -29,6 +29,7 @@ from training_runs import (
 
 import levit_flax as lf
 from levit_flax.training import finetune, loop
+from levit_flax.training.data import TrainingRows, find_images, training_batches
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
@@ -79,20 +80,20 @@ def test_signals_save_the_state_and_exit(whole, folder, toml, tmp_path, capsys, 
     """In the middle of an epoch, twice, through the command line."""
     step_of = {signal.SIGTERM: 4, signal.SIGINT: 11}
     arguments = ["finetune", folder, "--recipe", toml, "--output", tmp_path / "run", "--processes", processes]
-    took = loop.Run.next_batch
+    took = loop.Session.next_batch
     sent = None
 
-    def next_batch(self, checkpoints, state, step):
-        if sent and step == step_of[sent] - 1:
+    def next_batch(self):
+        if sent and self.step == step_of[sent] - 1:
             os.kill(os.getpid(), sent)
-        return took(self, checkpoints, state, step)
+        return took(self)
 
-    monkeypatch.setattr(loop.Run, "next_batch", next_batch)
+    monkeypatch.setattr(loop.Session, "next_batch", next_batch)
     handlers = {number: signal.getsignal(number) for number in step_of}
     for sent, step in step_of.items():
         status, out, err = run(capsys, *arguments, "--resume")
         assert status == 128 + sent and out == ""
-        assert err.splitlines()[-1] == f"Stopped at step {step} of 18. The state is saved: go on with --resume."
+        assert err.splitlines()[-1] == f"Stopped at step {step} of 18. The state is saved. Continue with --resume."
         assert "Traceback" not in err and max(checkpoint_steps(tmp_path / "run")) == step
         assert multiprocessing.active_children() == []
     sent = None
@@ -104,12 +105,12 @@ def test_signals_save_the_state_and_exit(whole, folder, toml, tmp_path, capsys, 
 @pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_batches_depend_on_the_step_alone(folder, slow):
     """The number of data processes may change when a run resumes."""
-    train, _ = loop.find_images(folder, tiny_recipe(), ())
-    rows = loop.TrainingRows(train, tiny_recipe(), lf.LevitImageProcessor(size=28, crop_size=32))
-    expected = [batch["pixels"] for batch in loop.training_batches(rows, 2)]
+    train, _ = find_images(folder, tiny_recipe(), ())
+    rows = TrainingRows(train, tiny_recipe(), lf.LevitImageProcessor(size=28, crop_size=32))
+    expected = [batch["pixels"] for batch in training_batches(rows, 2)]
     assert len(expected) == STEPS and expected[0].shape == (1, 8, 32, 32, 3)
     for first, processes in ((17, 0), (4, 0), (5, 1)) + ((0, 2),) * slow:
-        batches = loop.training_batches(rows, 1, processes, first)
+        batches = training_batches(rows, 1, processes, first)
         found = [next(batches)["pixels"] for _ in expected[first : first + 3]]
         batches.close()
         np.testing.assert_array_equal(found, expected[first : first + 3])
@@ -119,32 +120,34 @@ def test_batches_depend_on_the_step_alone(folder, slow):
 @pytest.mark.parametrize(
     ("limit", "at", "last"),
     [
-        (20_000, 9, "The last whole checkpoint is that of step 6"),
+        (20_000, 9, "The last complete checkpoint is of step 6"),
         pytest.param(100, 3, "There is no checkpoint yet", marks=pytest.mark.slow),
-        pytest.param(20_000, 18, "The last whole checkpoint is that of step 15", marks=pytest.mark.slow),
+        pytest.param(20_000, 18, "The last complete checkpoint is of step 15", marks=pytest.mark.slow),
     ],
 )
 def test_full_disk_raises_and_keeps_the_last_checkpoint(
     whole, folder, toml, tmp_path, capsys, monkeypatch, limit, at, last
 ):
     output = tmp_path / "run"
-    save, (soft, hard) = loop.Run.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, (soft, hard) = loop.Session.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save_on_a_full_disk(self, checkpoints, state, step):
-        if step == at:
-            checkpoints.wait()
+    def save_on_a_full_disk(self):
+        if self.step == at:
+            self.checkpoints.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        save(self, checkpoints, state, step)
+        save(self)
 
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(loop.Run, "save", save_on_a_full_disk)
+            patch.setattr(loop.Session, "save", save_on_a_full_disk)
             status, out, err = run(capsys, "finetune", folder, "--recipe", toml, "--output", output)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = [line for line in err.splitlines() if not line.startswith("epoch ")]
     assert (status, out) == (1, "")
-    assert said == [f"error: Cannot save in {output}: File too large. {last}: make room and go on with --resume."]
+    assert said == [
+        f"error: Cannot save in {output}: File too large. {last}. Free some space and continue with --resume."
+    ]
     if at > 3:
         assert max(checkpoint_steps(output)) == at - 3
         assert all(np.isfinite(leaf).all() for leaf in final_state(output).values())

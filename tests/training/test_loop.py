@@ -28,7 +28,8 @@ from training_runs import (
 
 import levit_flax as lf
 from levit_flax import evaluation
-from levit_flax.training import DataError, LabeledImages, NotFiniteError, RecipeError, finetune, loop
+from levit_flax.training import DataError, LabeledImages, NotFiniteError, RecipeError, finetune, loop, plan
+from levit_flax.training.data import find_images, leave_out
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
@@ -65,7 +66,7 @@ def test_best_model_reproduces_its_metrics(whole, folder):
     assert f"| validation loss | {report['best']['validation_loss']:.6g} |" in card
     classifier = lf.ImageClassifier.from_pretrained(output / "model")
     assert classifier.model.config.id2label == CLASSES
-    _, held_back = loop.find_images(folder, tiny_recipe(), ())
+    _, held_back = find_images(folder, tiny_recipe(), ())
     result = evaluation.evaluate(classifier, LabeledImages(held_back.images, held_back.targets))
     assert result.images == len(held_back) == 3
     assert result.top1 == report["best"]["validation_accuracy"]
@@ -97,20 +98,20 @@ def test_undecodable_image_stops_the_run_and_can_be_skipped(folder, toml, tmp_pa
     """The error names the image, the state is saved, and the run resumes with --skip or with the image repaired."""
     data, output = tmp_path / "data", tmp_path / "run"
     shutil.copytree(folder, data)
-    train, held_back = loop.find_images(data, tiny_recipe(), ())
+    train, held_back = find_images(data, tiny_recipe(), ())
     broken, broken_back = train.images[10], held_back.images[1]
     mended = {path: truncate(path) for path in (broken, broken_back)}
     arguments = ["finetune", data, "--recipe", toml, "--output", output]
 
     status, out, err = run(capsys, *arguments, "--check-data")
     assert (status, out) == (1, "") and f"1 of the 27 images of {data}, for training cannot be used" in err
-    assert str(broken) in err and "list their paths in a file for --skip" in err and checkpoint_steps(output) == []
+    assert str(broken) in err and "Repair, remove or skip them (--skip)." in err and checkpoint_steps(output) == []
 
     status, out, err = run(capsys, *arguments)
     sentence = err.splitlines()[-1]
     assert (status, out) == (1, "") and sentence.startswith(f"error: {broken} cannot be used: ")
     [step] = checkpoint_steps(output)
-    assert f"The state after step {step} of 18 is saved: mend the image, or list its path" in sentence
+    assert f"The state after step {step} of 18 is saved. Repair the image or skip it (--skip)" in sentence
     assert 0 <= step < STEPS_PER_EPOCH and "Traceback" not in err
 
     # A validation image is read at the end of the epoch.
@@ -131,7 +132,7 @@ def test_repaired_images_leave_no_trace(whole, folder, tmp_path):
     """Stopped by images of both parts and resumed once they are repaired, a run ends with the same bits."""
     data, output = tmp_path / "data", tmp_path / "run"
     shutil.copytree(folder, data)
-    train, held_back = loop.find_images(data, tiny_recipe(), ())
+    train, held_back = find_images(data, tiny_recipe(), ())
     mended = {path: truncate(path) for path in (train.images[20], held_back.images[0])}
     for path, content in mended.items():
         with pytest.raises(DataError, match=f"{path.name} cannot be used: .* is saved"):
@@ -143,19 +144,19 @@ def test_repaired_images_leave_no_trace(whole, folder, tmp_path):
 
 def test_skipping_images_later_keeps_the_other_rows(folder):
     recipe = tiny_recipe()
-    train, held_back = loop.find_images(folder, recipe, ())
+    train, held_back = find_images(folder, recipe, ())
     gone, gone_back = train.images[3], held_back.images[2]
     skip = {path.relative_to(folder).as_posix() for path in (gone, gone_back)}
-    later, later_back = loop.leave_out(train, held_back, folder, skip)
+    later, later_back = leave_out(train, held_back, folder, skip)
     [changed] = [i for i in range(27) if later.images[i] != train.images[i]]
     assert changed == 3 and later.images[3].parent == gone.parent and later.images[3] != gone
     np.testing.assert_array_equal(later.targets, train.targets)
     assert later_back.images == held_back.images[:2] and later_back.targets.tolist() == [0, 1]
     everything = {path.relative_to(folder).as_posix() for path in train.images if path.parent.name == "bee"}
-    with pytest.raises(DataError, match="would have no image of the class bee left: leave out fewer"):
-        loop.leave_out(train, held_back, folder, everything)
+    with pytest.raises(DataError, match=r"would have no image of the class bee left\. Skip fewer"):
+        leave_out(train, held_back, folder, everything)
     with pytest.raises(DataError, match="for validation would have no image left"):
-        loop.leave_out(train, held_back, folder, {path.relative_to(folder).as_posix() for path in held_back.images})
+        leave_out(train, held_back, folder, {path.relative_to(folder).as_posix() for path in held_back.images})
 
 
 def test_infinite_loss_stops_the_run_at_the_last_save(whole, folder, tmp_path, monkeypatch):
@@ -168,20 +169,23 @@ def test_infinite_loss_stops_the_run_at_the_last_save(whole, folder, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         finetune(folder, output, recipe=tiny_recipe(), show=interrupt)
     before = {name: (output / "model" / name).read_bytes() for name in os.listdir(output / "model")}
-    restore = loop.Run.restore
+    restore = loop.Session.restore
 
-    def restore_nonsense(self, checkpoints):
-        state = restore(self, checkpoints)
-        params = jax.tree.map(lambda x: x * np.float32("inf"), state.variables["params"])
-        return state.replace(variables={**state.variables, "params": params})
+    def restore_nonsense(self):
+        restore(self)
+        variables = self.state.variables
+        params = jax.tree.map(lambda x: x * np.float32("inf"), variables["params"])
+        self.state = self.state.replace(variables={**variables, "params": params})
 
-    monkeypatch.setattr(loop.Run, "restore", restore_nonsense)
+    monkeypatch.setattr(loop.Session, "restore", restore_nonsense)
     with pytest.raises(NotFiniteError, match=r"Step 7 of 18 \(epoch 3\) has the loss (nan|inf)") as caught:
         finetune(folder, output, recipe=tiny_recipe(), resume=True)
-    assert "at the learning rate 0.00" in str(caught.value) and "Expected finite numbers: lower" in str(caught.value)
+    assert "at the learning rate 0.00" in str(
+        caught.value
+    ) and ": expected finite numbers. The step was not applied. Lower" in str(caught.value)
     assert max(checkpoint_steps(output)) == 6
     assert {name: (output / "model" / name).read_bytes() for name in os.listdir(output / "model")} == before
-    monkeypatch.setattr(loop.Run, "restore", restore)
+    monkeypatch.setattr(loop.Session, "restore", restore)
     finetune(folder, output, recipe=tiny_recipe(), resume=True)
     assert_same_run(output, whole[0])
 
@@ -191,19 +195,19 @@ def test_huge_learning_rate_raises_before_anything_is_saved(folder, toml, tmp_pa
     arguments = ["finetune", folder, "--recipe", toml, "--output", tmp_path / "run", "--set", "learning_rate=1e30"]
     status, out, err = run(capsys, *arguments)
     assert (status, out) == (1, "") and "Traceback" not in err
-    assert err.splitlines()[-1].startswith("error: Step ") and "lower learning_rate" in err
+    assert err.splitlines()[-1].startswith("error: Step ") and "Lower learning_rate" in err
     assert checkpoint_steps(tmp_path / "run") == [] and not (tmp_path / "run" / "model").exists()
 
 
 def test_overwriting_the_starting_model_is_refused(whole, folder, tmp_path):
     shutil.copytree(whole[0], tmp_path / "run")
-    with pytest.raises(FileExistsError, match=r"run/model lies in .*run, which would be emptied"):
+    with pytest.raises(FileExistsError, match=r"run/model is inside .*run, which overwrite=True would empty"):
         finetune(folder, tmp_path / "run", recipe=tiny_recipe(), model=tmp_path / "run" / "model", overwrite=True)
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 
 def test_resuming_with_another_revision_is_refused(whole, folder):
-    with pytest.raises(RecipeError, match=r"begun with something else: revision .was None, is 'other'."):
+    with pytest.raises(RecipeError, match=r"started with other settings: revision .was None, is 'other'."):
         finetune(folder, whole[0], recipe=tiny_recipe(), resume=True, revision="other")
 
 
@@ -211,13 +215,13 @@ def test_out_of_memory_suggests_a_smaller_batch(folder, tmp_path, monkeypatch):
     def train(self):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte.")
 
-    monkeypatch.setattr(loop.Run, "train", train)
-    with pytest.raises(RecipeError, match="not enough memory for batches of 8 in 1 parts: lower batch_size"):
+    monkeypatch.setattr(loop.Session, "run", train)
+    with pytest.raises(RecipeError, match=r"not have enough memory for batches of 8 images in 1 parts\. Lower"):
         finetune(folder, tmp_path / "run", recipe=tiny_recipe())
 
 
 def test_batch_of_one_needs_frozen_batch_norm(folder):
-    images = loop.find_images(folder, tiny_recipe(), ())[0]
-    loop.check_batch(tiny_recipe(batch_size=1, batch_norm="freeze"), images)
+    images = find_images(folder, tiny_recipe(), ())[0]
+    plan.check_batch(tiny_recipe(batch_size=1, batch_norm="freeze"), images)
     with pytest.raises(RecipeError, match="of at least 2, or batch_norm"):
-        loop.check_batch(tiny_recipe(batch_size=1, batch_norm="freeze_with_parameters"), images)
+        plan.check_batch(tiny_recipe(batch_size=1, batch_norm="freeze_with_parameters"), images)

@@ -142,10 +142,10 @@ BAD_DATA = {
         with_an_empty_class,
         "{data}/dog holds no images: fill the folder of the class, or remove it.",
     ),
-    "one class": (images_of(10), "{data} has one class, ant: expected two or more to tell apart."),
+    "one class": (images_of(10), "{data} has one class, ant: expected two or more."),
     "one image in a class": (
         images_of(30, 30, 1),
-        "{data} has 1 image of the class cat: expected at least two, one to train on and one to validate on.",
+        "{data} has 1 image of the class cat: expected at least two, one for training and one for validation.",
     ),
     "too few images": (
         images_of(10, 10, 9),
@@ -154,7 +154,7 @@ BAD_DATA = {
     "headers of no image": (with_a_text, "2 of the 27 images of {data}, for training cannot be used: "),
     "other classes to validate on": (
         with_other_classes,
-        "{data}/train has 3 classes and {data}/val 3: expected the same, but cat, yak is in one only.",
+        "{data}/train has 3 classes and {data}/val has 3: expected the same classes, but only one has cat, yak.",
     ),
 }
 
@@ -182,10 +182,10 @@ def test_unusable_images_are_named(capsys, arguments, tmp_path):
 
 BAD_RECIPES = {
     "batch_size=28": "batch_size is 28, but .*, for training has 27 images: expected 27 or less",
-    "batch_norm=train; batch_size=1": "A batch of one image cannot be trained on, since the head's batch norm",
-    "batch_norm=train; accumulation=27": "A batch of one image cannot be trained on",
-    "accumulation=2": "batch_size 27 cannot be computed in 2 equal parts",
-    "epoch=3": "has the unknown key epoch: the keys are epochs, batch_size,",
+    "batch_norm=train; batch_size=1": "The batch norm of the head cannot be trained on batches of one image: expected",
+    "batch_norm=train; accumulation=27": "The batch norm of the head cannot be trained on batches of one image",
+    "accumulation=2": "batch_size is 27: expected a multiple of accumulation, 2",
+    "epoch=3": "has the unknown key epoch: expected epochs, batch_size,",
     "epochs=many": "epochs is 'many': expected int",
     "epochs=2.5": "epochs is 2.5: expected int",
     "flip=true": "flip is True: expected float",
@@ -195,11 +195,11 @@ BAD_RECIPES = {
     "epochs=0": "epochs is 0: expected more than 0",
     "heads=three": "heads is 'three': expected one of merge, first, both",
     "epochs": "Expected KEY=VALUE, such as epochs=10; found 'epochs'",
-    'learning_rates={"head/.*"=1.0}': r'learning_rates does not cover .*: every parameter needs a pattern; end with "',
-    'learning_rates={".*"=1.0,"head/.*"=2.0}': r"learning_rates: 'head/\.\*' matches no parameter that an earlier",
-    'learning_rates={"("=1.0}': r"learning_rates: '\(' is not a regular expression",
-    "validation_share=0.0": "has no part for validation and validation_share is 0: expected one of the two",
-    "image_size=-3": "image_size is -3: expected a number that is not negative",
+    'learning_rates={"head/.*"=1.0}': r"learning_rates does not cover .*: expected a pattern for every parameter\.",
+    'learning_rates={".*"=1.0,"head/.*"=2.0}': r"learning_rates: 'head/\.\*' matches no parameter, or only those of",
+    'learning_rates={"("=1.0}': r"learning_rates: '\(' is not a valid regular expression",
+    "validation_share=0.0": "has no validation part and validation_share is 0. Add a validation part",
+    "image_size=-3": "image_size is -3: expected a non-negative number",
     "distillation=hard": r"distillation is 'hard' and there is no teacher: expected a teacher \(--teacher\)",
 }
 
@@ -215,15 +215,15 @@ def test_recipes_that_cannot_be_read(capsys, folder, tmp_path):
     (tmp_path / "broken.toml").write_text("epochs = = 3\n")
     output = tmp_path / "run"
     said = refused(capsys, output, "finetune", folder, "--recipe", tmp_path / "broken.toml")
-    assert said.startswith(f"The recipe {tmp_path}/broken.toml is not TOML: ") and "line 1" in said
+    assert said.startswith(f"The recipe {tmp_path}/broken.toml is not valid TOML: ") and "line 1" in said
     said = refused(capsys, output, "finetune", folder, "--recipe", "finetone")
-    assert (
-        said
-        == "There is no recipe finetone: expected finetune, paper, small_images, small_images_finish, or a TOML file."
+    assert said == (
+        "There is no recipe finetone: expected finetune, paper, small_images, small_images_finish, or the path of a"
+        " TOML file."
     )
     said = refused(capsys, output, "finetune", folder, "--set", "batch_size=8")
     assert said.startswith(
-        "There is no model to train: expected --model with a checkpoint, or a recipe's architecture."
+        "There is no model to train: expected a checkpoint (--model), or a recipe with an architecture."
     )
     said = refused(capsys, output, "finetune", folder, "--set", "batch_size=8", "--set", "architecture=levit-1")
     assert said.startswith("architecture is 'levit-1': expected one of levit-128S, ")
@@ -246,14 +246,14 @@ def test_a_teacher_of_other_classes(capsys, arguments, folder, tmp_path):
     arguments = [*arguments[:3], save_model(tmp_path / "student", TWO_HEADS.__name__)]
     said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, *distills, "--teacher", other)
     assert said == (
-        f"The teacher {other} has 4 classes, and cat is none of them: expected one that knows the student's 3 classes"
-        " by name."
+        f"The teacher {other} has 4 classes, and cat is not one of them: expected a teacher with the names of all 3"
+        " classes of the student."
     )
 
 
 def test_a_teacher_that_is_not_asked_for(capsys, arguments, folder, teacher, tmp_path):
     said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, "--teacher", teacher)
-    assert said == 'distillation is \'none\' and there is a teacher: expected distillation="hard" or "soft".'
+    assert said == 'distillation is \'none\' and there is a teacher: expected distillation = "hard" or "soft".'
 
 
 def loaded(stored):
@@ -265,11 +265,11 @@ NOT_STORED = "is not a file of stored logits: "
 BAD_STORED = {
     "images that are missing": (
         lambda a: {"files": a["files"][:20], "logits": a["logits"][:20]},
-        r"has no logits for \d+ of the 27 training images, the first of which is ant/\d\.png: store them for all\.",
+        r"has no logits for \d+ of the 27 training images, such as ant/\d\.png. Store the logits of all images\.",
     ),
     "a class that is missing": (
         lambda a: {"labels": a["labels"][:2], "logits": a["logits"][:, :2]},
-        "has 2 classes, and bee is none of them",
+        "has 2 classes, and bee is not one of them",
     ),
     "no names": (lambda a: {"files": None}, NOT_STORED),
     "fewer columns than classes": (lambda a: {"logits": a["logits"][:, :2]}, NOT_STORED),
@@ -312,7 +312,7 @@ def test_stored_logits_that_do_not_fit(capsys, arguments, folder, two_heads, sto
 def test_outputs_that_are_files(capsys, arguments, folder, tmp_path):
     (tmp_path / "file").write_text("mine")
     said = refused(capsys, tmp_path / "file", "finetune", folder, *arguments)
-    assert said == f"{tmp_path}/file is a file: expected a directory to write, or a name that is free."
+    assert said == f"{tmp_path}/file is a file: expected a directory, or a path that does not exist."
     said = refused(capsys, tmp_path / "file" / "deeper", "finetune", folder, *arguments)
     assert said.startswith(f"Cannot write {tmp_path}/file/deeper: ") and said.endswith("that you may write to.")
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"
@@ -323,14 +323,14 @@ def test_outputs_that_hold_something_else(capsys, arguments, folder, tmp_path):
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     for more in ((), ("--force",), ("--resume",)):
         said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, *more)
-        assert said == f"{tmp_path}/run holds something else than a training: choose another name."
+        assert said == f"{tmp_path}/run is not empty and holds no training run. Choose another directory."
 
 
 def test_outputs_that_hold_a_training(capsys, exported, folder, one_head, tmp_path):
     output, begun = exported
     begun = begun[:-1]
     said = refused(capsys, output, *begun)
-    assert said.startswith(f"{output} holds a training: go on with it by --resume (resume=True), begin anew by --force")
+    assert said.startswith(f"{output} already holds a training run. Resume it with --resume, replace it with --force")
     other = shutil.copytree(folder, tmp_path / "data")
     (other / "ant" / "0.png").rename(other / "ant" / "zero.png")
     for changed, sentence in {
@@ -340,8 +340,8 @@ def test_outputs_that_hold_a_training(capsys, exported, folder, one_head, tmp_pa
         ("--teacher", str(one_head)): f"teacher (was '{begun[7]}', is '{one_head}')",
     }.items():
         said = refused(capsys, output, *begun, *changed, "--resume")
-        assert said.startswith(f"{output} was begun with something else: ") and sentence in said, said
-        assert said.endswith("Resume with the same, or begin anew with --force.")
+        assert said.startswith(f"{output} was started with other settings: ") and sentence in said, said
+        assert said.endswith("Resume with the same settings, or start again with --force.")
     said = refused(capsys, output, "finetune", other, *begun[2:], "--resume")
-    assert "data.sha256 (was '" in said and said.startswith(f"{output} was begun with something else: ")
+    assert "data.sha256 (was '" in said and said.startswith(f"{output} was started with other settings: ")
     assert json.loads((output / "run.json").read_text())["data"]["training_images"] == 27

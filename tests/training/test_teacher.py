@@ -79,7 +79,7 @@ def test_every_kind_of_teacher_teaches_the_same(two_heads, teacher, stored, fold
 
 def test_a_function_of_other_classes(two_heads, folder, tmp_path):
     recipe = tiny_recipe(**DISTILLED, distillation="soft")
-    with pytest.raises(ValueError, match=r"logits have the shape \(27, 10\): expected \(27, 3\), a row for each"):
+    with pytest.raises(ValueError, match=r"logits have the shape \(27, 10\): expected \(27, 3\), one row per image"):
         finetune(folder, tmp_path / "run", model=two_heads, recipe=recipe, teacher=lambda x: jnp.zeros((len(x), 10)))
 
 
