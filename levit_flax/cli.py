@@ -149,9 +149,9 @@ def convert(
         overwrite=force,
     )
     if as_json:
-        print(json.dumps({**report, "out": str(out)}, indent=2))
+        print(json.dumps({**report.to_dict(), "out": str(out)}, indent=2))
     else:
-        print_fields(workflow.summary(report))
+        print_fields(report.summary())
         print(f"written to {out}")
 
 

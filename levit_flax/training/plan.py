@@ -138,7 +138,7 @@ def _load_student(
     match_patterns(recipe.learning_rates, student.variables["params"], "learning_rates")
     if export_torch:
         # Imported here because only export_torch needs the converter.
-        from levit_flax.convert.conversion import check_layout, check_transformers_size
+        from levit_flax.convert.writing import check_layout, check_transformers_size
 
         check_layout(student.model, export_torch)
         if export_torch == "hf":
