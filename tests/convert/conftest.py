@@ -1,4 +1,7 @@
-"""The compiler of the tests of the converter."""
+"""Fixtures that the tests of the converter share."""
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 from quick_compiler import quick_compiler
@@ -10,3 +13,13 @@ def compiled(tmp_path_factory):
     directory = tmp_path_factory.mktemp("compiled")
     with quick_compiler(directory):
         yield directory
+
+
+@pytest.fixture(name="torch")
+def import_torch() -> Any:
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "levit.pth"
