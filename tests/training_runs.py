@@ -33,8 +33,8 @@ ARCHITECTURE = {
     "attention_ratio": [2, 2],
     "down_ops": [["Subsample", 8, 2, 2, 0, 2]],
 }
-# Of 30 images 27 are trained on: three steps in each epoch, with three images left out. Every test that can trains
-# by these values, since most of a tiny training's time is the compiler's.
+# 27 of 30 images are for training: three steps per epoch, with three images left over. Tests use these values if they
+# can, because compilation takes most of a tiny run's time.
 VALUES = {
     "architecture": ARCHITECTURE,
     "epochs": 6,
@@ -128,7 +128,7 @@ def save_model(
 
 
 def write_images(directory: Path, each: int | Sequence[int] = 10, classes: Sequence[str] = CLASSES, seed: int = 0):
-    """Write images of noise over a gray that tells their class, and return the directory."""
+    """Write noisy images whose gray level depends on their class, and return the directory."""
     generator = np.random.default_rng(seed)
     counts = [each] * len(classes) if isinstance(each, int) else each
     for shade, (name, count) in enumerate(zip(classes, counts, strict=True)):
@@ -140,7 +140,7 @@ def write_images(directory: Path, each: int | Sequence[int] = 10, classes: Seque
 
 
 def truncate(path: Path) -> bytes:
-    """Cut an image's pixels off after its header, and return what it was."""
+    """Truncate an image after its header; return its original bytes."""
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     return whole
@@ -164,7 +164,7 @@ def write_recipe(path: Path, **changes: Any) -> Path:
 
 
 def checkpoint_steps(output: Path) -> list[int]:
-    """Return the steps of the whole checkpoints of a run."""
+    """Return the steps of the complete checkpoints of a run."""
     directory = output / "checkpoints"
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit()) if directory.is_dir() else []
 
@@ -189,7 +189,7 @@ def _as_dicts(tree: Any) -> Any:
 
 
 def assert_same_run(output: Path, expected: Path) -> None:
-    """Assert that two runs ended with the same bits and measured the same on the way."""
+    """Assert that two runs have the same final bits and the same metrics."""
     found, wanted = final_state(output), final_state(expected)
     assert found.keys() == wanted.keys() and len(found) > 100
     for path, leaf in wanted.items():

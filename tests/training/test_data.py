@@ -43,7 +43,7 @@ def listed(images, root):
     return [(name, images.labels[target]) for name, target in zip(names, images.targets, strict=True)]
 
 
-def test_images_are_found_by_their_endings_at_any_depth(tmp_path):
+def test_images_are_found_by_suffix_at_any_depth(tmp_path):
     touch(
         tmp_path, "train/fly/b.png", "train/fly/a.JPG", "train/fly/c.txt", "train/fly/png", "train/fly/deep/er/d.webp"
     )
@@ -64,7 +64,7 @@ def test_images_are_found_by_their_endings_at_any_depth(tmp_path):
     assert [name for name, _ in listed(validation, tmp_path / "val")] == ["Bee/1.png", "ant/1.png", "fly/1.png"]
 
 
-def test_the_part_for_validation_has_four_names(tmp_path):
+def test_validation_folder_has_four_names(tmp_path):
     names = [f"{name}/{i}.png" for name in CLASSES for i in range(3)]
     touch(tmp_path, *(f"train/{name}" for name in names))
     for part in ("test", "valid", "val", "validation"):  # each before the ones that are there already
@@ -78,13 +78,13 @@ def test_the_part_for_validation_has_four_names(tmp_path):
         find_images(tmp_path, tiny_recipe(), ())
 
 
-def test_a_train_folder_alone_is_divided(tmp_path):
+def test_train_folder_alone_is_split(tmp_path):
     touch(tmp_path, *(f"train/{name}/{i}.png" for name in CLASSES for i in range(4)), "other/1.png")
     train, validation = find_images(tmp_path, tiny_recipe(), ())
     assert (len(train), len(validation), train.labels) == (9, 3, CLASSES)
 
 
-def test_a_share_of_each_class_is_held_back(tmp_path):
+def test_share_of_each_class_is_held_back(tmp_path):
     counts = {"ant": 20, "bee": 11, "cat": 2}
     touch(tmp_path, *(f"{name}/{i}.png" for name, count in counts.items() for i in range(count)))
     chosen = []
@@ -100,7 +100,7 @@ def test_a_share_of_each_class_is_held_back(tmp_path):
     assert train.targets.tolist() == [0, 0, 1, 2]  # one of each at least, on either side
 
 
-def test_a_skip_list(tmp_path):
+def test_listed_images_are_skipped(tmp_path):
     names = [f"{part}/{name}/{i} x.png" for part in ("train", "val") for name in CLASSES for i in range(3)]
     touch(tmp_path, *names)
     path = tmp_path / "skip.txt"
@@ -121,7 +121,7 @@ UNTOUCHED = lf.LevitImageProcessor(do_resize=False, do_center_crop=False)
 
 
 def numbered(count):
-    """Return images whose red tells their number, as their class does."""
+    """Return images whose red level and class are their number."""
     images = [Image.new("RGB", (6, 5), (i, 0, 0)) for i in range(count)]
     return LabeledImages(images, np.arange(count, dtype=np.int32), tuple(map(str, range(count))), "the data")
 
@@ -150,8 +150,8 @@ def test_every_image_once_an_epoch_in_another_order(count):
     assert not set(map(tuple, epochs)) & set(map(tuple, orders(1)))
 
 
-def test_repeated_augmentation_is_the_references(monkeypatch):
-    """Timm's sampler, given our order of the images."""
+def test_repeated_augmentation_equals_timm(monkeypatch):
+    """Compared with the sampler of timm, which gets our order of the images."""
     sampler = pytest.importorskip("timm.data.distributed_sampler")
     torch = pytest.importorskip("torch")
     changes = {**NOTHING, "epochs": 2}
@@ -179,8 +179,8 @@ def noise(count):
 SMALL_CROPS = lf.LevitImageProcessor(size=7, crop_size=8)
 
 
-def test_every_row_of_a_training_is_augmented_anew():
-    """Of images that are all the same, so that only the augmentation can tell the rows apart."""
+def test_every_row_is_augmented_differently():
+    """All images are the same, so that only the augmentation makes the rows differ."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
     images = LabeledImages([image] * 16, np.zeros(16, np.int32), ("one", "two"), "the data")
     for repeats in (1, 4):
@@ -191,7 +191,7 @@ def test_every_row_of_a_training_is_augmented_anew():
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("hosts", [2, 4])
-def test_the_hosts_together_read_what_one_reads(hosts, accumulation):
+def test_hosts_together_read_the_rows_of_one(hosts, accumulation):
     recipe = tiny_recipe(epochs=3, repeats=3, accumulation=accumulation)
     logits = np.random.default_rng(1).standard_normal((27, 3)).astype(np.float32)
 

@@ -41,7 +41,7 @@ ONE_HEAD, TWO_HEADS = lf.LevitForImageClassification, lf.LevitForImageClassifica
 
 @pytest.fixture(scope="module")
 def exported(two_heads, stored, folder, tmp_path_factory):
-    """A run with two heads, through the command, and what it was begun with."""
+    """The directory of a run with two heads, and the arguments that started it."""
     directory = tmp_path_factory.mktemp("exported")
     toml = write_recipe(directory / "tiny.toml", **DISTILLED)
     arguments = ["finetune", folder, "--recipe", toml, "--model", two_heads, "--teacher", stored]
@@ -53,7 +53,7 @@ def exported(two_heads, stored, folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("size", [40, [32, 48]])
-def test_what_transformers_could_not_open_is_refused_before_the_training(folder, tmp_path, capsys, size):
+def test_unsupported_export_is_refused_before_training(folder, tmp_path, capsys, size):
     toml = write_recipe(tmp_path / "tiny.toml", architecture={**ARCHITECTURE, "image_size": size})
     arguments = ["finetune", folder, "--recipe", toml, "--output", tmp_path / "run"]
     assert main([*map(str, arguments), "--export-torch", "hf"]) == 1
@@ -86,7 +86,7 @@ def test_transformers_opens_what_is_exported(exported, two_heads, folder):
 
 
 def refused(capsys, output, *arguments):
-    """Return the one sentence with which the command refuses, having written nothing."""
+    """Assert that the command fails without changing the output; return its one line of error."""
     before = contents(output)
     capsys.readouterr()
     status = main([*map(str, arguments), "--output", str(output)])
@@ -98,7 +98,7 @@ def refused(capsys, output, *arguments):
 
 
 def contents(output):
-    """Return every file of a place, but for what is under another name."""
+    """Return the content of a file, or of every file under a directory."""
     if output.is_file():
         return output.read_bytes()
     return {path: path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()} if output.is_dir() else {}
@@ -106,7 +106,7 @@ def contents(output):
 
 @pytest.fixture(scope="module")
 def arguments(one_head, tmp_path_factory):
-    """What is right of a command that is to be refused, but for the data."""
+    """Valid arguments of a command, without the data."""
     toml = write_recipe(tmp_path_factory.mktemp("recipe") / "quick.toml", **ONE_STEP)
     return ["--recipe", toml, "--model", one_head]
 
@@ -160,7 +160,7 @@ BAD_DATA = {
 
 
 @pytest.mark.parametrize("name", BAD_DATA)
-def test_data_that_cannot_be_used(capsys, arguments, tmp_path, name):
+def test_unusable_data_is_refused(capsys, arguments, tmp_path, name):
     prepare, sentence = BAD_DATA[name]
     data = tmp_path / "data"
     prepare(data)
@@ -170,7 +170,7 @@ def test_data_that_cannot_be_used(capsys, arguments, tmp_path, name):
 
 
 def test_unusable_images_are_named(capsys, arguments, tmp_path):
-    """By their headers; by their pixels where that is asked for."""
+    """Headers are always checked, pixels only with --check-data."""
     with_a_text(tmp_path / "data")
     said = refused(capsys, tmp_path / "run", "finetune", tmp_path / "data", *arguments)
     for name in ("bee/3.png", "cat/4.png"):
@@ -205,13 +205,13 @@ BAD_RECIPES = {
 
 
 @pytest.mark.parametrize("change", BAD_RECIPES)
-def test_recipes_that_cannot_be_used(capsys, arguments, folder, tmp_path, change):
+def test_unusable_recipes_are_refused(capsys, arguments, folder, tmp_path, change):
     settings = [part for setting in change.split("; ") for part in ("--set", setting)]
     said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, *settings)
     assert re.search(BAD_RECIPES[change], said) and said.endswith("."), said
 
 
-def test_recipes_that_cannot_be_read(capsys, folder, tmp_path):
+def test_unreadable_recipes_are_refused(capsys, folder, tmp_path):
     (tmp_path / "broken.toml").write_text("epochs = = 3\n")
     output = tmp_path / "run"
     said = refused(capsys, output, "finetune", folder, "--recipe", tmp_path / "broken.toml")
@@ -231,7 +231,7 @@ def test_recipes_that_cannot_be_read(capsys, folder, tmp_path):
     assert refused(capsys, output, "finetune", folder, *changes).startswith("architecture: ")
 
 
-def test_a_skip_list_that_is_not_there(capsys, arguments, folder, tmp_path):
+def test_missing_skip_list_is_refused(capsys, arguments, folder, tmp_path):
     path = tmp_path / "nowhere.txt"
     said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, "--skip", path)
     assert "No such file" in said and str(path) in said
@@ -240,7 +240,7 @@ def test_a_skip_list_that_is_not_there(capsys, arguments, folder, tmp_path):
 # Teachers that do not fit
 
 
-def test_a_teacher_of_other_classes(capsys, arguments, folder, tmp_path):
+def test_teacher_with_other_classes_is_refused(capsys, arguments, folder, tmp_path):
     other = save_model(tmp_path / "teacher", num_labels=4, id2label=("ant", "bee", "dog", "elk"))
     distills = ("--set", "distillation=soft")
     arguments = [*arguments[:3], save_model(tmp_path / "student", TWO_HEADS.__name__)]
@@ -251,7 +251,7 @@ def test_a_teacher_of_other_classes(capsys, arguments, folder, tmp_path):
     )
 
 
-def test_a_teacher_that_is_not_asked_for(capsys, arguments, folder, teacher, tmp_path):
+def test_teacher_without_distillation_is_refused(capsys, arguments, folder, teacher, tmp_path):
     said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, "--teacher", teacher)
     assert said == 'distillation is \'none\' and there is a teacher: expected distillation = "hard" or "soft".'
 
@@ -285,7 +285,7 @@ BAD_STORED = {
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # NumPy's, of half an archive
 @pytest.mark.parametrize("name", BAD_STORED)
-def test_stored_logits_that_do_not_fit(capsys, arguments, folder, two_heads, stored, tmp_path, name):
+def test_stored_logits_that_do_not_fit_are_refused(capsys, arguments, folder, two_heads, stored, tmp_path, name):
     change, sentence = BAD_STORED[name]
     path, changed = tmp_path / "bad.npz", change(loaded(stored))
     if changed is None:
@@ -309,7 +309,7 @@ def test_stored_logits_that_do_not_fit(capsys, arguments, folder, two_heads, sto
 # Outputs
 
 
-def test_outputs_that_are_files(capsys, arguments, folder, tmp_path):
+def test_file_as_output_is_refused(capsys, arguments, folder, tmp_path):
     (tmp_path / "file").write_text("mine")
     said = refused(capsys, tmp_path / "file", "finetune", folder, *arguments)
     assert said == f"{tmp_path}/file is a file: expected a directory, or a path that does not exist."
@@ -318,7 +318,7 @@ def test_outputs_that_are_files(capsys, arguments, folder, tmp_path):
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"
 
 
-def test_outputs_that_hold_something_else(capsys, arguments, folder, tmp_path):
+def test_output_with_other_files_is_refused(capsys, arguments, folder, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     for more in ((), ("--force",), ("--resume",)):
@@ -326,7 +326,7 @@ def test_outputs_that_hold_something_else(capsys, arguments, folder, tmp_path):
         assert said == f"{tmp_path}/run is not empty and holds no training run. Choose another directory."
 
 
-def test_outputs_that_hold_a_training(capsys, exported, folder, one_head, tmp_path):
+def test_output_of_another_run_is_refused(capsys, exported, folder, one_head, tmp_path):
     output, begun = exported
     begun = begun[:-1]
     said = refused(capsys, output, *begun)

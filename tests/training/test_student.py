@@ -52,7 +52,7 @@ def same_but_heads(variables, source):
     return all(np.array_equal(before[path], after[path]) for path in paths)
 
 
-def test_two_heads_become_what_the_recipe_says(two_heads, folder):
+def test_two_heads_are_merged_dropped_or_kept(two_heads, folder):
     train, _ = find_images(folder, tiny_recipe(), ())
     pixel_values = np.random.default_rng(0).standard_normal((4, 32, 32, 3)).astype(np.float32)
     model, variables = lf.from_pretrained(two_heads)
@@ -73,7 +73,7 @@ def test_two_heads_become_what_the_recipe_says(two_heads, folder):
 
 
 @pytest.mark.parametrize("changes", [{"heads": "both"}, {"distillation": "hard"}])
-def test_a_head_that_is_lacking_is_announced(one_head, folder, changes):
+def test_missing_head_is_initialized_with_a_warning(one_head, folder, changes):
     train, _ = find_images(folder, tiny_recipe(), ())
     with pytest.warns(UserWarning, match="The checkpoint has no head_dist: these weights are newly initialized"):
         student = student_of(one_head, train, **changes)
@@ -84,7 +84,7 @@ def test_a_head_that_is_lacking_is_announced(one_head, folder, changes):
 
 
 @pytest.mark.parametrize("names", [("ant", "bee"), ("ant", "bee", "dog"), ("ant", "bee", "cat", "dog")])
-def test_other_classes_are_announced(two_heads, tmp_path, names):
+def test_other_classes_initialize_the_heads_with_a_warning(two_heads, tmp_path, names):
     train, _ = find_images(write_images(tmp_path / "data", 2, names), tiny_recipe(), ())
     said = rf"3 classes are not the {len(names)} classes of .*data, for training: its heads are newly initialized\.$"
     with pytest.warns(UserWarning, match=said) as caught:
@@ -100,8 +100,8 @@ def test_other_classes_are_announced(two_heads, tmp_path, names):
     assert same_but_heads(student.variables, two_heads)
 
 
-def test_the_same_classes_in_another_order_go_on(teacher, folder):
-    """In the order of the model: its heads stay, the images' targets change."""
+def test_same_classes_in_another_order_keep_the_heads(teacher, folder):
+    """The targets of the images are permuted to the order of the model."""
     train, _ = find_images(folder, tiny_recipe(), ())
     student = student_of(teacher, train)  # without a warning
     assert student.model.config.id2label == ("cat", "ant", "bee")
@@ -116,7 +116,7 @@ def test_the_same_classes_in_another_order_go_on(teacher, folder):
     assert several.targets.tolist() == [[0, 1, 0], [1, 0, 1]]
 
 
-def test_the_image_size_of_a_recipe(one_head, folder):
+def test_image_size_of_the_recipe_resizes_the_model(one_head, folder):
     train, _ = find_images(folder, tiny_recipe(), ())
     recipe = tiny_recipe(image_size=64)
     student = make_student(one_head, recipe, train)
@@ -132,7 +132,7 @@ def test_the_image_size_of_a_recipe(one_head, folder):
 
 
 @pytest.mark.parametrize(("given", "wanted"), [(None, 0.25), (0.0, 0.0), (0.5, 0.5)])
-def test_stochastic_depth_is_the_recipes_or_else_the_checkpoints(one_head, folder, given, wanted):
+def test_drop_path_rate_defaults_to_the_checkpoint(one_head, folder, given, wanted):
     train, _ = find_images(folder, tiny_recipe(), ())
     student = student_of(one_head, train, drop_path_rate=given)
     assert student.model.config.drop_path_rate == wanted and student.model.config.id2label == CLASSES
@@ -149,7 +149,7 @@ def answers(problem_type, count):
 
 
 @pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
-def test_other_problems_from_the_dataset_to_the_model(two_heads, tmp_path, monkeypatch, problem_type):
+def test_multi_label_and_regression_train_end_to_end(two_heads, tmp_path, monkeypatch, problem_type):
     datasets = pytest.importorskip("datasets")
     generator = np.random.default_rng(0)
     images = [Image.fromarray(generator.integers(0, 256, (36, 40, 3), np.uint8)) for _ in range(34)]
@@ -196,7 +196,7 @@ def test_other_problems_from_the_dataset_to_the_model(two_heads, tmp_path, monke
 
 
 @pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
-def test_a_checkpoint_of_another_problem_learns_one_class(folder, tmp_path, problem_type):
+def test_checkpoint_of_another_problem_type_is_reset(folder, tmp_path, problem_type):
     source = save_model(tmp_path / "model", problem_type=problem_type)
     train, _ = find_images(folder, tiny_recipe(), ())
     config = student_of(source, train).model.config
@@ -204,7 +204,7 @@ def test_a_checkpoint_of_another_problem_learns_one_class(folder, tmp_path, prob
     assert (config.num_labels, config.id2label) == (3, CLASSES)
 
 
-def test_regression_of_as_many_numbers_as_there_were_classes(one_head):
+def test_regression_never_keeps_a_classification_head(one_head):
     images = LabeledImages([], np.zeros((0, 3), np.float32), (), "the data", "regression")
     with pytest.warns(
         UserWarning, match="3 classes are not the 3 classes of the data: its heads are newly initialized"

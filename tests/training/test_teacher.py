@@ -35,7 +35,7 @@ def log_softmax(logits):
 
 
 def by_hand(two_heads, teacher, folder, kind):
-    """Return the loss of the first step, from the logits of both models for all images to train on."""
+    """Return the loss of the first step, computed from the logits of both models."""
     train, _ = find_images(folder, tiny_recipe(), ())
     pixels = np.stack([PROCESSOR.resize_and_crop(path) for path in train.images])
     model, variables = lf.from_pretrained(two_heads)
@@ -52,7 +52,7 @@ def by_hand(two_heads, teacher, folder, kind):
 
 
 def as_function(teacher):
-    """Return what the teacher computes as a function of the student's pixel values."""
+    """Return the teacher as a function of the student's pixel values."""
     classifier = lf.ImageClassifier.from_pretrained(teacher)
     model, variables, own = classifier.model, classifier.variables, classifier.processor
 
@@ -68,7 +68,7 @@ def as_function(teacher):
 
 
 @pytest.mark.parametrize("kind", ["hard", pytest.param("soft", marks=pytest.mark.slow)])
-def test_every_kind_of_teacher_teaches_the_same(two_heads, teacher, stored, folder, tmp_path, kind):
+def test_every_kind_of_teacher_gives_the_same_loss(two_heads, teacher, stored, folder, tmp_path, kind):
     wanted = by_hand(two_heads, teacher, folder, kind)
     recipe = tiny_recipe(**DISTILLED, distillation=kind)
     for name, source in {"directory": teacher, "function": as_function(teacher), "stored": stored}.items():
@@ -77,14 +77,14 @@ def test_every_kind_of_teacher_teaches_the_same(two_heads, teacher, stored, fold
         assert report["last"]["train_loss"] == pytest.approx(wanted, rel=ROUNDING), name
 
 
-def test_a_function_of_other_classes(two_heads, folder, tmp_path):
+def test_function_with_other_classes_is_refused(two_heads, folder, tmp_path):
     recipe = tiny_recipe(**DISTILLED, distillation="soft")
     with pytest.raises(ValueError, match=r"logits have the shape \(27, 10\): expected \(27, 3\), one row per image"):
         finetune(folder, tmp_path / "run", model=two_heads, recipe=recipe, teacher=lambda x: jnp.zeros((len(x), 10)))
 
 
-def test_stored_logits_follow_the_images(teacher, stored, folder):
-    """In whatever order either comes, and in the student's order of classes."""
+def test_stored_logits_are_matched_by_path(teacher, stored, folder):
+    """The order of images and of classes may differ from the stored one."""
     train, held_back = find_images(folder, tiny_recipe(), ())
     classifier = lf.ImageClassifier.from_pretrained(teacher)
     for images in (train, held_back):
