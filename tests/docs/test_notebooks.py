@@ -24,7 +24,7 @@ def code_cells(path):
 
 
 def shown(cell):
-    """Return the kinds of outputs of a cell, and its printed text with all numbers replaced, which depend on the machine."""
+    """Return the kinds of outputs of a cell and its printed text, without numbers, which depend on the machine."""
     return [
         (output["name"], re.sub(r"\d[\d.,]*", "0", " ".join("".join(output["text"]).split())))
         if output["output_type"] == "stream"
