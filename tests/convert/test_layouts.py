@@ -42,6 +42,9 @@ MODELS = [
     for name in CONFIGS
     for heads in (2, 1)
 ]
+FUSED_MODELS = [
+    pytest.param(name, heads, marks=() if name == "small" else pytest.mark.slow) for name in CONFIGS for heads in (2, 1)
+]
 
 
 def as_tensors(arrays):
@@ -111,7 +114,7 @@ def config_as_inferred(config):
     return lf.LevitConfig.from_dict({**config.to_dict(), "levit_flax": {}})
 
 
-@pytest.mark.parametrize(("name", "heads"), MODELS)
+@pytest.mark.parametrize(("name", "heads"), FUSED_MODELS)
 def test_fused_layouts_equal_timm_and_our_folding(name, heads):
     """A model fused by timm computes the same here, and folding gives the same numbers."""
     from timm.utils import reparameterize_model

@@ -27,7 +27,7 @@ from levit_flax.convert.sources import open_source
 from levit_flax.convert.timm_files import write_timm_config
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
-KILLS, SHORT_KILLS = 50, 8
+KILLS, SHORT_KILLS = 50, 6
 
 
 @pytest.fixture
@@ -283,6 +283,8 @@ def hub(monkeypatch, tmp_path):
     """A Hub on this machine, with an empty cache of downloads."""
     with HubServer() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
