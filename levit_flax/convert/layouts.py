@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from levit_flax.attention import offset_index
+from levit_flax.choices import WRITTEN_LAYOUTS as WRITTEN_LAYOUTS
 from levit_flax.configuration import LevitConfig
 
 from .errors import ConversionError
@@ -124,7 +125,6 @@ class CheckpointLayout(NamedTuple):
         norm: name of the batch norm.
         kernel: permutation of the kernels of linear layers outside the heads.
         index_tables: whether the layout stores `attention_bias_idxs`.
-        written: whether the layout can be written; all can be read.
     """
 
     name: str
@@ -140,7 +140,6 @@ class CheckpointLayout(NamedTuple):
     norm: str
     kernel: Permutation = Permutation.TRANSPOSE
     index_tables: bool = False
-    written: bool = True
 
     def rows(self, structure: Structure) -> Iterator[Row]:
         """Yield a row for every tensor of a model with this structure."""
@@ -385,10 +384,9 @@ LAYOUTS = {
         TIMM,
         TIMM._replace(name="timm_conv", kernel=Permutation.OI11_TO_IO),
         FACEBOOK,  # also timm before 0.8
-        FACEBOOK._replace(name="facebook_conv", kernel=Permutation.OI11_TO_IO, written=False),  # levit_c.py
+        FACEBOOK._replace(name="facebook_conv", kernel=Permutation.OI11_TO_IO),  # levit_c.py; read only
     )
 }
-WRITTEN_LAYOUTS = tuple(layout.name for layout in LAYOUTS.values() if layout.written)
 
 # Tensors that are not converted, by the last part of their name, each with the reason.
 IGNORED = {
