@@ -48,7 +48,7 @@ def test_warmup_is_rounded_to_steps():
 
 @pytest.mark.parametrize("factor", [-0.1, float("nan"), "fast", True])
 def test_factors_that_are_no_numbers_are_refused(factor):
-    with pytest.raises(RecipeError, match=r"learning_rates gives '\.\*' the factor .*: expected a number"):
+    with pytest.raises(RecipeError, match=r"learning_rates gives '\.\*' the factor .*: expected a non-negative number"):
         Recipe(learning_rates={".*": factor})
 
 
