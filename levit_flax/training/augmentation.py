@@ -63,7 +63,7 @@ def random_resized_crop(
 ) -> Image.Image:
     """Return a random crop resized to `size` (width, height)."""
     box = random_box(image.size, rng, recipe.crop_scale, recipe.crop_ratio)
-    return image.crop(box).resize(size, draw_resampling(rng, recipe))
+    return image.crop(box).resize(size, _draw_resampling(rng, recipe))
 
 
 def random_box(
@@ -87,7 +87,7 @@ def random_box(
     return left, top, left + w, top + h
 
 
-def draw_resampling(rng: np.random.Generator, recipe: Recipe) -> Image.Resampling:
+def _draw_resampling(rng: np.random.Generator, recipe: Recipe) -> Image.Resampling:
     """Return the filter of the recipe, drawn at random for "random"."""
     name = str(rng.choice(list(RESAMPLINGS))) if recipe.interpolation == "random" else recipe.interpolation
     return RESAMPLINGS[name]
@@ -119,7 +119,7 @@ def rand_augment(image: Image.Image, rng: np.random.Generator, recipe: Recipe, f
         magnitude = rng.normal(recipe.rand_augment_magnitude, recipe.rand_augment_deviation)
         strength = min(max(magnitude, 0.0), 10.0) / 10
         sign = int(rng.choice((-1, 1)))
-        image = OPERATIONS[name](image, strength, sign, fill, draw_resampling(rng, recipe))
+        image = OPERATIONS[name](image, strength, sign, fill, _draw_resampling(rng, recipe))
     return image
 
 

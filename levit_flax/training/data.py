@@ -71,12 +71,12 @@ def read_images(
 def find_images(source: str | Path, recipe: Recipe, skip: Collection[str]) -> tuple[LabeledImages, LabeledImages]:
     """Like `read_images`, but does not open the files."""
     directory = Path(source).expanduser()
-    parts = read_folders(directory, skip) if directory.is_dir() else read_dataset(str(source), skip)
+    parts = _read_folders(directory, skip) if directory.is_dir() else read_dataset(str(source), skip)
     train = parts[TRAIN_FOLDER]
     if train.labels and len(train.labels) < 2:
         raise DataError(f"{train.where} has one class, {train.labels[0]}: expected two or more.")
     if len(parts) == 1:
-        train, validation = split(train, recipe)
+        train, validation = _split(train, recipe)
     else:
         validation = next(part for name, part in parts.items() if name != TRAIN_FOLDER)
         if validation.labels != train.labels:
@@ -92,7 +92,7 @@ def find_images(source: str | Path, recipe: Recipe, skip: Collection[str]) -> tu
     return train, validation
 
 
-def read_folders(directory: Path, skip: Collection[str]) -> dict[str, LabeledImages]:
+def _read_folders(directory: Path, skip: Collection[str]) -> dict[str, LabeledImages]:
     """Return the training part of a directory, under the name "train", and its validation part if there is one."""
     if not (directory / TRAIN_FOLDER).is_dir():
         return {TRAIN_FOLDER: read_folder(directory, skip=skip)}
@@ -102,7 +102,7 @@ def read_folders(directory: Path, skip: Collection[str]) -> dict[str, LabeledIma
 
 
 def read_dataset(name: str, skip: Collection[str] = ()) -> dict[str, LabeledImages]:
-    """Like `read_folders`, for a Hugging Face dataset."""
+    """Like `_read_folders`, for a Hugging Face dataset."""
     found = load_dataset(name)
     if TRAIN_FOLDER not in found:
         raise DataError(f"The dataset {name} has the splits {', '.join(found)}: expected one named {TRAIN_FOLDER}.")
@@ -117,7 +117,7 @@ def read_dataset(name: str, skip: Collection[str] = ()) -> dict[str, LabeledImag
     }
 
 
-def split(data: LabeledImages, recipe: Recipe) -> tuple[LabeledImages, LabeledImages]:
+def _split(data: LabeledImages, recipe: Recipe) -> tuple[LabeledImages, LabeledImages]:
     """Hold back `validation_share` of the images, of each class if there are classes, for validation."""
     if not recipe.validation_share:
         raise DataError(

@@ -116,7 +116,7 @@ class Totals:
 
 
 @dataclasses.dataclass
-class Clock:
+class _Clock:
     """Timings since the end of the first step of a session, which includes compilation.
 
     Attributes:
@@ -140,7 +140,7 @@ class Clock:
 class Session:
     """The state, the step and the checkpoints of a training run in this process; every host has its own session."""
 
-    clock: Clock
+    clock: _Clock
     checkpoints: Checkpoints
     stop_signal: StopSignal
     state: State
@@ -180,7 +180,7 @@ class Session:
             stop_signals(self.shard.count > 1) as self.stop_signal,
         ):
             self.restore()
-            self.clock = Clock(self.step)
+            self.clock = _Clock(self.step)
             if self.evaluation_due():  # an unusable image stopped it before
                 self.end_epoch()
             while self.step < self.total:
@@ -218,7 +218,7 @@ class Session:
         self.pending.append((self.step, metrics))
         self.collect(MAX_PENDING_STEPS)
         if self.clock.begin is None:
-            self.clock = Clock(self.step, time.perf_counter())
+            self.clock = _Clock(self.step, time.perf_counter())
 
     def save(self) -> None:
         """Start saving a checkpoint, unless this step was restored from one."""

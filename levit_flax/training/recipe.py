@@ -198,15 +198,17 @@ class Recipe:
             if span and not (len(span) == 2 and 0 < span[0] <= span[1]):
                 raise RecipeError(f"{name} is {list(span)}: expected two positive numbers in ascending order.")
         if self.warmup_epochs >= self.epochs:
-            raise RecipeError(f"warmup_epochs is {self.warmup_epochs}: expected less than epochs, {self.epochs}.")
+            raise RecipeError(f"warmup_epochs is {self.warmup_epochs}: expected less than epochs ({self.epochs}).")
 
     def _check_range(self, name: str, value: Any) -> None:
         if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
             raise RecipeError(f"{name} is {value}: expected a non-negative number.")
         if name in POSITIVE and value <= 0:
             raise RecipeError(f"{name} is {value}: expected more than 0.")
-        if (name in SHARES and value > 1) or (name in BELOW_ONE and value is not None and value >= 1):
-            raise RecipeError(f"{name} is {value}: expected a share from 0 to 1.")
+        if name in BELOW_ONE and value is not None and value >= 1:
+            raise RecipeError(f"{name} is {value}: expected a number less than 1.")
+        if name in SHARES and value > 1:
+            raise RecipeError(f"{name} is {value}: expected a number from 0 to 1.")
 
     @property
     def peak_learning_rate(self) -> float:

@@ -26,12 +26,12 @@ from .outputs import (
 )
 from .recipe import RecipeError
 
-RUN_FILE = "run.json"
+_RUN_FILE = "run.json"
 CHECKPOINT_DIRECTORY = "checkpoints"
 
 # A run writes only these names, and overwrite=True removes only these.
-OWN_NAMES = (
-    RUN_FILE,
+_OWN_NAMES = (
+    _RUN_FILE,
     REPORT_FILE,
     METRICS_FILE,
     CURVES_FILE,
@@ -40,7 +40,7 @@ OWN_NAMES = (
     TORCH_DIRECTORY,
     TENSORBOARD_DIRECTORY,
 )
-LISTED_DIFFERENCES = 5  # in an error message
+_LISTED_DIFFERENCES = 5  # in an error message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +130,9 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output} is a file: expected a directory, or a path that does not exist.")
     names = [entry.name for entry in output.iterdir()] if output.is_dir() else []
-    occupied = any(
-        not name.startswith(f".{RUN_FILE}.") for name in names
-    )  # temporary files of a killed run do not count
-    if occupied and not (output / RUN_FILE).is_file():
+    # A run that was killed at its start may leave a temporary file, which does not count.
+    occupied = any(not name.startswith(f".{_RUN_FILE}.") for name in names)
+    if occupied and not (output / _RUN_FILE).is_file():
         raise FileExistsError(f"{output} is not empty and holds no training run. Choose another directory.")
     if occupied and not resume and not overwrite:
         raise FileExistsError(
@@ -160,16 +159,18 @@ def check_sources(output: Path, *sources: Any) -> None:
 
 def read_run(output: Path) -> RunSettings | None:
     """Return the settings of the run in a directory, or None if there is no run."""
-    path = output / RUN_FILE
+    path = output / _RUN_FILE
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
     try:
         return RunSettings.from_dict(json.loads(text))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError):
+        keys = ", ".join(field.name for field in dataclasses.fields(RunSettings))
         raise ValueError(
-            f"{path} does not hold the settings of a training run: {error}. Start the run again with overwrite=True."
+            f"{path} does not hold the settings of a training run: expected a JSON object with the keys {keys}. Start"
+            " the run again with overwrite=True."
         ) from None
 
 
@@ -178,7 +179,7 @@ def check_same(output: Path, old: RunSettings, new: RunSettings) -> None:
     found = [f"{name} (was {before!r}, is {after!r})" for name, before, after in old.differences(new)]
     if found:
         raise RecipeError(
-            f"{output} was started with other settings: {'; '.join(found[:LISTED_DIFFERENCES])}. Resume with the same"
+            f"{output} was started with other settings: {'; '.join(found[:_LISTED_DIFFERENCES])}. Resume with the same"
             " settings, or start again with overwrite=True."
         )
 
@@ -186,9 +187,9 @@ def check_same(output: Path, old: RunSettings, new: RunSettings) -> None:
 def prepare_output(output: Path, settings: RunSettings, resumed: bool) -> None:
     """Remove temporary files of a killed run. For a new run, also remove an older run and write the settings."""
     for entry in output.iterdir():
-        temporary = entry.name.startswith(tuple(f".{name}." for name in OWN_NAMES))
-        old = not resumed and entry.name in OWN_NAMES and entry.name != RUN_FILE
+        temporary = entry.name.startswith(tuple(f".{name}." for name in _OWN_NAMES))
+        old = not resumed and entry.name in _OWN_NAMES and entry.name != _RUN_FILE
         if temporary or old:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     if not resumed:
-        files.write_text(output / RUN_FILE, json.dumps(settings.to_dict(), indent=2) + "\n")
+        files.write_text(output / _RUN_FILE, json.dumps(settings.to_dict(), indent=2) + "\n")

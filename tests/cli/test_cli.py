@@ -83,7 +83,7 @@ def test_help_is_quick():
     assert quickest("--help", clock=processor_time) < HELP_SECONDS
 
 
-@pytest.mark.parametrize("switch", ["true", "false"])
+@pytest.mark.parametrize("switch", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_compilation_cache_is_kept_unless_disabled(image, tmp_path, monkeypatch, switch):
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", switch)
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # they take long and change nothing here

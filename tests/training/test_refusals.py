@@ -326,6 +326,15 @@ def test_output_with_other_files_is_refused(capsys, arguments, folder, tmp_path)
         assert said == f"{tmp_path}/run is not empty and holds no training run. Choose another directory."
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"data": 1}'])
+def test_damaged_run_file_is_named(capsys, arguments, folder, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(content)
+    said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, "--resume")
+    assert said.startswith(f"{tmp_path}/run/run.json does not hold the settings of a training run: ")
+    assert said.endswith(". Start the run again with --force.")
+
+
 def test_output_of_another_run_is_refused(capsys, exported, folder, one_head, tmp_path):
     output, begun = exported
     begun = begun[:-1]

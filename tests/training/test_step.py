@@ -503,12 +503,15 @@ def test_clipping_equals_timm_on_every_tensor():
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"head/.*": 1.0}, r'learning_rates does not cover .*/attention_biases: every parameter .* end with "\.\*"'),
+        (
+            {"head/.*": 1.0},
+            r'learning_rates does not cover .*/attention_biases: expected a pattern for every parameter. Add "\.\*" at',
+        ),
         (
             {".*": 1.0, "head/.*": 2.0},
-            r"learning_rates: 'head/\.\*' matches no parameter that an earlier pattern leaves",
+            r"learning_rates: 'head/\.\*' matches no parameter, or only those of earlier patterns",
         ),
-        ({"(": 1.0, ".*": 1.0}, r"learning_rates: '\(' is not a regular expression \(missing \)"),
+        ({"(": 1.0, ".*": 1.0}, r"learning_rates: '\(' is not a valid regular expression \(missing \)"),
         ({"head": 0.0, ".*": 1.0}, r"learning_rates: 'head' matches no parameter"),  # the whole path must match
     ],
 )
