@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 
 from levit_flax.attention import offset_index
-from levit_flax.choices import WRITTEN_LAYOUTS as WRITTEN_LAYOUTS
 from levit_flax.configuration import LevitConfig
 
 from .errors import ConversionError

@@ -9,12 +9,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from levit_flax.checkpoint import check_variables, save_tensors
+from levit_flax.choices import WRITTEN_LAYOUTS
 from levit_flax.configuration import LevitConfig
 from levit_flax.files import write_atomically
 from levit_flax.modeling import LevitBase
 
 from .errors import ConversionError
-from .layouts import LAYOUTS, WRITTEN_LAYOUTS, Row, Structure, index_table
+from .layouts import LAYOUTS, Row, Structure, index_table
 
 # Files with these suffixes are pickles, which only PyTorch writes.
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin")

@@ -20,11 +20,13 @@ import levit_flax as lf
 from configs import SMALL, in_another_order, random_variables
 from hub_server import HubServer
 from levit_flax import checkpoint, convert, loading
+from levit_flax import hub as hub_module
 from levit_flax.cli import main
 from levit_flax.convert import ConversionError, conversion, verification, workflow
 from levit_flax.convert.layouts import LAYOUTS, Structure, index_table
 from levit_flax.convert.sources import open_source
 from levit_flax.convert.timm_files import write_timm_config
+from levit_flax.hub import HubError, HubOptions
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
 KILLS, SHORT_KILLS = 50, 6
@@ -268,6 +270,22 @@ def test_pytorch_options_for_a_converted_model_are_refused(own, tmp_path):
     for options in ({"image_size": 96}, {"ema": True}):
         with pytest.raises(ValueError, match=r"and image_size=\.\.\. and ema=True apply only to PyTorch"):
             run(own, tmp_path / "out", **options)
+
+
+def test_every_hub_option_reaches_the_hub(tmp_path, monkeypatch):
+    options = HubOptions("v2", "hf_token", tmp_path / "cache", local_files_only=True)
+    asked = []
+
+    def resolve(source, **arguments):
+        asked.append((source, arguments["options"]))
+        raise HubError("no Hub here")
+
+    monkeypatch.setattr(hub_module, "resolve", resolve)
+    with pytest.raises(HubError, match="no Hub here"):
+        run("someone/levit", tmp_path / "out", options=options)
+    with pytest.raises(HubError, match="no Hub here"):
+        convert.from_torch("someone/levit", **dataclasses.asdict(options))
+    assert asked == [("someone/levit", options)] * 2
 
 
 def test_overwriting_removes_the_old_report(own, tmp_path):
