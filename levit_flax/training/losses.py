@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from levit_flax.configuration import SINGLE_LABEL
-from levit_flax.modeling import classification_loss
+from levit_flax.modeling_outputs import classification_loss
 
 
 def soft_targets(labels: jax.Array, num_labels: int, smoothing: float, dtype: jax.typing.DTypeLike) -> jax.Array:

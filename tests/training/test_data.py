@@ -110,7 +110,9 @@ def test_listed_images_are_skipped(tmp_path):
     found = [name for part in find_images(tmp_path, tiny_recipe(), skip) for name, _ in listed(part, tmp_path)]
     assert found == [name for name in names if name not in ("train/ant/1 x.png", "val/cat/0 x.png")]
     everything = {name for name in names if name.startswith("train/bee")}
-    with pytest.raises(DataError, match="train/bee holds no images: fill the folder of the class, or remove it"):
+    with pytest.raises(
+        DataError, match=r"train/bee has no images: expected at least one per class\. Add images, or remove the folder"
+    ):
         find_images(tmp_path, tiny_recipe(), everything)
 
 

@@ -137,10 +137,10 @@ def with_other_classes(directory):
 
 
 BAD_DATA = {
-    "empty": (Path.mkdir, "{data} has no folders: expected one for each class, with the class's images in it."),
+    "empty": (Path.mkdir, "{data} has no folders: expected one folder of images per class."),
     "an empty class": (
         with_an_empty_class,
-        "{data}/dog holds no images: fill the folder of the class, or remove it.",
+        "{data}/dog has no images: expected at least one per class. Add images, or remove the folder.",
     ),
     "one class": (images_of(10), "{data} has one class, ant: expected two or more."),
     "one image in a class": (
@@ -314,7 +314,7 @@ def test_file_as_output_is_refused(capsys, arguments, folder, tmp_path):
     said = refused(capsys, tmp_path / "file", "finetune", folder, *arguments)
     assert said == f"{tmp_path}/file is a file: expected a directory, or a path that does not exist."
     said = refused(capsys, tmp_path / "file" / "deeper", "finetune", folder, *arguments)
-    assert said.startswith(f"Cannot write {tmp_path}/file/deeper: ") and said.endswith("that you may write to.")
+    assert said.startswith(f"Cannot write {tmp_path}/file/deeper: ") and said.endswith("with enough space.")
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"
 
 
