@@ -29,7 +29,7 @@ from levit_flax.convert.timm_files import write_timm_config
 from levit_flax.hub import HubError, HubOptions
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
-KILLS, SHORT_KILLS = 50, 6
+KILLS, SHORT_KILLS = 50, 8
 
 
 @pytest.fixture
@@ -351,18 +351,18 @@ def test_converted_model_on_the_hub_converts_back(hub, own, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kills", "config"),
+    ("kills", "delay", "config"),
     [
-        pytest.param(SHORT_KILLS, lf.LevitConfig(**SMALL), id="short"),
-        pytest.param(KILLS, lf.VARIANTS["levit-128S"], id="long", marks=pytest.mark.slow),
+        pytest.param(SHORT_KILLS, 0.05, lf.LevitConfig(**SMALL), id="short"),
+        pytest.param(KILLS, 0.0, lf.VARIANTS["levit-128S"], id="long", marks=pytest.mark.slow),
     ],
 )
-def test_killed_conversion_writes_all_or_nothing(tmp_path, kills, config):
+def test_killed_conversion_writes_all_or_nothing(tmp_path, kills, delay, config):
     model = lf.LevitForImageClassificationWithTeacher(config)
     convert.save_torch(tmp_path / "levit.safetensors", model, random_variables(model), "facebook")
     (tmp_path / "outputs").mkdir()
     program = ["-W", "ignore", PROGRAMS / "killed_conversion.py"]
-    arguments = [tmp_path / "levit.safetensors", tmp_path / "outputs", str(kills), "0"]
+    arguments = [tmp_path / "levit.safetensors", tmp_path / "outputs", str(kills), "0", str(delay)]
     done = subprocess.run([sys.executable, *program, *arguments], check=False)
     assert done.returncode == 0
     whole = {path.name: path.read_bytes() for path in (tmp_path / "outputs" / "whole").iterdir()}
