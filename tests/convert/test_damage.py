@@ -1,6 +1,6 @@
-"""A thousand damaged checkpoints: each is refused in a sentence, or computes what PyTorch computes from the same file.
+"""Damaged checkpoints: each is refused with an error, or computes the same as PyTorch from the same file.
 
-Whatever happens, nothing half-written stays behind. Run with -s to see the table of outcomes.
+No partial output is left. Run with -s to see the table of outcomes; the slow case has a thousand files.
 """
 
 import json
@@ -22,7 +22,7 @@ from levit_flax.convert import workflow  # noqa: E402
 
 SEED = 20211
 ROUNDS = 11  # of every damage to every checkpoint: 11 * 14 * 7 = 1,078
-SHORT_ROUNDS = 3
+SHORT_ROUNDS = 1
 
 CHECKPOINTS = [
     (layout, folded) for layout in convert.WRITTEN_LAYOUTS for folded in (False, True) if layout != "hf" or not folded
@@ -55,7 +55,7 @@ def rename(tensors, generator, _):
 
 
 def swap(tensors, generator, _):
-    """Exchange two tensors, sometimes of the same shape: then nothing tells, and PyTorch computes the same."""
+    """Exchange two tensors; if their shapes are equal, nothing is detectable and PyTorch computes the same."""
     one, other = (pick(tensors, generator) for _ in range(2))
     tensors[one], tensors[other] = tensors[other], tensors[one]
 
@@ -82,7 +82,7 @@ def poison(tensors, generator, _):
 
 
 def recount(tensors, generator, _):
-    """Spoil a number: a counter of batches or an entry of an index table, where there are any."""
+    """Change an integer: a batch counter or an entry of an index table, if there are any."""
     names = [name for name, array in tensors.items() if array.dtype.kind == "i"]
     if names:
         name = str(generator.choice(names))
@@ -92,7 +92,7 @@ def recount(tensors, generator, _):
 
 
 def shuffle_table(tensors, generator, _):
-    """Shuffle an index table, or add one of the wrong kind where the layout has none."""
+    """Shuffle an index table, or add a wrong one if the layout has none."""
     names = [name for name in tensors if name.endswith("attention_bias_idxs")]
     if not names:
         biases = str(generator.choice([name for name in tensors if name.endswith("attention_biases")]))
@@ -108,7 +108,7 @@ def shuffle_table(tensors, generator, _):
 
 
 def mix(tensors, generator, others):
-    """Put some tensors of another layout in."""
+    """Add some tensors of another layout."""
     other = others[generator.integers(len(others))]
     for name in generator.choice(list(other), generator.integers(1, 20), replace=False):
         tensors[str(name)] = other[str(name)]
@@ -135,7 +135,7 @@ def flip_header(data, generator):
 
 
 def lie(data, generator):
-    """Write a header that is well formed and not true."""
+    """Write a well-formed header with wrong content."""
     length = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + length])
     name = str(generator.choice([name for name in header if name != "__metadata__"]))
@@ -168,7 +168,7 @@ def checkpoints():
 
 
 def outcome_of(path, out):
-    """Convert with proof, and return what happened; whatever is neither a result nor a sentence is raised."""
+    """Convert with verification and return the outcome; unexpected exceptions propagate."""
     try:
         report = workflow.convert_to_directory(str(path), out).to_dict()
     except (ValueError, OSError) as error:
@@ -180,7 +180,7 @@ def outcome_of(path, out):
     else:
         assert report["proof"]["round trip"]["passed"]
         assert set(OWN_FILES) == {file.name for file in out.iterdir()}
-        # The proof is PyTorch's own result from the same file, or a sentence why there is none.
+        # Either PyTorch computes the same from this file, or the report gives the reason why it was not compared.
         kind = "equal to PyTorch" if report["proof"]["PyTorch"]["passed"] else "not comparable"
         assert report["proof"]["PyTorch"]["passed"] is not False
         for file in out.iterdir():
@@ -191,7 +191,7 @@ def outcome_of(path, out):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of PyTorch's and NumPy's, on numbers made to overflow
 @pytest.mark.parametrize("rounds", [SHORT_ROUNDS, pytest.param(ROUNDS, marks=pytest.mark.slow)])
-def test_a_thousand_damaged_checkpoints(checkpoints, tmp_path, rounds):
+def test_damaged_checkpoints_are_refused_or_read_as_by_pytorch(checkpoints, tmp_path, rounds):
     generator = np.random.default_rng(SEED)
     outcomes: dict[str, Counter[str]] = {}
     path, out = tmp_path / "levit.safetensors", tmp_path / "out"
@@ -218,4 +218,4 @@ def test_a_thousand_damaged_checkpoints(checkpoints, tmp_path, rounds):
     assert outcomes["truncate"].keys() == {"refused"} and outcomes["drop"].keys() == {"refused"}
     assert not any(counter["not comparable"] for counter in outcomes.values())
     for damage in ("swap", "retype", "poison", "flip", "shuffle_table"):  # so that the other outcome is tested too
-        assert outcomes[damage]["equal to PyTorch"] >= 5 * rounds // ROUNDS, damage
+        assert outcomes[damage]["equal to PyTorch"] >= max(1, 5 * rounds // ROUNDS), damage

@@ -42,7 +42,7 @@ def logits(model, variables, pixel_values):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_cats(family, tmp_path):
+def test_logits_of_two_cats_are_the_published_ones(family, tmp_path):
     """The classifier's processor too has to be right for this one; timm's resizes otherwise, so ours is given."""
     image = fetch(CATS, tmp_path / "cats.png")
     pixel_values = lf.LevitImageProcessor()(image, return_tensors="np")["pixel_values"]
@@ -53,7 +53,7 @@ def test_two_cats(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_all_zero_image(family):
+def test_logits_of_a_zero_image_are_the_published_ones(family):
     model, variables = load(family, "384")
     found = logits(model, variables, np.zeros((1, 224, 224, 3), np.float32))
     np.testing.assert_allclose(found[0, :2], ZERO_LOGITS, atol=ZERO_TOLERANCE)
@@ -62,7 +62,7 @@ def test_an_all_zero_image(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_first_attention_biases(family):
+def test_first_attention_biases_have_the_published_deviation(family):
     biases = load(family, "128S")[1]["params"]["stage_0"]["block_0"]["attention"]["attention_biases"]
     assert np.std(np.asarray(biases, np.float64), ddof=1) == pytest.approx(BIAS_DEVIATION, rel=1e-6)
 
@@ -71,7 +71,7 @@ def test_the_first_attention_biases(family):
     "name",
     ["LeViT-128S-96703c44", "LeViT-128-b88c2750", "LeViT-192-92712e41", "LeViT-256-13b5763e", "LeViT-384-9bdaf2e2"],
 )
-def test_the_original_files(name, tmp_path):
+def test_original_files_hold_the_same_tensors(name, tmp_path):
     """The same tensors as transformers' copy, and a name that tells the hash."""
     path = fetch(f"{ORIGINAL}{name}.pth", tmp_path / f"{name}.pth")
     assert hashlib.sha256(path.read_bytes()).hexdigest().startswith(name[-8:])

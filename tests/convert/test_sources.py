@@ -35,33 +35,33 @@ def assert_holds(source, tensors, **options):
 
 @pytest.mark.parametrize("wrapper", ["model", "state_dict"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_wrappers_and_prefixes_come_off(tensors, wrapper, prefix):
+def test_wrappers_and_prefixes_are_removed(tensors, wrapper, prefix):
     wrapped = {wrapper: {prefix + name: array for name, array in tensors.items()}, "epoch": 3}
     assert_holds(wrapped, tensors)
     taken_off = "".join(open_source(wrapped).wrappers[1:])
     assert open_source(wrapped).wrappers[0] == wrapper and taken_off == prefix
 
 
-def test_prefixes_come_off_files_too(tensors, tmp_path):
+def test_prefixes_in_files_are_removed(tensors, tmp_path):
     save_file({f"module.{name}": array for name, array in tensors.items()}, tmp_path / "levit.safetensors")
     assert_holds(tmp_path / "levit.safetensors", tensors)
 
 
-def test_a_model_with_a_place_for_heads_and_none_in_it():
-    """transformers' classes for classification leave the heads out where there are no classes."""
+def test_classification_model_without_heads_is_read():
+    """The classification models of transformers have no heads if there are no classes."""
     model = lf.LevitModel(lf.LevitConfig(**{**SMALL, "num_labels": 0}))
     tensors = convert.to_torch(model, random_variables(model))
     assert_holds({f"levit.{name}": array for name, array in tensors.items()}, tensors)
 
 
-def test_a_prefix_that_only_some_names_have_stays(tensors):
+def test_partial_prefix_is_kept(tensors):
     _, first, *_ = tensors
     with pytest.raises(ConversionError, match=f"1 unexpected: module.{first}"):
         convert.from_torch({f"module.{name}" if name == first else name: array for name, array in tensors.items()})
 
 
 @pytest.mark.parametrize(("plain", "average"), [("model", "model_ema"), ("state_dict", "state_dict_ema")])
-def test_the_average_is_asked_for(tensors, averaged, plain, average):
+def test_averaged_weights_need_ema(tensors, averaged, plain, average):
     both = {plain: tensors, average: averaged}
     assert_holds(both, tensors)
     assert_holds(both, averaged, ema=True)
@@ -71,7 +71,7 @@ def test_the_average_is_asked_for(tensors, averaged, plain, average):
         convert.from_torch({average: averaged})
 
 
-def test_there_may_be_no_average(tensors, tmp_path):
+def test_missing_averaged_weights_are_refused(tensors, tmp_path):
     with pytest.raises(ConversionError, match=r"has no averaged weights: .* Remove ema=True"):
         convert.from_torch({"model": tensors}, ema=True)
     save_file(tensors, tmp_path / "levit.safetensors")
@@ -79,8 +79,8 @@ def test_there_may_be_no_average(tensors, tmp_path):
         convert.from_torch(tmp_path / "levit.safetensors", ema=True)
 
 
-def test_a_checkpoint_of_the_original_s_training(tensors, averaged, tmp_path):
-    """With an optimizer, a scaler and the command line in it, as main.py of the original repository saves it."""
+def test_training_checkpoint_of_the_original_repository_is_read(tensors, averaged, tmp_path):
+    """main.py of the original repository also saves an optimizer, a scaler and the arguments."""
     torch = pytest.importorskip("torch")
     as_tensors = [{n: torch.from_numpy(np.array(a)) for n, a in state.items()} for state in (tensors, averaged)]
     parameter = torch.nn.Parameter(torch.ones(3))
@@ -102,13 +102,13 @@ def test_a_checkpoint_of_the_original_s_training(tensors, averaged, tmp_path):
     assert_holds(path, averaged, ema=True)
 
 
-def test_a_whole_model_is_not_a_state_dict():
+def test_pickled_model_is_refused():
     with pytest.raises(ConversionError, match="found an object of type float under 'loss'"):
         convert.from_torch({"epoch": np.zeros(1), "loss": 0.5})
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_the_hash_in_a_file_s_name(tensors, tmp_path, right):
+def test_wrong_hash_in_a_file_name_warns(tensors, tmp_path, right):
     save_file(tensors, tmp_path / "levit.safetensors")
     digest = hashlib.sha256((tmp_path / "levit.safetensors").read_bytes()).hexdigest()
     named = digest[:8] if right else "96703c44"
@@ -122,8 +122,8 @@ def test_the_hash_in_a_file_s_name(tensors, tmp_path, right):
         assert "96703c44" in opened.notes[0]
 
 
-def test_index_tables_in_another_order_reorder_the_biases(tensors):
-    """A table that numbers the distances otherwise tells where each bias stands; the biases come into our order."""
+def test_index_tables_in_another_order_permute_the_biases(tensors):
+    """If a table only orders the offsets differently, the biases are permuted to match."""
     expected = convert.from_torch(tensors)[1]
     tables = {name: array for name, array in tensors.items() if name.endswith("attention_bias_idxs")}
     reordered = in_another_order(tensors, tables)
@@ -155,7 +155,7 @@ def test_wrong_index_tables_are_refused(tensors, damage):
         convert.from_torch({**tensors, name: table})
 
 
-def test_the_image_size_is_reported_and_overridden(tensors):
+def test_image_size_is_reported_and_can_be_overridden(tensors):
     from levit_flax.convert import conversion
 
     source = open_source(tensors)
@@ -190,7 +190,7 @@ def damaged_config(**changes):
     ],
     ids=lambda values: ",".join(key for key in values if values[key] != damaged_config().get(key)),
 )
-def test_malformed_configs_are_named(tmp_path, tensors, values):
+def test_malformed_configs_are_refused(tmp_path, tensors, values):
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ConversionError, match=rf"^The config\.json of {tmp_path} is malformed: "):
@@ -198,7 +198,7 @@ def test_malformed_configs_are_named(tmp_path, tensors, values):
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[1]", '{"a": ', ""])
-def test_configs_that_are_no_object_are_named(tmp_path, tensors, text):
+def test_configs_that_are_no_object_are_refused(tmp_path, tensors, text):
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(text)
     message = r"(is not valid JSON|does not contain a JSON object: found a list)"
@@ -206,7 +206,7 @@ def test_configs_that_are_no_object_are_named(tmp_path, tensors, text):
         convert.from_torch(tmp_path)
 
 
-def test_image_size_wins_over_a_config(tensors, tmp_path):
+def test_image_size_overrides_the_config(tensors, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(lf.LevitConfig(**SMALL).to_dict()))
     assert convert.from_torch(tmp_path)[0].config.image_size == 64
@@ -214,7 +214,7 @@ def test_image_size_wins_over_a_config(tensors, tmp_path):
 
 
 @pytest.mark.parametrize("named", ["LevitForImageClassification", "LevitModel"])
-def test_a_config_of_other_heads_is_refused(tmp_path, named):
+def test_config_with_other_heads_is_refused(tmp_path, named):
     model = lf.LevitForImageClassificationWithTeacher(lf.LevitConfig(**SMALL))
     save_file(convert.to_torch(model, random_variables(model)), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({**model.config.to_dict(), "architectures": [named]}))
@@ -225,7 +225,7 @@ def test_a_config_of_other_heads_is_refused(tmp_path, named):
         convert.from_torch(tmp_path)
 
 
-def test_a_non_square_table_asks_for_the_image_size():
+def test_non_square_table_needs_an_image_size():
     model = lf.LevitForImageClassification(lf.LevitConfig(**{**SMALL, "image_size": (64, 96)}))
     tensors = convert.to_torch(model, random_variables(model), "timm")
     with pytest.raises(ConversionError, match=r"expected a square number of offsets .*, found 24\. Pass image_size="):
@@ -233,7 +233,7 @@ def test_a_non_square_table_asks_for_the_image_size():
     assert convert.from_torch(tensors, image_size=(64, 96))[0].config == model.config
 
 
-def test_a_thousand_classes_get_imagenet_s_names():
+def test_thousand_classes_get_the_imagenet_names():
     config = lf.LevitConfig(**{**SMALL, "num_labels": 1000})
     model = lf.LevitForImageClassification(config)
     tensors = convert.to_torch(model, random_variables(model), "timm")
@@ -246,7 +246,7 @@ def test_a_thousand_classes_get_imagenet_s_names():
     assert convert.from_torch(tensors, config=named)[0].config.id2label[281] == "class 281"
 
 
-def test_mixed_layouts_and_lonely_heads(tensors):
+def test_mixed_layouts_and_lone_heads_are_refused(tensors):
     with pytest.raises(ConversionError, match=r"mixes layouts: .* found the first convolution of facebook and timm"):
         convert.from_torch({**tensors, "stem.conv1.linear.weight": np.zeros((2, 3, 3, 3), np.float32)})
     with pytest.raises(ConversionError, match="has a distillation head but no classifier head"):

@@ -16,7 +16,7 @@ from levit_flax.loading import load_processor
 
 
 def published(name="levit_128s", **values):
-    """Return the content of the config.json that the Hub holds for timm's LeViT, as timm writes it."""
+    """Return the content of config.json in timm's repository on the Hub."""
     return {
         "architecture": name,
         "num_classes": 1000,
@@ -43,14 +43,14 @@ def published(name="levit_128s", **values):
 
 @pytest.mark.parametrize("name", lf.VARIANTS)
 @pytest.mark.parametrize("flavour", ["levit_", "levit_conv_"])
-def test_published_configs(name, flavour):
+def test_published_configs_are_read(name, flavour):
     config = read_timm_config(published(name.lower().replace("levit-", flavour)))
     variant = lf.VARIANTS[name]
     fields = ("hidden_sizes", "num_attention_heads", "depths", "key_dim", "down_ops", "image_size", "num_labels")
     assert all(getattr(config, field) == getattr(variant, field) for field in fields)
 
 
-def test_arguments_and_labels():
+def test_arguments_and_labels_are_read():
     values = published(
         num_classes=3,
         label_names=["n1", "n2", "n3"],
@@ -98,7 +98,7 @@ def test_other_networks_are_refused(values, message):
     ],
     ids=str,
 )
-def test_malformed_configs_are_named(tmp_path, changes):
+def test_malformed_configs_are_refused(tmp_path, changes):
     model = lf.LevitForImageClassification(lf.LevitConfig(**SMALL))
     save_file(convert.to_torch(model, random_variables(model), "timm"), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({**published(), **changes}))
@@ -110,13 +110,13 @@ def test_malformed_configs_are_named(tmp_path, changes):
     "cfg",
     [3, *({key: value} for key in ("input_size", "mean", "std", "crop_pct", "interpolation") for value in ({}, "x"))],
 )
-def test_malformed_preprocessing_is_named(tmp_path, cfg):
+def test_malformed_preprocessing_is_refused(tmp_path, cfg):
     (tmp_path / "config.json").write_text(json.dumps(published(pretrained_cfg=cfg)))
     with pytest.raises(ConversionError, match=rf"^The preprocessing in {tmp_path}/config\.json"):
         load_processor(tmp_path, lf.LevitConfig())
 
 
-def test_old_files_without_a_nested_config(tmp_path):
+def test_old_files_without_a_nested_config_are_read(tmp_path):
     values = published()
     flat = {**values.pop("pretrained_cfg"), **values, "mean": [0.5, 0.5, 0.5]}
     assert read_timm_config(flat) == read_timm_config(published())
@@ -126,8 +126,8 @@ def test_old_files_without_a_nested_config(tmp_path):
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (640, 480), (250, 248)])
-def test_images_are_prepared_as_timm_does(height, width):
-    """248 and then 224 pixels; where the crop's offset is a half, timm rounds and LeViT's processor floors."""
+def test_preprocessing_equals_timm(height, width):
+    """If the offset of the crop is a half, timm rounds it and our processor floors it."""
     timm = pytest.importorskip("timm")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
     processor = read_timm_processor(published())
@@ -171,7 +171,7 @@ def test_timm_opens_what_is_written(tmp_path, layout, heads):
     assert back.config == model.config or not heads  # without heads timm's config tells of no classes
 
 
-def test_a_directory_of_timm_s_is_used_as_it_is(tmp_path):
+def test_directory_of_timm_loads_unchanged(tmp_path):
     model = lf.LevitForImageClassificationWithTeacher(lf.LevitConfig(**SMALL))
     write_timm_directory(tmp_path / "out", model, "timm")
     values = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -195,7 +195,7 @@ def test_a_directory_of_timm_s_is_used_as_it_is(tmp_path):
         ({"image_size": 72}, "an image size that is not a multiple of 16"),
     ],
 )
-def test_what_timm_cannot_build_is_said(fields, message):
+def test_models_that_timm_cannot_build_are_refused(fields, message):
     config = lf.LevitConfig(**{**SMALL, **fields})
     with pytest.raises(ConversionError, match=f"timm's LeViT does not support {message}"):
         write_timm_config(config, ("head",), lf.LevitImageProcessor(), convolutional=False)

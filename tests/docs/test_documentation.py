@@ -1,4 +1,4 @@
-"""The examples of the documentation run as they stand, each page in a process of its own."""
+"""Run the examples of the documentation unchanged: those of docstrings, and each page in its own process."""
 
 import doctest
 import importlib
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 from PIL import Image
+from quick_compiler import compiler_environment, quick_compiler
 
 import levit_flax
 from hub_server import HubServer
@@ -24,30 +25,43 @@ from levit_flax import convert
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LONG = (
+LONG = (  # they compile several models; other tests in the short run export and evaluate
     "classify.md",
-    "understand.md",
-    "from_transformers.md",
+    "evaluate.md",
+    "export.md",
     "features.md",
     "finetune.md",
-)  # they compile several models
+    "from_transformers.md",
+    "understand.md",
+)
 NEEDS = {"understand.md": "matplotlib", "export.md": "flatbuffers", "finetune.md": "grain"}
 OBJECT = re.compile(r"^::: (\S+)$", re.MULTILINE)  # as mkdocstrings marks them
 
-# The modules whose examples run, and what those of a package, a module or a function need.
-MODULES = [
-    *("configuration", "modeling", "checkpoint", "loading", "surgery", "image_processing", "classifier", "datasets"),
-    *("memory", "modeling_outputs"),
-    *("evaluation", "visualize", "export", "convert.conversion", "convert.writing", "convert.errors"),
-    *("training.recipe", "training.data", "training.losses", "training.optimizer", "training.teacher", "training.loop"),
-]
-COMPILING = ("visualize", "training.loop")  # whose examples take long
+PACKAGE = Path(levit_flax.__file__).parent
+# Every module with an example in a docstring.
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+    if ">>>" in path.read_text(encoding="utf-8")
+)
+# Their examples compile whole models.
+COMPILING = tuple(f"levit_flax.{name}" for name in ("visualize", "modeling", "classifier", "training.finetuning"))
+# What the examples of a package, a module or a function need.
 EXAMPLES_NEED = {
     "levit_flax.visualize": "matplotlib",
     "levit_flax.export": "flatbuffers",
     "levit_flax.export.to_onnx": "jax2onnx",
     "levit_flax.training": "grain",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """The directory where this process and those of the pages keep what they compile."""
+    directory = tmp_path_factory.mktemp("compiled")
+    with quick_compiler(directory):
+        yield directory
+
 
 needs_pages = pytest.mark.skipif(not PAGES, reason="the documentation does not come with the wheel")
 
@@ -58,7 +72,7 @@ needs_pages = pytest.mark.skipif(not PAGES, reason="the documentation does not c
     [pytest.param(page, marks=pytest.mark.slow if page.name in LONG else ()) for page in PAGES],
     ids=[page.name for page in PAGES],
 )
-def test_examples_of_a_page(page, tmp_path):
+def test_examples_of_a_page(page, compiled, tmp_path):
     blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
     if page.name == "reference.md":
         assert not blocks
@@ -74,14 +88,14 @@ def test_examples_of_a_page(page, tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **compiler_environment(compiled), "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
 def _own_hub(monkeypatch):
-    """Let the examples that upload do so on this machine."""
+    """Redirect uploads of the examples to a Hub on this machine."""
     with HubServer() as hub:
         hub.tokens.add("hf_writer")
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
@@ -92,7 +106,7 @@ def _own_hub(monkeypatch):
 
 
 def lacking(name):
-    """Return the packages that the examples of this name need and that are not installed."""
+    """Return the missing packages that the examples of this name need."""
     needed = [package for home, package in EXAMPLES_NEED.items() if f"{name}.".startswith(f"{home}.")]
     return [package for package in needed if find_spec(package) is None]
 
@@ -102,20 +116,19 @@ def lacking(name):
     "module", [pytest.param(module, marks=pytest.mark.slow if module in COMPILING else ()) for module in MODULES]
 )
 def test_examples_of_docstrings(module):
-    name = f"levit_flax.{module}"
-    if lacking(name):
-        pytest.skip(f"not installed: {lacking(name)}")
+    if lacking(module):
+        pytest.skip(f"not installed: {lacking(module)}")
     runner = doctest.DocTestRunner()
     promotion = "standard" if "training" in module else "strict"  # optax needs the standard one
     with jax.numpy_dtype_promotion(promotion):
-        for examples in doctest.DocTestFinder().find(importlib.import_module(name)):
+        for examples in doctest.DocTestFinder().find(importlib.import_module(module)):
             if not lacking(examples.name):
                 runner.run(examples)
     assert runner.tries and not runner.failures
 
 
 def public_objects():
-    """Yield name and object of all that is public: what the packages export and what the reference lists."""
+    """Yield the name and object of everything public: exported by a package or listed in the reference."""
     names = [f"levit_flax.{name}" for name in levit_flax.__all__]
     names += [f"levit_flax.convert.{name}" for name in convert.__all__]
     reference = (DOCS / "reference.md").read_text(encoding="utf-8")
@@ -126,7 +139,7 @@ def public_objects():
 
 
 def members(name, owner):
-    """Yield a class and its public methods and properties, or what is public in a module."""
+    """Yield a class and its public methods and properties, or the public classes and functions of a module."""
     if inspect.isclass(owner):
         yield name, owner
     for key, value in vars(owner).items():
@@ -141,7 +154,7 @@ def members(name, owner):
 
 
 @needs_pages
-def test_everything_public_has_an_example_that_runs():
+def test_public_objects_have_an_example_that_runs():
     checked, without = 0, []
     for name, found in public_objects():
         if type(found) in (str, tuple):  # plain values have no docstrings
@@ -149,8 +162,7 @@ def test_everything_public_has_an_example_that_runs():
         described = found if inspect.isclass(found) or inspect.isfunction(found) else type(found)
         text = described.__doc__ or ""
         example = text.partition("Example:")[2]
-        module = described.__module__.removeprefix("levit_flax.")
-        if not doctest.DocTestParser().get_examples(example) or module not in MODULES:
+        if not doctest.DocTestParser().get_examples(example) or described.__module__ not in MODULES:
             without.append(name)
         checked += 1
     assert checked > 80 and not without

@@ -1,4 +1,4 @@
-"""The notebooks of the documentation show what their code does; `make notebooks` runs them anew and stores it."""
+"""The stored outputs of the notebooks are those of their code; `make notebooks` renews them."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ def code_cells(path):
 
 
 def shown(cell):
-    """Return what kinds of outputs a cell has, and what it prints but for numbers, which differ between machines."""
+    """Return the kinds of outputs of a cell and its printed text, without numbers, which depend on the machine."""
     return [
         (output["name"], re.sub(r"\d[\d.,]*", "0", " ".join("".join(output["text"]).split())))
         if output["output_type"] == "stream"
@@ -34,7 +34,7 @@ def shown(cell):
 
 
 @each_notebook
-def test_what_is_stored_is_whole_and_small(path):
+def test_stored_outputs_are_complete_and_small(path):
     cells = code_cells(path)
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
@@ -46,7 +46,7 @@ def test_what_is_stored_is_whole_and_small(path):
 
 @pytest.mark.slow
 @each_notebook
-def test_it_runs_and_shows_what_is_stored(path, tmp_path):
+def test_notebook_reproduces_its_stored_outputs(path, tmp_path):
     for module in ("nbclient", "ipykernel", "skimage", "matplotlib"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed")

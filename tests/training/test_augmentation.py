@@ -1,6 +1,6 @@
-"""Random changes to images: single ones against timm's, pixel by pixel, and their laws over many draws.
+"""Augmentation: single operations equal timm pixel by pixel, and many draws have the right distribution.
 
-All draws are seeded; bounds on what is random are four standard deviations.
+All draws are seeded; bounds on random values are four standard deviations.
 """
 
 import math
@@ -33,8 +33,10 @@ from levit_flax.training.augmentation import (
 )
 from levit_flax.training.recipe import Recipe, read_recipe, recipe_names
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 FLOAT32_ROUNDING = 1e-6  # a few operations on numbers of size 1
-# Without optimization, which takes longer than these functions take to run.
+# Optimizing takes longer than these functions take to run.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 FILL = (124, 116, 104)
 
@@ -55,15 +57,9 @@ TIMM_NAMES = {
     "translate_x": "TranslateXRel",
     "translate_y": "TranslateYRel",
 }
-# These three know no strength, and posterising begins with four bits.
+# The first three have no strength, and posterizing begins with four bits.
 NEVER_IDENTITY = ("auto_contrast", "equalize", "invert", "posterize")
 NOTHING = {"crop_scale": (), "flip": 0.0, "color_jitter": 0.0}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):  # as the training step has it
-        yield
 
 
 def make_image(width=61, height=47, seed=0):
@@ -94,7 +90,7 @@ def distance_from_uniform(values):
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_gives_levels_of_the_processors_size_and_repeats_itself(name):
+def test_every_recipe_is_deterministic_and_has_the_size_of_the_processor(name):
     processor = lf.LevitImageProcessor(size={"shortest_edge": 48}, crop_size=(40, 32))
     recipe = read_recipe(name)
     for seed, size in enumerate([(61, 47), (33, 90), (5, 4), (300, 20)]):
@@ -106,14 +102,14 @@ def test_every_recipe_gives_levels_of_the_processors_size_and_repeats_itself(nam
         np.testing.assert_array_equal(given, make_image(*size))  # the caller's image is as it was
 
 
-def test_without_augmentation_a_image_is_prepared_as_for_evaluation():
+def test_image_without_augmentation_is_prepared_as_for_evaluation():
     processor = lf.LevitImageProcessor(size={"shortest_edge": 48}, crop_size=(40, 32))
     result = augment(make_image(), np.random.default_rng(0), Recipe(**NOTHING), processor)
     np.testing.assert_array_equal(result, processor.resize_and_crop(make_image()))
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
-def test_images_are_mirrored_with_their_probability(probability):
+def test_images_are_flipped_with_their_probability(probability):
     given, generator, count = make_image(6, 5), np.random.default_rng(0), 500
     recipe = Recipe(**{**NOTHING, "flip": probability})
     mirrored = 0
@@ -125,7 +121,7 @@ def test_images_are_mirrored_with_their_probability(probability):
     assert mirrored / count == pytest.approx(probability, abs=four_deviations(probability, count) + 1e-9)
 
 
-def test_boxes_have_a_uniform_share_of_the_area_and_a_uniform_logarithm_of_their_ratio():
+def test_boxes_have_uniform_areas_and_log_ratios():
     width, height, scale, ratio = 1600, 1200, (0.08, 0.4), (3 / 4, 4 / 3)
     generator, count = np.random.default_rng(0), 2000
     boxes = np.array([random_box((width, height), generator, scale, ratio) for _ in range(count)])
@@ -142,7 +138,7 @@ def test_boxes_have_a_uniform_share_of_the_area_and_a_uniform_logarithm_of_their
 
 
 class Draws:
-    """The same uniform numbers for timm's `random` and for our generator; every place is 0."""
+    """The same uniform numbers for timm's `random` and for our generator; every integer is 0."""
 
     def __init__(self, seed):
         self.generator = np.random.default_rng(seed)
@@ -158,7 +154,7 @@ class Draws:
 
 
 @pytest.mark.parametrize("size", [(61, 47), (20, 300), (300, 20), (7, 7)])
-def test_boxes_are_those_of_timm(size, monkeypatch):
+def test_boxes_equal_timm(size, monkeypatch):
     pytest.importorskip("torchvision")
     transforms = pytest.importorskip("timm.data.transforms")
     scale, ratio = (0.3, 1.0), (3 / 4, 4 / 3)
@@ -169,7 +165,7 @@ def test_boxes_are_those_of_timm(size, monkeypatch):
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_crops_are_resized_by_the_filter_that_is_named(interpolation):
+def test_crops_are_resized_with_the_given_filter(interpolation):
     recipe = Recipe(crop_scale=(0.2, 0.6), interpolation=interpolation)
     result = random_resized_crop(make_image(), np.random.default_rng(3), recipe, (24, 16))
     box = random_box((61, 47), np.random.default_rng(3), recipe.crop_scale, recipe.crop_ratio)
@@ -181,7 +177,7 @@ def test_crops_are_resized_by_the_filter_that_is_named(interpolation):
     assert (np.asarray(result) != next(iter(wanted.values()))).any()
 
 
-def test_a_random_filter_is_one_of_both():
+def test_random_filter_is_bicubic_or_bilinear():
     recipe = Recipe(crop_scale=(1.0, 1.0), crop_ratio=(61 / 47, 61 / 47), interpolation="random")
     wanted = [np.asarray(make_image().resize((24, 16), resampling)) for resampling in RESAMPLINGS.values()]
     generator, seen = np.random.default_rng(0), [0, 0]
@@ -192,7 +188,7 @@ def test_a_random_filter_is_one_of_both():
 
 
 def bordered(given, border):
-    """Return the place of every window of an image's own size in the image with a reflected border."""
+    """Return the position of every window of the image's size in the image with a reflected border."""
     levels = np.asarray(given)
 
     def reflected(start, size):
@@ -207,7 +203,7 @@ def bordered(given, border):
     }
 
 
-# The border is no wider than there is to reflect on the shorter side.
+# The border is at most as wide as the shorter side allows.
 @pytest.mark.parametrize(("size", "border", "count"), [((6, 5), 2, 25), ((1, 1), 0, 1), ((1, 9), 0, 1), ((2, 3), 1, 6)])
 def test_crops_from_a_reflected_border_take_every_place(size, border, count):
     given, generator = make_image(*size), np.random.default_rng(0)
@@ -246,14 +242,14 @@ def test_jitter_changes_saturation_and_contrast_too():
 # RandAugment
 
 
-def test_there_are_the_operations_of_timms_policy():
+def test_operations_are_those_of_timm():
     timm = pytest.importorskip("timm.data.auto_augment")
     assert list(TIMM_NAMES) == list(OPERATIONS)
     assert list(TIMM_NAMES.values()) == timm._RAND_INCREASING_TRANSFORMS
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operations_equal_timms_pixel_by_pixel(name, monkeypatch):
+def test_operations_equal_timm_pixel_by_pixel(name, monkeypatch):
     timm = pytest.importorskip("timm.data.auto_augment")
     given, results = make_image(), []
     for sign in (-1, 1):
@@ -271,7 +267,7 @@ def test_operations_equal_timms_pixel_by_pixel(name, monkeypatch):
 
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operations_of_no_strength_change_nothing(name, sign):
+def test_operations_of_zero_strength_change_nothing(name, sign):
     for resample in RESAMPLINGS.values():
         result = OPERATIONS[name](make_image(), 0.0, sign, FILL, resample)
         assert np.array_equal(result, make_image()) == (name not in NEVER_IDENTITY)
@@ -284,13 +280,13 @@ def test_operations_of_full_strength_keep_size_and_mode(name):
         assert result.size == size and result.mode == "RGB"
 
 
-def test_posterising_keeps_one_bit_at_full_strength():
-    # timm asks Pillow for none, which older ones answered with a black image and newer ones refuse.
+def test_posterizing_keeps_one_bit_at_full_strength():
+    # timm asks Pillow for zero bits: old versions return a black image and new ones raise.
     levels = np.asarray(OPERATIONS["posterize"](make_image(), 1.0, 1, FILL, Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(levels, np.asarray(make_image()) & 0x80)
 
 
-def test_what_comes_from_outside_has_the_color_of_the_mean():
+def test_pixels_from_outside_have_the_mean_color():
     recipe = Recipe(**{**NOTHING, "rand_augment": 1, "rand_augment_magnitude": 10.0, "rand_augment_deviation": 0.0})
     processor = untouched_size(image_mean=(0.1, 0.5, 0.8))
     given, colors = Image.new("RGB", (20, 20), (200, 200, 200)), set()
@@ -302,7 +298,7 @@ def test_what_comes_from_outside_has_the_color_of_the_mean():
     assert {(26, 128, 204), (200, 200, 200)} <= colors  # bicubic edges lie between them
 
 
-def test_operations_are_drawn_as_timm_draws_them(monkeypatch):
+def test_operations_are_drawn_as_in_timm(monkeypatch):
     calls, count = [], 1500
 
     def note(name):
@@ -357,7 +353,7 @@ def erased(probability, batch=600, height=40, width=24, seed=0):
     return result, changed
 
 
-def test_erased_rectangles_keep_their_law():
+def test_erased_rectangles_have_the_given_distribution():
     probability, height, width = 0.4, 40, 24
     result, changed = erased(probability, height=height, width=width)
     chosen = changed.any((1, 2))
@@ -375,7 +371,7 @@ def test_erased_rectangles_keep_their_law():
     np.testing.assert_array_equal(result[~changed], 100)
 
 
-def test_erasing_has_timms_shares_and_shapes():
+def test_erasing_has_the_areas_and_ratios_of_timm():
     torch = pytest.importorskip("torch")
     timm = pytest.importorskip("timm.data.random_erasing")
     import random
@@ -393,13 +389,13 @@ def test_erasing_has_timms_shares_and_shapes():
         assert one.std() == pytest.approx(other.std(), rel=0.15)
 
 
-def test_nothing_is_erased_without_a_probability_and_everything_with_one():
+def test_erasing_probability_zero_and_one():
     assert not erased(0.0)[1].any()
     assert erased(1.0)[1].any((1, 2)).all()
 
 
 def mixed(recipe, keys=200, batch=5, size=(12, 10), corner=0.0):
-    """Return a batch, and for many keys what `mix` makes of it and of one-hot targets."""
+    """Return a batch, and the results of `mix` on it and on one-hot targets for many keys."""
     generator = np.random.default_rng(0)
     given = generator.standard_normal((batch, *size, 3)).astype(np.float32)
     given[0, 0, 0] = corner
@@ -409,7 +405,7 @@ def mixed(recipe, keys=200, batch=5, size=(12, 10), corner=0.0):
 
 
 def shares(targets):
-    """Return what share of the first image's target is its own, and check the others'."""
+    """Return the share of its own class in the first target, and check the others."""
     batch = targets.shape[-1]
     own = targets[:, 0, 0]
     eye = np.eye(batch)
@@ -418,7 +414,7 @@ def shares(targets):
     return own
 
 
-def test_mixup_mixes_images_as_their_targets():
+def test_mixup_mixes_images_and_targets_alike():
     alpha = 0.3
     given, results, targets = mixed(Recipe(mixup=alpha))
     own = shares(targets)[:, None, None, None, None]
@@ -446,7 +442,7 @@ def test_cutmix_counts_the_pixels_for_the_targets():
     assert min(areas) < 0.05 and max(areas) > 0.5
 
 
-def test_cutmix_boxes_are_timms(monkeypatch):
+def test_cutmix_boxes_equal_timm(monkeypatch):
     pytest.importorskip("torch")
     timm = pytest.importorskip("timm.data.mixup")
     generator = np.random.default_rng(0)
@@ -484,7 +480,7 @@ def test_batches_are_mixed_and_cut_with_their_probabilities():
 
 
 @pytest.mark.parametrize("changes", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
-def test_batches_that_are_not_mixed_keep_every_bit(changes):
+def test_unmixed_batches_keep_every_bit(changes):
     # An infinity stays in its image, so that the one that caused it can be found.
     given, results, targets = mixed(Recipe(**changes, mix_probability=0.0), keys=20, corner=np.inf)
     np.testing.assert_array_equal(results, np.broadcast_to(given, results.shape))

@@ -1,4 +1,4 @@
-"""A fine-tuned model learns: the README's example, as a user runs it."""
+"""The fine-tuning example of the README learns, run as a user runs it."""
 
 import csv
 import json

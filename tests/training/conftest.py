@@ -1,0 +1,90 @@
+"""Fixtures that the tests of training runs share: data, a recipe, compiled steps and a finished run."""
+
+import jax
+import pytest
+import training_runs
+from training_runs import save_model, tiny_recipe, write_images, write_recipe
+
+
+@pytest.fixture(scope="session")
+def compiled_directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def compiled(compiled_directory):
+    """The directory where this process and those that the tests start keep what they compile."""
+    with training_runs.training_settings(compiled_directory), training_runs.without_curves():
+        yield compiled_directory
+
+
+@pytest.fixture(scope="module")
+def standard_promotion():
+    """The dtype promotion that optax needs."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def steps():
+    """Compiled steps and newly initialized models, by what they depend on."""
+    return {}, {}
+
+
+@pytest.fixture(scope="module")
+def shared_steps(compiled, steps):
+    with training_runs.shared_steps(*steps):
+        yield
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def toml(tmp_path_factory):
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "tiny.toml")
+
+
+@pytest.fixture(scope="session")
+def whole(folder, compiled_directory, steps, tmp_path_factory):
+    """The directory of an uninterrupted run, and its report."""
+    from levit_flax.training import finetune
+
+    output = tmp_path_factory.mktemp("whole") / "run"
+    with training_runs.training_settings(compiled_directory), training_runs.shared_steps(*steps):
+        return output, finetune(folder, output, recipe=tiny_recipe())
+
+
+@pytest.fixture(scope="session")
+def one_head(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("one") / "model")
+
+
+@pytest.fixture(scope="session")
+def two_heads(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("two") / "model", "LevitForImageClassificationWithTeacher")
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """A model with the classes in another order and another normalization of colors."""
+    from levit_flax import LevitImageProcessor
+
+    own = LevitImageProcessor(size=28, crop_size=32, image_mean=[0.4, 0.5, 0.6], image_std=[0.3, 0.2, 0.25])
+    directory = tmp_path_factory.mktemp("teacher") / "model"
+    return save_model(directory, seed=1, processor=own, id2label=("cat", "ant", "bee"))
+
+
+@pytest.fixture(scope="session")
+def stored(teacher, folder, compiled_directory, tmp_path_factory):
+    """The teacher's logits for all images, in another order."""
+    from levit_flax import ImageClassifier
+    from levit_flax.training import store_logits
+
+    path = tmp_path_factory.mktemp("stored") / "teacher.npz"
+    with training_runs.training_settings(compiled_directory):
+        images = sorted(folder.rglob("*.png"), reverse=True)
+        store_logits(path, ImageClassifier.from_pretrained(teacher), folder, images)
+    return path
