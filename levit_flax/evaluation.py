@@ -1,4 +1,4 @@
-"""How good a classifier is: top-1, top-5, loss and confusion over a folder of images or a Hugging Face dataset."""
+"""Measure accuracy, loss and confusion of a classifier on a folder of images or a Hugging Face dataset."""
 
 import csv
 import io
@@ -10,51 +10,40 @@ from typing import Any
 
 import numpy as np
 
+from .choices import CROP_RULES
 from .classifier import ImageClassifier
 from .configuration import SINGLE_LABEL
 from .datasets import DataError, LabeledImages, load_dataset, match_classes, read_folder, read_split
 from .image_processing import TIMM_CROP_PCT, LevitImageProcessor, size_for_edge
 
-TOP_K = 5
+_TOP_K = 5
 
 
-class HalfEvenProcessor(LevitImageProcessor):
-    """Crop as torchvision's CenterCrop does, which rounds half an odd margin to even where transformers rounds down.
-
-    Example:
-        >>> HalfEvenProcessor(size=224).resize_and_crop(np.zeros((300, 259, 3), np.uint8)).shape
-        (224, 224, 3)
-
-    Source: torchvision transforms/functional.py (`center_crop`).
-    """
+class _HalfEvenProcessor(LevitImageProcessor):
+    """Round half an odd margin to even, as torchvision's `center_crop` does; transformers rounds down."""
 
     def crop_offset(self, margin: int) -> int:
-        """Return where the crop begins in an edge that is `margin` pixels longer.
-
-        Example:
-            >>> HalfEvenProcessor().crop_offset(35), LevitImageProcessor().crop_offset(35)
-            (18, 17)
-        """
+        """Return the first pixel of a crop in an edge that is `margin` pixels longer."""
         return round(margin / 2)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out of an evaluation.
+    """The result of an evaluation.
 
     Attributes:
-        images: number of images counted.
-        top1: share of images whose likeliest class is right, in [0, 1].
-        top5: share of images whose class is among the five likeliest, in [0, 1].
+        images: number of images evaluated.
+        top1: fraction of images whose most likely class is correct, in [0, 1].
+        top5: fraction of images whose class is among the five most likely, in [0, 1].
         loss: mean cross entropy, in nats.
-        confusion: number of images by true and by named class [num_labels num_labels].
+        confusion: number of images by true class (rows) and predicted class (columns), int64 [num_labels num_labels].
         labels: class names.
-        seconds: time from the first image to the last, compilation left out.
-        broken: what is wrong with the images that could not be read, which count nowhere.
+        seconds: time to load and classify the images, without compilation.
+        broken: one error message for each image that cannot be read. These images are not counted.
 
     Example:
         >>> result = Evaluation(4, 0.75, 1.0, 0.5, np.array([[2, 1], [0, 1]]), ("cat", "dog"), seconds=0.5)
-        >>> result.top1, result.confusion[0, 1].item()  # a cat was taken for a dog
+        >>> result.top1, result.confusion[0, 1].item()  # one cat was classified as a dog
         (0.75, 1)
     """
 
@@ -68,7 +57,7 @@ class Evaluation:
     broken: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the numbers, JSON-ready, without the confusion matrix.
+        """Return the metrics as JSON values, without the confusion matrix.
 
         Example:
             >>> result = Evaluation(4, 0.75, 1.0, 0.5, np.array([[2, 1], [0, 1]]), ("cat", "dog"), seconds=0.5)
@@ -85,7 +74,7 @@ class Evaluation:
         }
 
     def confusion_csv(self) -> str:
-        """Return the confusion matrix as CSV: a row for each true class, a column for each class named.
+        """Return the confusion matrix as CSV, with one row per true class.
 
         Example:
             >>> result = Evaluation(4, 0.75, 1.0, 0.5, np.array([[2, 1], [0, 1]]), ("cat", "dog"), seconds=0.5)
@@ -103,14 +92,14 @@ class Evaluation:
 
 
 def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
-    """Classify labeled images and count.
+    """Compute the accuracy, loss and confusion matrix of a classifier.
 
     Args:
-        classifier: the model and what prepares its images.
-        data: images of one class each; `targets` count classes as the model does.
+        classifier: the model with its processor.
+        data: images with one class each. `targets` are the model's class indices, as returned by `read_data`.
 
     Raises:
-        ValueError: there is no image that can be read.
+        ValueError: there are no images, or none of them can be read.
 
     Example:
         >>> classifier = ImageClassifier.from_pretrained("cifar10")
@@ -123,10 +112,10 @@ def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
     labels = classifier.model.config.id2label
     config = classifier.model.config
     count, batch_size = len(data), classifier.batch_size
-    for size in {min(count, batch_size), count % batch_size} - {0}:  # the shapes that will be compiled
+    for size in {min(count, batch_size), count % batch_size} - {0}:  # compile all shapes before timing
         classifier.logits(np.zeros((size, *config.image_height_width, config.num_channels), np.uint8))
     confusion = np.zeros((len(labels), len(labels)), np.int64)
-    among_five, losses, broken = 0, 0.0, []
+    in_top5, losses, broken = 0, 0.0, []
     start = time.perf_counter()
     for label, logits in zip(data.targets, classifier.stream_logits(data.images), strict=True):
         if isinstance(logits, Exception):
@@ -134,16 +123,16 @@ def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
             continue
         order = np.argsort(-logits, kind="stable")
         confusion[label, order[0]] += 1
-        among_five += label in order[:TOP_K]
+        in_top5 += label in order[:_TOP_K]
         wide = logits.astype(np.float64)
         losses += np.log(np.exp(wide - wide.max()).sum()) + wide.max() - wide[label]
     count = int(confusion.sum())
     if not count:
-        raise ValueError(f"There is no image to count: {'; '.join(broken[:3]) or 'the data is empty'}.")
+        raise ValueError(f"There are no images to evaluate: {'; '.join(broken[:3]) or 'the data is empty'}.")
     return Evaluation(
         images=count,
         top1=float(np.trace(confusion)) / count,
-        top5=among_five / count,
+        top5=in_top5 / count,
         loss=float(losses) / count,
         confusion=confusion,
         labels=labels,
@@ -153,16 +142,19 @@ def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
 
 
 def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> LevitImageProcessor:
-    """Return a processor that prepares images by the rule under which an accuracy was published.
+    """Return a processor that resizes and crops images as published evaluations do.
 
     Args:
-        rule: "model" for the model's own; "hf" for transformers' (shorter edge times 256 / 224, crop rounded down);
-            "torchvision" for the original repository's (the same edge, crop rounded as torchvision does); "timm" for
-            timm's (crop of 0.9, rounded as torchvision does).
-        model_processor: gives the size of the crop, mean and standard deviation.
+        rule: "model" returns `model_processor`. The other rules crop the center of the image after its shorter edge
+            has been resized:
+
+            - "hf": transformers. Resizes to crop size * 256 / 224, and rounds the crop offset down.
+            - "torchvision": the original repository. Resizes as "hf" does, and rounds the offset half to even.
+            - "timm": timm. Resizes to crop size / 0.9, and rounds the offset half to even.
+        model_processor: the source of crop size, mean and standard deviation.
 
     Raises:
-        ValueError: there is no such rule.
+        ValueError: the rule is unknown.
 
     Example:
         >>> for rule in ("hf", "torchvision", "timm"):
@@ -176,25 +168,29 @@ def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> Lev
     side = max(height, width)
     if rule == "model":
         return model_processor
-    if rule not in ("hf", "torchvision", "timm"):
-        raise ValueError(f"There is no crop rule {rule!r}: expected model, hf, torchvision or timm.")
-    kind = LevitImageProcessor if rule == "hf" else HalfEvenProcessor
+    if rule not in CROP_RULES:
+        raise ValueError(f"Unknown crop rule: expected one of {', '.join(CROP_RULES)}, found {rule!r}.")
+    kind = LevitImageProcessor if rule == "hf" else _HalfEvenProcessor
     size = size_for_edge(int(side / TIMM_CROP_PCT)) if rule == "timm" else side
     return kind(**{**vars(model_processor), "size": size, "crop_size": (height, width)})
 
 
 def read_data(source: str | Path, labels: Sequence[str], split: str = "test") -> LabeledImages:
-    """Find labeled images.
+    """Read the labeled images of a directory or a Hugging Face dataset.
 
     Args:
-        source: a directory with a folder for each class, or a Hugging Face dataset by name (needs `datasets`).
-        labels: the model's class names. Folders, or the dataset's classes, are matched by name; where names do not
-            match but there are as many, by their order.
-        split: which part of a Hugging Face dataset.
+        source: a directory with one folder per class, or the name of a Hugging Face dataset (requires `datasets`).
+            Hidden files and folders are skipped.
+        labels: class names of the model. The classes of the data are matched by name. If the names differ but their
+            number is the same, they are matched by order.
+        split: split of a Hugging Face dataset.
+
+    Returns:
+        The images, with the class indices and class names of the model.
 
     Raises:
-        ValueError: there are no images, or the classes are not the model's.
-        ImportError: a dataset is asked for, and `datasets` is not installed.
+        ValueError: there are no images, or the classes do not match those of the model.
+        ImportError: `source` is not a directory, and `datasets` is not installed.
 
     Example:
         >>> import tempfile
@@ -214,5 +210,5 @@ def read_data(source: str | Path, labels: Sequence[str], split: str = "test") ->
         data = read_split(load_dataset(str(source), split=split), str(source), split, (SINGLE_LABEL,))
     indices = match_classes(data.labels, labels, data.where)
     if not len(data):
-        raise DataError(f"The folders of {data.where} hold no images.")
+        raise DataError(f"{data.where} contains no images: expected at least one.")
     return replace(data, targets=np.array(indices, np.int32)[data.targets], labels=tuple(labels))

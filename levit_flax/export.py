@@ -1,4 +1,4 @@
-"""Models that run without this library: StableHLO through `jax.export`, or ONNX."""
+"""Export models to StableHLO or ONNX, to run without this library."""
 
 import json
 from collections.abc import Sequence
@@ -9,24 +9,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .choices import KNOWN_PLATFORMS, PLATFORMS, ExportFormat
 from .files import staged_directory
 from .image_processing import LevitImageProcessor
 from .inference import prepare
 from .modeling import LevitBase, Variables
 
-STABLEHLO_FILE = "model.stablehlo"
-ONNX_FILE = "model.onnx"
-ABOUT_FILE = "model.json"
-README_FILE = "README.md"
-OWN_FILES = (STABLEHLO_FILE, ONNX_FILE, ABOUT_FILE, README_FILE)
+_STABLEHLO_FILE = "model.stablehlo"
+_ONNX_FILE = "model.onnx"
+_ABOUT_FILE = "model.json"
+_README_FILE = "README.md"
+_OWN_FILES = (_STABLEHLO_FILE, _ONNX_FILE, _ABOUT_FILE, _README_FILE)
 
-PLATFORMS = ("cpu", "cuda", "tpu")
-KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
-
-RUN_STABLEHLO = """\
+_RUN_STABLEHLO = """\
 # {name}
 
-A LeViT classifier as StableHLO, for {platforms}. It needs `jax` and `flatbuffers`, and nothing else:
+A LeViT classifier as StableHLO, for {platforms}. It requires only `jax` and `flatbuffers`:
 
 ```python
 from pathlib import Path
@@ -37,13 +35,13 @@ model = jax.export.deserialize(bytearray(Path("{file}").read_bytes()))
 logits = model.call(pixel_values)  # float32 {shape} -> float32 [B {classes}]
 ```
 
-`{about}` holds the class names (`labels`) and how images become pixel values (`preprocessing`, as in transformers).
+`{about}` contains the class names (`labels`) and the preprocessing of images (`preprocessing`, as in transformers).
 """
 
-RUN_ONNX = """\
+_RUN_ONNX = """\
 # {name}
 
-A LeViT classifier as ONNX. It needs `onnxruntime`, and nothing else:
+A LeViT classifier as ONNX. It requires only `onnxruntime`:
 
 ```python
 import onnxruntime
@@ -52,12 +50,15 @@ session = onnxruntime.InferenceSession("{file}")
 [logits] = session.run(None, {{"pixel_values": pixel_values}})  # float32 {shape} -> float32 [B {classes}]
 ```
 
-`{about}` holds the class names (`labels`) and how images become pixel values (`preprocessing`, as in transformers).
+`{about}` contains the class names (`labels`) and the preprocessing of images (`preprocessing`, as in transformers).
 """
 
 
-# The name of the artifact, and the README beside it.
-FORMATS = {"stablehlo": (STABLEHLO_FILE, RUN_STABLEHLO), "onnx": (ONNX_FILE, RUN_ONNX)}
+# For each format, the name of the artifact and the text of its README.
+FORMATS: dict[ExportFormat, tuple[str, str]] = {
+    "stablehlo": (_STABLEHLO_FILE, _RUN_STABLEHLO),
+    "onnx": (_ONNX_FILE, _RUN_ONNX),
+}
 
 
 def export_model(
@@ -72,22 +73,22 @@ def export_model(
 ) -> None:
     """Write a classifier as an artifact that runs without this library.
 
-    Heads are merged and batch norms folded first. The artifact maps pixel values, float32 [B H W C] with any B, to
-    logits, float32 [B num_labels]; class names and preprocessing lie beside it.
+    The artifact maps pixel values, float32 [B H W C] with any batch size B, to logits, float32 [B num_labels]. Heads
+    are merged and batch norms are folded. `model.json` contains the class names and the preprocessing.
 
     Args:
-        directory: where to; made if it does not exist.
+        directory: the directory to write; it is created if it does not exist.
         model: a model with a classifier.
-        variables: its variables, which become constants of the artifact.
-        processor: its settings are written beside the artifact.
-        format: "stablehlo", or "onnx" (needs the extra of that name).
-        platforms: where a StableHLO artifact shall run, from "cpu", "cuda", "rocm" and "tpu".
-        overwrite: replace the content of a directory that is there.
+        variables: the variables of the model, which become constants of the artifact.
+        processor: the processor whose settings are written to `model.json`.
+        format: "stablehlo" (requires the extra `export`) or "onnx" (requires the extra `onnx`).
+        platforms: the platforms of a StableHLO artifact, from "cpu", "cuda", "tpu" and "rocm".
+        overwrite: replace an artifact in a directory that is not empty.
 
     Raises:
-        ValueError: the model has no classifier, or there is no such format or platform.
-        ImportError: the format's package is not installed.
-        FileExistsError: the directory has content and `overwrite` is False.
+        ValueError: the model has no classifier, or the format or a platform is unknown.
+        ImportError: the package that the format requires is not installed.
+        FileExistsError: the directory is not empty and `overwrite` is False.
 
     Example:
         >>> import tempfile
@@ -99,18 +100,21 @@ def export_model(
         ['README.md', 'model.json', 'model.stablehlo']
     """
     if format not in FORMATS:
-        raise ValueError(f"There is no format {format!r}: the formats are {', '.join(FORMATS)}.")
-    foreign = [platform for platform in platforms if platform not in KNOWN_PLATFORMS]
-    if foreign or not platforms:
-        raise ValueError(f"There is no platform {foreign}: expected some of {', '.join(KNOWN_PLATFORMS)}.")
+        raise ValueError(f"Unknown format: expected one of {', '.join(FORMATS)}, found {format!r}.")
+    unknown = [platform for platform in platforms if platform not in KNOWN_PLATFORMS]
+    if unknown or not platforms:
+        raise ValueError(
+            f"Unknown platforms: expected one or more of {', '.join(KNOWN_PLATFORMS)}, found {unknown or 'none'}."
+        )
     model, variables = prepare(model, variables)
-    variables = jax.device_get(variables)  # constants of the artifact, bound to no device
+    variables = jax.device_get(variables)  # the constants must not depend on a device
     config = model.config
     shape = [*config.image_height_width, config.num_channels]
 
     def classify(pixel_values: jax.Array) -> jax.Array:
         output: Any = model.apply(variables, pixel_values)
-        return output.logits.astype(jnp.float32)
+        logits: jax.Array = output.logits.astype(jnp.float32)
+        return logits
 
     artifact = to_stablehlo(classify, shape, platforms) if format == "stablehlo" else to_onnx(classify, shape)
     file, text = FORMATS[format]
@@ -124,29 +128,32 @@ def export_model(
         "platforms": list(platforms) if format == "stablehlo" else None,
         "versions": {name: version(name) for name in ("levit-flax", "jax")},
     }
-    with staged_directory(Path(directory), overwrite, OWN_FILES) as staging:
+    with staged_directory(Path(directory), overwrite, _OWN_FILES) as staging:
         (staging / file).write_bytes(artifact)
-        (staging / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        (staging / README_FILE).write_text(
+        (staging / _ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        (staging / _README_FILE).write_text(
             text.format(
                 name=Path(directory).name,
                 platforms=", ".join(platforms),
                 file=file,
                 shape=f"[B {' '.join(map(str, shape))}]",
                 classes=config.num_labels,
-                about=ABOUT_FILE,
+                about=_ABOUT_FILE,
             ),
             encoding="utf-8",
         )
 
 
 def to_stablehlo(classify: Any, shape: Sequence[int], platforms: Sequence[str]) -> bytes:
-    """Return a function of pixel values as a serialized `jax.export` artifact with a symbolic batch.
+    """Serialize a function of pixel values with `jax.export`, for any batch size.
 
     Args:
-        classify: maps float32 [B H W C] to an array; JAX must be able to trace it.
+        classify: a function of float32 [B H W C] that JAX can trace.
         shape: (H, W, C).
         platforms: as in `export_model`.
+
+    Returns:
+        The artifact, which `jax.export.deserialize` reads.
 
     Raises:
         ImportError: flatbuffers is not installed.
@@ -158,7 +165,7 @@ def to_stablehlo(classify: Any, shape: Sequence[int], platforms: Sequence[str]) 
         (5, 3)
     """
     try:
-        import flatbuffers  # noqa: F401  # which jax.export imports only at the end
+        import flatbuffers  # noqa: F401  # jax.export imports it only after tracing
     except ImportError:
         raise ImportError("Exporting StableHLO needs flatbuffers: pip install 'levit-flax[export]'.") from None
     from jax import export
@@ -171,11 +178,14 @@ def to_stablehlo(classify: Any, shape: Sequence[int], platforms: Sequence[str]) 
 
 
 def to_onnx(classify: Any, shape: Sequence[int]) -> bytes:
-    """Return a function of pixel values as a serialized ONNX model with a symbolic batch.
+    """Serialize a function of pixel values as an ONNX model, for any batch size.
 
     Args:
-        classify: maps float32 [B H W C] to an array; JAX must be able to trace it.
+        classify: a function of float32 [B H W C] that JAX can trace.
         shape: (H, W, C).
+
+    Returns:
+        The serialized model, with the input `pixel_values` and the output `logits`.
 
     Raises:
         ImportError: jax2onnx is not installed.

@@ -1,4 +1,4 @@
-"""What the process does with memory that has been freed."""
+"""Keep the memory that a process frees, which makes computing on a CPU faster."""
 
 import ctypes
 import sys
@@ -6,33 +6,34 @@ import sys
 import jax
 
 # Parameters of mallopt(3), from glibc's malloc.h.
-M_TRIM_THRESHOLD = -1
-M_MMAP_MAX = -4
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep freed memory for what comes next instead of handing it back to the system.
+    """Make the C library keep freed memory instead of returning it to the system.
 
-    On a CPU, XLA asks for the whole working memory of a call anew each time, and the system clears every page of it: a
-    sixth of the time that training levit-128S takes with 32 images, and 9 to 24 % of classifying 64
-    (benchmarks/README.md). The commands `finetune`, `evaluate` and `classify` call this. Other programs may, before JAX
-    computes anything, and compute in their main thread. It holds for the whole process: its memory then never shrinks
-    below its peak, and a call of a jitted function returns when the CPU has computed it, not before.
+    On a CPU, XLA allocates new working memory for every call, and the system clears each page of it. That takes
+    about a sixth of the time of training levit-128S with 32 images, and up to a quarter of classifying 64
+    (benchmarks/README.md). The commands `finetune`, `evaluate` and `classify` call this function.
+
+    Call it before JAX computes anything, and compute in the main thread. It applies to the whole process: the memory of
+    the process never shrinks below its peak, and a jitted function returns only after the CPU has computed the result.
 
     Returns:
-        Whether it was done: only glibc, Linux's usual C library, has these settings.
+        True if the memory is kept. False if the C library is not glibc, which alone has these settings.
 
     Example:
-        >>> done = keep_freed_memory()  # and then compute
+        >>> kept = keep_freed_memory()
 
     Source: mallopt(3).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    # Blocks of any size come from the heap, which never shrinks...
-    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}
+    # Allocate blocks of any size on the heap, and never shrink it.
+    settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1}
     if mallopt is None or not all(mallopt(parameter, value) for parameter, value in settings.items()):
         return False
-    # ... in the main thread alone: the heaps of others end at 64 MB. One heap for all threads would do as well, were it
-    # not that they wait for each other once compiling has left it full of holes (benchmarks/README.md).
+    # Compute in the main thread, because the heaps of other threads are limited to 64 MB. With a single heap for all
+    # threads, they wait for each other once compilation has fragmented it (benchmarks/README.md).
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     return True

@@ -140,7 +140,9 @@ def test_the_other_rules():
     margins = (1, 3, 33, 35)  # pixels around the crop, of which half are to go on the left
     for rule, offsets in {"hf": [0, 1, 16, 17], "torchvision": [0, 2, 16, 18], "timm": [0, 2, 16, 18]}.items():
         assert [evaluation_processor(rule, own).crop_offset(margin) for margin in margins] == offsets
-    with pytest.raises(ValueError, match="no crop rule 'square': expected model, hf, torchvision or timm"):
+    with pytest.raises(
+        ValueError, match="Unknown crop rule: expected one of model, hf, torchvision, timm, found 'square'"
+    ):
         evaluation_processor("square", own)
 
 
@@ -198,10 +200,10 @@ def test_images_follow_the_image_size(capsys, classifier, folder, tmp_path):
 
 
 def test_nothing_to_count(capsys, classifier, tmp_path):
-    with pytest.raises(ValueError, match="no image to count: the data is empty"):
+    with pytest.raises(ValueError, match="no images to evaluate: the data is empty"):
         evaluate(classifier, LabeledImages([], np.zeros(0, np.int32)))
     with pytest.raises(ValueError, match="has no folders: expected one for each class"):
         read_data(tmp_path, CLASSES)
     (tmp_path / "ant").mkdir()
-    with pytest.raises(ValueError, match="hold no images"):
+    with pytest.raises(ValueError, match="contains no images: expected at least one"):
         read_data(tmp_path, CLASSES)

@@ -110,11 +110,11 @@ def test_platforms_that_there_are_not(capsys, tmp_path, monkeypatch):
     status = main(["export", str(tmp_path / "out"), "-m", "cifar10", "--platforms", "cpu,foo"])
     out, err = capsys.readouterr()
     assert (status, out) == (1, "") and len(err.splitlines()) == 1
-    assert "error: There is no platform ['foo']: expected some of cpu, cuda, tpu, rocm." in err
+    assert "error: Unknown platforms: expected one or more of cpu, cuda, tpu, rocm, found ['foo']." in err
     monkeypatch.setattr("levit_flax.export.prepare", None)  # nothing is done before
     model = lf.LevitForImageClassification(lf.LevitConfig(**SMALL))
     for platforms in ((), ("cpu", "foo"), ("",)):
-        with pytest.raises(ValueError, match="There is no platform"):
+        with pytest.raises(ValueError, match="Unknown platforms"):
             export_model(tmp_path / "out", model, {}, lf.LevitImageProcessor(), platforms=platforms)
     assert os.listdir(tmp_path) == []
 
@@ -126,7 +126,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ImportError, match=rf"needs {package}: pip install"):
             export_model(tmp_path / "out", *arguments, format=format)
-    with pytest.raises(ValueError, match="no format 'tflite': the formats are stablehlo, onnx"):
+    with pytest.raises(ValueError, match="Unknown format: expected one of stablehlo, onnx, found 'tflite'"):
         export_model(tmp_path / "out", *arguments, format="tflite")
     features = lf.LevitModel(model.config)
     with pytest.raises(ValueError, match="This model has no classifier"):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from levit_flax.choices import WRITTEN_LAYOUTS as WRITTEN_LAYOUTS
 from levit_flax.configuration import LevitConfig
 
 from .errors import ConversionError
@@ -123,7 +124,6 @@ class CheckpointLayout(NamedTuple):
         norm: name of the batch norm.
         kernel: how the kernels of linear layers outside the heads are stored.
         index_tables: whether the layout stores `attention_bias_idxs`.
-        written: whether checkpoints are written in it, not only read.
     """
 
     name: str
@@ -139,7 +139,6 @@ class CheckpointLayout(NamedTuple):
     norm: str
     kernel: Permutation = Permutation.TRANSPOSE
     index_tables: bool = False
-    written: bool = True
 
     def rows(self, structure: Structure) -> Iterator[Row]:
         """Yield a row for every tensor of a model with this structure."""
@@ -384,10 +383,9 @@ LAYOUTS = {
         TIMM,
         TIMM._replace(name="timm_conv", kernel=Permutation.OI11_TO_IO),
         FACEBOOK,  # also timm before 0.8
-        FACEBOOK._replace(name="facebook_conv", kernel=Permutation.OI11_TO_IO, written=False),  # levit_c.py
+        FACEBOOK._replace(name="facebook_conv", kernel=Permutation.OI11_TO_IO),  # levit_c.py; read only
     )
 }
-WRITTEN_LAYOUTS = tuple(layout.name for layout in LAYOUTS.values() if layout.written)
 
 # Tensors that are read past, by the end of their name, each with the reason.
 IGNORED = {

@@ -275,4 +275,4 @@ def test_demo_shows_everything(capsys):
     status, out, _ = run(capsys, "demo")
     assert status == 0
     assert str(EMBEDDED_DIRECTORY) in out and "250 tensors mapped" in out
-    assert "largest difference" in out and "chelsea" in out and "images a second" in out
+    assert "largest difference" in out and "chelsea" in out and "images/s" in out

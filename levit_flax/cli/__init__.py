@@ -1,0 +1,3 @@
+"""The `levit-flax` command."""
+
+from .app import main as main

@@ -1,0 +1,62 @@
+"""`levit-flax convert`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from levit_flax.choices import WeightDType, WrittenLayout
+
+from .options import ImageSizeOption, JsonOption, OfflineOption, RevisionOption
+from .output import print_fields, print_json
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="Weight file, directory or Hub id of a PyTorch LeViT, or a converted model directory.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    to: Annotated[
+        WrittenLayout | None, typer.Option(help="Write PyTorch weights in this layout instead of Flax weights.")
+    ] = None,
+    fold: Annotated[bool, typer.Option("--fold", help="Fold the batch norms: faster, but only for inference.")] = False,
+    merge_heads: Annotated[
+        bool, typer.Option("--merge-heads", help="Merge the two heads into one that averages their logits.")
+    ] = False,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="Convert the averaged weights (model_ema) of a training checkpoint.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch on seeded inputs, if it is installed.")
+    ] = True,
+    dtype: Annotated[
+        WeightDType | None, typer.Option(help="Data type of the weights; the default is the checkpoint's.")
+    ] = None,
+    image_size: ImageSizeOption = None,
+    revision: RevisionOption = None,
+    offline: OfflineOption = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model in OUT.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a PyTorch checkpoint to a model directory or back, with a report that proves the conversion."""
+    from levit_flax.convert import workflow
+    from levit_flax.hub import HubOptions
+
+    report = workflow.convert_to_directory(
+        source,
+        out,
+        layout=to,
+        dtype=dtype,
+        image_size=image_size,
+        ema=ema,
+        fold=fold,
+        merge=merge_heads,
+        verify=verify,
+        options=HubOptions(revision, local_files_only=offline),
+        overwrite=force,
+    )
+    if as_json:
+        print_json({**report, "out": str(out)})
+    else:
+        print_fields(workflow.summary(report))
+        print(f"written to {out}")

@@ -1,0 +1,8 @@
+"""`levit-flax demo`."""
+
+
+def demo() -> None:
+    """Convert the model in the package, verify it, and classify photographs."""
+    from levit_flax.demo import run_demo
+
+    run_demo()

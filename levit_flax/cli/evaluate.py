@@ -1,0 +1,75 @@
+"""`levit-flax evaluate`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from levit_flax.choices import CropRule
+
+from .options import DEFAULT_MODEL, ImageSizeOption, JsonOption, ModelOption, OfflineOption, RevisionOption
+from .output import print_error, print_fields, print_json, with_progress
+
+if TYPE_CHECKING:
+    from levit_flax.evaluation import Evaluation
+
+
+def evaluate(
+    data: Annotated[
+        str, typer.Argument(help="Directory with one folder per class, or the name of a Hugging Face dataset.")
+    ],
+    model: ModelOption = DEFAULT_MODEL,
+    crop: Annotated[
+        CropRule, typer.Option(help="Resize and crop images as the model's processor or the named library does.")
+    ] = "model",
+    split: Annotated[str, typer.Option(help="Split of a Hugging Face dataset.")] = "test",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 64,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory to write metrics.json, confusion.csv and confusion.png to.")
+    ] = None,
+    image_size: ImageSizeOption = None,
+    revision: RevisionOption = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the accuracy of a model on labeled images."""
+    from levit_flax import evaluation, files
+    from levit_flax.classifier import ImageClassifier
+    from levit_flax.memory import keep_freed_memory
+
+    keep_freed_memory()
+    if output is not None:
+        from levit_flax.visualize import new_figure
+
+        new_figure(1, 1)  # fails before the evaluation if Matplotlib is missing
+        files.make_directory(output)
+    loaded = ImageClassifier.from_pretrained(model, image_size=image_size, revision=revision, local_files_only=offline)
+    processor = evaluation.evaluation_processor(crop, loaded.processor)
+    classifier = ImageClassifier(loaded.model, loaded.variables, processor, batch_size)
+    labeled = evaluation.read_data(data, classifier.model.config.id2label, split)
+    labeled = dataclasses.replace(labeled, images=with_progress(labeled.images, len(labeled)))
+    result = evaluation.evaluate(classifier, labeled)
+    numbers = {"model": model, "data": data, "crop": crop, **result.to_dict()}
+    if output is not None:
+        _write_results(output, numbers, result)
+    if as_json:
+        print_json(numbers)
+    else:
+        print_fields({**numbers, "broken": len(result.broken) or None})
+    for error in result.broken:
+        print_error(error)
+    if result.broken:
+        raise typer.Exit(1)
+
+
+def _write_results(output: Path, numbers: dict[str, Any], result: "Evaluation") -> None:
+    """Write the numbers and the confusion matrix, as CSV and as a figure."""
+    from levit_flax import files
+    from levit_flax.visualize import draw_confusion
+
+    files.write_text(output / "metrics.json", json.dumps(numbers, indent=2) + "\n")
+    files.write_text(output / "confusion.csv", result.confusion_csv())
+    figure = draw_confusion(result.confusion, result.labels)
+    files.write_atomically(output / "confusion.png", lambda file: figure.savefig(file, format="png"))

@@ -1,0 +1,44 @@
+"""Replace Python parameters by command-line flags in the library's messages.
+
+The library names Python parameters in its messages, such as `overwrite=True`. The command line prints the flag of the
+running command instead, such as `--force`. A parameter without a flag in the running command is printed unchanged.
+"""
+
+import re
+from collections.abc import Collection
+
+FLAGS = {
+    "batch_size=...": "--batch-size",
+    "dtype=...": "--dtype",
+    "ema=True": "--ema",
+    "export_torch=...": "--export-torch",
+    "image_size=...": "--image-size",
+    "layout=...": "--to",
+    "local_files_only=True": "--offline",
+    "model=...": "--model",
+    "overwrite=True": "--force",
+    "resume=True": "--resume",
+    "skip=...": "--skip",
+    "teacher=...": "--teacher",
+    "verify=False": "--no-verify",
+}
+
+_PARAMETER = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, FLAGS))})(?!\w)")
+
+_running: set[str] = set()  # the flags of the running command
+
+
+def use_flags(flags: Collection[str]) -> None:
+    """Set the flags of the running command."""
+    _running.clear()
+    _running.update(flags)
+
+
+def with_flags(message: object) -> str:
+    """Return a message with parameters replaced by flags of the running command."""
+
+    def replace(match: re.Match[str]) -> str:
+        flag = FLAGS[match[0]]
+        return flag if flag in _running else match[0]
+
+    return _PARAMETER.sub(replace, str(message))

@@ -1,0 +1,31 @@
+"""Options that several commands share."""
+
+from typing import Annotated, Any
+
+import typer
+
+DEFAULT_MODEL = "facebook/levit-128S"
+
+
+def _parse_image_size(text: str) -> int | tuple[int, int]:
+    """Read "224" or "224x320"."""
+    sides = text.lower().split("x")
+    if not all(side.isdecimal() for side in sides) or len(sides) > 2:
+        raise typer.BadParameter(f"expected SIDE or HEIGHTxWIDTH in pixels, such as 224 or 224x320, found {text!r}")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="Model directory or Hub id; cifar10 is the small model in the package.")
+]
+ImageSizeOption = Annotated[
+    Any,
+    typer.Option(
+        parser=_parse_image_size,
+        metavar="SIDE|HEIGHTxWIDTH",
+        help="Input size in pixels; the default is the checkpoint's.",
+    ),
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Use cached files only, without network access.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -1,0 +1,67 @@
+"""Options: their help texts, and their choices, which are the library's."""
+
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+from typer.main import get_command
+
+from levit_flax import choices
+from levit_flax.cli import main
+from levit_flax.cli.app import app
+from levit_flax.convert import layouts
+from levit_flax.evaluation import CROP_RULES
+from levit_flax.export import FORMATS
+
+COMMANDS = get_command(app).commands
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_texts_are_sentences(command):
+    for parameter in COMMANDS[command].params:
+        text = parameter.help
+        assert text[0].isupper(), (parameter.name, text)
+        assert text.endswith("."), (parameter.name, text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["convert", "a", "b", "--to"], layouts.WRITTEN_LAYOUTS),
+        (["convert", "a", "b", "--dtype"], get_args(choices.WeightDType)),
+        (["evaluate", "a", "--crop"], CROP_RULES),
+        (["finetune", "a", "-o", "b", "--export-torch"], layouts.WRITTEN_LAYOUTS),
+        (["export", "a", "--format"], FORMATS),
+    ],
+)
+def test_choices_are_those_of_the_library(capsys, arguments, expected):
+    assert main([*arguments, "unknown"]) == 2
+    message = " ".join(capsys.readouterr().err.replace("│", " ").split())  # a box on several lines
+    assert ", ".join(map(repr, expected)) in message
+
+
+def test_written_layouts_are_known():
+    assert set(layouts.WRITTEN_LAYOUTS) < set(layouts.LAYOUTS)
+
+
+def test_help_lists_the_recipes_of_the_package():
+    pytest.importorskip("grain")
+    from levit_flax.training.recipe import recipe_names
+
+    assert tuple(recipe_names()) == choices.RECIPE_NAMES
+    [option] = [option for option in COMMANDS["finetune"].params if option.name == "recipe"]
+    assert ", ".join(recipe_names()) in option.help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_imports_nothing_heavy(command):
+    script = (
+        "import sys\n"
+        "from levit_flax.cli import main\n"
+        f"assert main(['{command}', '--help']) == 0\n"
+        "heavy = {'jax', 'flax', 'numpy', 'PIL', 'torch', 'huggingface_hub', 'safetensors'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr.strip() == "[]", done
