@@ -56,7 +56,7 @@ def convert(
         overwrite=force,
     )
     if as_json:
-        print_json({**report, "out": str(out)})
+        print_json({**report.to_dict(), "out": str(out)})
     else:
-        print_fields(workflow.summary(report))
+        print_fields(report.summary())
         print(f"written to {out}")

@@ -1,7 +1,9 @@
-"""Between PyTorch LeViT checkpoints and Flax variables. PyTorch itself is not needed."""
+"""Convert PyTorch LeViT checkpoints into Flax variables and back, without PyTorch."""
 
-from .conversion import from_torch, save_torch, to_torch
+from levit_flax.choices import WRITTEN_LAYOUTS
+
+from .conversion import from_torch
 from .errors import ConversionError
-from .layouts import WRITTEN_LAYOUTS
+from .writing import save_torch, to_torch
 
 __all__ = ["WRITTEN_LAYOUTS", "ConversionError", "from_torch", "save_torch", "to_torch"]

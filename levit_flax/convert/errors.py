@@ -1,11 +1,11 @@
-"""What conversion raises."""
+"""The exception that a failed conversion raises."""
 
 import contextlib
 from collections.abc import Iterator
 
 
 class ConversionError(ValueError):
-    """A checkpoint cannot be converted; the message lists everything that was found wrong with it.
+    """Raised if a checkpoint cannot be converted; the message lists every problem.
 
     Example:
         >>> import levit_flax
@@ -23,11 +23,11 @@ class ConversionError(ValueError):
 
 
 @contextlib.contextmanager
-def understanding(what: str) -> Iterator[None]:
-    """Turn what a reader stumbles over in a malformed file into a ConversionError that names the file."""
+def explain_malformed(name: str) -> Iterator[None]:
+    """Turn the exceptions that malformed content causes into a ConversionError that names it."""
     try:
         yield
     except ConversionError as error:
-        raise ConversionError(f"{what}: {error}") from error
+        raise ConversionError(f"{name}: {error}") from error
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise ConversionError(f"{what} is not what it should be: {error}") from error
+        raise ConversionError(f"{name} is malformed: {error}") from error

@@ -1,14 +1,15 @@
-"""The configuration of a checkpoint, from the shapes of its tensors alone."""
+"""Infer the config of a checkpoint from the shapes of its tensors."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
 from levit_flax.configuration import DownOp, LevitConfig
 
 from .errors import ConversionError
-from .layouts import Structure
+from .layouts import Shape, Structure
 
-# What shapes tell of a config; the rest (labels, drop path, the stem's stride) they do not.
+# The fields of a config that shapes determine. Labels, drop path and strides leave no trace in them.
 INFERRED_FIELDS = (
     "num_channels",
     "kernel_size",
@@ -23,89 +24,128 @@ INFERRED_FIELDS = (
 
 
 def infer_config(
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, Shape],
     names: Mapping[str, str],
     structure: Structure,
     image_size: int | tuple[int, int] | None = None,
 ) -> LevitConfig:
-    """Work out a config from shapes in the Flax tree.
+    """Infer a config from the parameter shapes of a Flax tree.
 
     Args:
-        shapes: the shape of every parameter by its path ("params/stem/conv_0/conv/kernel"), in Flax's order of axes.
-        names: the name of each parameter in the checkpoint, by the same path, for messages.
-        structure: the structure, from the names.
-        image_size: input size in pixels; None for the square one, a multiple of 16, that fits the bias tables.
+        shapes: the shape of every parameter by its path ("params/stem/conv_0/conv/kernel"), in Flax's axis order.
+        names: the name in the checkpoint of every parameter, by the same paths, for messages.
+        structure: the structure, read from the tensor names.
+        image_size: input size in pixels; None for the square multiple of 16 that fits the attention biases.
 
     Returns:
         The config, with labels LABEL_0, LABEL_1, ...
 
     Raises:
-        ConversionError: a tensor that the inference needs is missing, or the shapes contradict each other.
+        ConversionError: a tensor that determines a field is missing, or the shapes contradict each other.
     """
-
-    def shape(path: str, rank: int) -> tuple[int, ...]:
-        path = f"params/{path}"
-        found = shapes.get(path)
-        if found is None or len(found) != rank:
+    known = _Shapes(shapes, names)
+    kernel_size, _, num_channels, _ = known.get("stem/conv_0/conv/kernel", 4)
+    widths = [known.get("stem/conv_3/conv/kernel", 4)[3]]
+    stages, down_ops = [], []
+    for index, has_mlp in enumerate(structure.mlp):
+        if not structure.depths[index]:
             raise ConversionError(
-                f"The architecture cannot be read from the shapes: expected a tensor {names[path]} with {rank} axes,"
-                f" found {'none' if found is None else found}. A config.json beside the weights tells what shapes do"
-                " not."
+                f"Stage {index} has no blocks, so its number of heads cannot be inferred: expected at least one block."
+                " Add a config.json next to the weights."
             )
-        return found
-
-    def exact(numerator: int, denominator: int, what: str) -> int:
-        if denominator < 1 or numerator < 1 or numerator % denominator:
-            raise ConversionError(f"The shapes contradict each other: {what} would be {numerator} / {denominator}.")
-        return numerator // denominator
-
-    kernel_size, _, num_channels, _ = shape("stem/conv_0/conv/kernel", 4)
-    hidden_sizes = [shape("stem/conv_3/conv/kernel", 4)[3]]
-    heads, key_dims, mlp_ratios, ratios, offsets, down_ops = [], [], [], [], [], []
-    for stage, has_mlp in enumerate(structure.mlp):
-        block, width = f"stage_{stage}/block_0", hidden_sizes[-1]
-        if not structure.depths[stage]:
-            raise ConversionError(f"Stage {stage} has no block: its heads are asked for in a config.json.")
-        num_offsets, num_heads = shape(f"{block}/attention/attention_biases", 2)
-        qkv, proj = shape(f"{block}/attention/qkv/linear/kernel", 2), shape(f"{block}/attention/proj/linear/kernel", 2)
-        offsets.append(num_offsets)
-        heads.append(num_heads)
-        key_dims.append(exact(qkv[1] - proj[0], 2 * num_heads, f"key_dim of stage {stage}"))
-        ratios.append(exact(proj[0], num_heads * key_dims[-1], f"attention_ratio of stage {stage}"))
-        up = shape(f"{block}/mlp/up/linear/kernel", 2)[1] if has_mlp else 0
-        mlp_ratios.append(exact(up, width, f"mlp_ratio of stage {stage}") if has_mlp else 0)
-        if stage == len(structure.mlp) - 1:
-            break
-        down = f"downsample_{stage}"
-        num_heads = shape(f"{down}/attention/attention_biases", 2)[1]
-        q, kv = shape(f"{down}/attention/q/linear/kernel", 2), shape(f"{down}/attention/kv/linear/kernel", 2)
-        key_dim = exact(q[1], num_heads, f"key_dim of downsampling {stage}")
-        ratio = exact(kv[1] - q[1], q[1], f"attention_ratio of downsampling {stage}")
-        hidden_sizes.append(shape(f"{down}/attention/proj/linear/kernel", 2)[1])
-        mlp_ratio = 0
-        if structure.downsample_mlp[stage]:
-            up = shape(f"{down}/mlp/up/linear/kernel", 2)[1]
-            mlp_ratio = exact(up, hidden_sizes[-1], f"mlp_ratio of downsampling {stage}")
-        down_ops.append(DownOp("Subsample", key_dim, num_heads, ratio, mlp_ratio, stride=2))
-    if image_size is None:
-        side = math.isqrt(offsets[0])
-        if side**2 != offsets[0]:
-            raise ConversionError(
-                f"The first attention-bias table has {offsets[0]} offsets, which is no square: give the image size"
-                " (--image-size HEIGHTxWIDTH, or image_size=)."
-            )
-        image_size = 16 * side
+        stages.append(_infer_stage(known, index, widths[-1], has_mlp))
+        if index < len(structure.mlp) - 1:
+            down_op, width = _infer_downsampling(known, index, structure.downsample_mlp[index])
+            down_ops.append(down_op)
+            widths.append(width)
     return LevitConfig(
-        image_size=image_size,
+        image_size=_infer_image_size(stages[0].num_offsets) if image_size is None else image_size,
         num_channels=num_channels,
         kernel_size=kernel_size,
         padding=kernel_size // 2,
-        hidden_sizes=tuple(hidden_sizes),
-        num_attention_heads=tuple(heads),
+        hidden_sizes=tuple(widths),
+        num_attention_heads=tuple(stage.num_heads for stage in stages),
         depths=structure.depths,
-        key_dim=tuple(key_dims),
-        mlp_ratio=tuple(mlp_ratios),
-        attention_ratio=tuple(ratios),
+        key_dim=tuple(stage.key_dim for stage in stages),
+        mlp_ratio=tuple(stage.mlp_ratio for stage in stages),
+        attention_ratio=tuple(stage.attention_ratio for stage in stages),
         down_ops=tuple(down_ops),
-        num_labels=shape("head/linear/kernel", 2)[1] if "head" in structure.heads else 2,
+        num_labels=known.get("head/linear/kernel", 2)[1] if "head" in structure.heads else 2,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shapes:
+    """Parameter shapes by path, and the checkpoint's names of the parameters for messages."""
+
+    shapes: Mapping[str, Shape]
+    names: Mapping[str, str]
+
+    def get(self, path: str, rank: int) -> Shape:
+        path = f"params/{path}"
+        found = self.shapes.get(path)
+        if found is None or len(found) != rank:
+            raise ConversionError(
+                f"The architecture cannot be inferred from the shapes: expected a tensor {self.names[path]} with"
+                f" {rank} axes, found {'none' if found is None else found}. Add the tensor, or a config.json next to"
+                " the weights."
+            )
+        return found
+
+    def kernel(self, path: str) -> Shape:
+        return self.get(f"{path}/linear/kernel", 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    num_offsets: int
+    num_heads: int
+    key_dim: int
+    attention_ratio: int
+    mlp_ratio: int
+
+
+def _infer_stage(shapes: _Shapes, index: int, width: int, has_mlp: bool) -> _Stage:
+    """Infer the fields of a stage from its first block."""
+    block = f"stage_{index}/block_0"
+    num_offsets, num_heads = shapes.get(f"{block}/attention/attention_biases", 2)
+    qkv, proj = shapes.kernel(f"{block}/attention/qkv"), shapes.kernel(f"{block}/attention/proj")
+    key_dim = _divide(qkv[1] - proj[0], 2 * num_heads, f"key_dim of stage {index}")
+    ratio = _divide(proj[0], num_heads * key_dim, f"attention_ratio of stage {index}")
+    mlp_ratio = 0
+    if has_mlp:
+        mlp_ratio = _divide(shapes.kernel(f"{block}/mlp/up")[1], width, f"mlp_ratio of stage {index}")
+    return _Stage(num_offsets, num_heads, key_dim, ratio, mlp_ratio)
+
+
+def _infer_downsampling(shapes: _Shapes, index: int, has_mlp: bool) -> tuple[DownOp, int]:
+    """Infer a downsampling and the width after it."""
+    down = f"downsample_{index}"
+    num_heads = shapes.get(f"{down}/attention/attention_biases", 2)[1]
+    q, kv = shapes.kernel(f"{down}/attention/q"), shapes.kernel(f"{down}/attention/kv")
+    key_dim = _divide(q[1], num_heads, f"key_dim of downsampling {index}")
+    ratio = _divide(kv[1] - q[1], q[1], f"attention_ratio of downsampling {index}")
+    width = shapes.kernel(f"{down}/attention/proj")[1]
+    mlp_ratio = 0
+    if has_mlp:
+        mlp_ratio = _divide(shapes.kernel(f"{down}/mlp/up")[1], width, f"mlp_ratio of downsampling {index}")
+    return DownOp("Subsample", key_dim, num_heads, ratio, mlp_ratio, stride=2), width
+
+
+def _infer_image_size(num_offsets: int) -> int:
+    """Return the square multiple of 16 whose first stage has this many offsets between tokens."""
+    side = math.isqrt(num_offsets)
+    if side**2 != num_offsets:
+        raise ConversionError(
+            f"The image size cannot be inferred: expected a square number of offsets in the first table of attention"
+            f" biases, found {num_offsets}. Pass image_size=..."
+        )
+    return 16 * side
+
+
+def _divide(numerator: int, denominator: int, name: str) -> int:
+    if denominator < 1 or numerator < 1 or numerator % denominator:
+        raise ConversionError(
+            f"The shapes contradict each other: expected an integer for {name}, found {numerator} / {denominator}."
+        )
+    return numerator // denominator

@@ -1,8 +1,8 @@
-"""Where every tensor of a PyTorch LeViT checkpoint belongs in the Flax tree, as a table.
+"""Map every tensor of a PyTorch LeViT checkpoint to a leaf of the Flax tree.
 
-A row names a tensor in the file, its place in the variables, and how its axes are permuted. The rows of a layout are
-generated from the structure of the model, so that they can be printed, counted, inverted and tested with no checkpoint.
-To add a layout: write a generator of prefixes and its inverse, name the parts, and enter it in `LAYOUTS`.
+A row holds the tensor's name in the file, its path in the variables, and the permutation of its axes. The rows of a
+layout are generated from the structure of a model alone, so they can be counted, inverted and tested without a
+checkpoint. To add a layout, write a generator of prefixes and its inverse, name the parts, and add it to `LAYOUTS`.
 """
 
 import enum
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from levit_flax.choices import WRITTEN_LAYOUTS as WRITTEN_LAYOUTS
+from levit_flax.attention import offset_index
 from levit_flax.configuration import LevitConfig
 
 from .errors import ConversionError
@@ -21,22 +21,22 @@ Shape = tuple[int, ...]
 
 
 class Permutation(enum.Enum):
-    """How the axes of a PyTorch tensor go into a Flax array; the value is the order of PyTorch's axes."""
+    """Permutation of a PyTorch tensor's axes into a Flax array's; the value is the order of PyTorch's axes."""
 
     SAME = ()
     TRANSPOSE = (1, 0)  # linear [O I] -> [I O]; attention biases [H N] -> [N H]
     OIHW_TO_HWIO = (2, 3, 1, 0)
-    OI11_TO_IO = (1, 0, 2, 3)  # a linear layer as a 1x1 convolution; the last two axes go
+    OI11_TO_IO = (1, 0, 2, 3)  # linear layer as a 1x1 convolution; drops the last two axes
 
     def to_flax(self, tensor: np.ndarray) -> np.ndarray:
-        """Permute the axes of a PyTorch tensor; a view, no copy."""
+        """Return a view of a PyTorch tensor with Flax's axis order."""
         if self is Permutation.SAME:
             return tensor
         array = tensor.transpose(self.value)
         return array.squeeze((2, 3)) if self is Permutation.OI11_TO_IO else array
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """Undo `to_flax`; a view, no copy."""
+        """Return a view of a Flax array with PyTorch's axis order."""
         if self is Permutation.SAME:
             return array
         if self is Permutation.OI11_TO_IO:
@@ -44,7 +44,7 @@ class Permutation(enum.Enum):
         return array.transpose(np.argsort(self.value))
 
     def flax_shape(self, shape: Shape) -> Shape | None:
-        """Return the shape that a PyTorch tensor of this shape takes on, or None where it cannot."""
+        """Return the Flax shape of a PyTorch tensor of this shape, or None if the permutation does not apply."""
         if self is Permutation.SAME:
             return shape
         if len(shape) != len(self.value) or (self is Permutation.OI11_TO_IO and shape[2:] != (1, 1)):
@@ -52,12 +52,12 @@ class Permutation(enum.Enum):
         return self.to_flax(np.broadcast_to(False, shape)).shape
 
     def torch_shape(self, shape: Shape) -> Shape:
-        """Return the shape in PyTorch of a Flax array of this shape."""
+        """Return the PyTorch shape of a Flax array of this shape."""
         return self.to_torch(np.broadcast_to(False, shape)).shape
 
 
 class Row(NamedTuple):
-    """One tensor: its name in the file, its path in the variables ("params/stem/..."), and its permutation."""
+    """A tensor: its name in the file, its path in the variables ("params/stem/..."), and its permutation."""
 
     torch: str
     flax: str
@@ -65,14 +65,14 @@ class Row(NamedTuple):
 
 
 class Structure(NamedTuple):
-    """What the names in a checkpoint depend on.
+    """The properties of a model that determine its tensor names.
 
     Attributes:
-        depths: blocks per stage.
+        depths: number of blocks per stage.
         mlp: per stage, whether its blocks have an MLP.
         downsample_mlp: per downsampling, whether an MLP follows.
         heads: names of the classifier heads, from `head` and `head_dist`.
-        folded: whether the batch norms are folded into their neighbors ("fused", as PyTorch's libraries say).
+        folded: whether the batch norms are folded into the adjacent layers; PyTorch libraries call this "fused".
     """
 
     depths: tuple[int, ...]
@@ -94,7 +94,7 @@ class Structure(NamedTuple):
 
 
 class Part(enum.Enum):
-    """A piece of the network, with the names of its linear layers in the Flax tree."""
+    """A part of the network, with the names of its linear layers in the Flax tree."""
 
     STEM = ("",)
     ATTENTION = ("qkv", "proj")
@@ -103,26 +103,26 @@ class Part(enum.Enum):
     HEAD = ()
 
 
-Prefix = tuple[str, str, Part]  # in the file, in the Flax tree, which piece
+Prefix = tuple[str, str, Part]  # in the file, in the Flax tree, of which part
 
 
 class CheckpointLayout(NamedTuple):
-    """One way in which LeViT's tensors are named.
+    """A naming scheme for LeViT's tensors.
 
     Attributes:
-        name: what the public functions call it.
-        marker: name of the first convolution's kernel, with batch norm.
-        folded_marker: the same without; None where the layout has no folded form.
-        prefixes: generates the prefix of every part; all index arithmetic of the layout stands there.
-        layers: reads the layers of every stage back from the tensor names, as a string of a (attention), m (MLP) and
-            d (downsampling, at the end of the stage that it leaves).
+        name: the name that public functions accept.
+        marker: matches the kernel of the first convolution if it has a batch norm.
+        folded_marker: matches it if the batch norm is folded; None if the layout has no folded form.
+        prefixes: generates the prefix of every part, and does all index arithmetic of the layout.
+        layers: reads each stage's layers from the tensor names, as a string of a (attention), m (MLP) and d
+            (downsampling, at the end of the stage before it).
         heads: names of the heads, by their names in the Flax tree.
         linears: names of the parts' linear layers, by their names in the Flax tree.
-        conv: name of the convolution inside a convolution and norm.
-        linear: name of the linear layer inside a linear and norm.
-        head_linear: name of the linear layer inside a head.
+        conv: name of the convolution in a convolution with batch norm.
+        linear: name of the linear layer in a linear layer with batch norm.
+        head_linear: name of the linear layer in a head.
         norm: name of the batch norm.
-        kernel: how the kernels of linear layers outside the heads are stored.
+        kernel: permutation of the kernels of linear layers outside the heads.
         index_tables: whether the layout stores `attention_bias_idxs`.
     """
 
@@ -147,13 +147,13 @@ class CheckpointLayout(NamedTuple):
             if part is Part.STEM:
                 conv = torch if folded else f"{torch}.{self.conv}"
                 yield Row(f"{conv}.weight", f"params/{flax}/conv/kernel", Permutation.OIHW_TO_HWIO)
-                yield from bias_row(conv, f"{flax}/conv") if folded else norm_rows(f"{torch}.{self.norm}", flax)
+                yield from _bias_row(conv, f"{flax}/conv") if folded else _norm_rows(f"{torch}.{self.norm}", flax)
             elif part is Part.HEAD:
                 if not folded:
-                    yield from norm_rows(f"{torch}.{self.norm}", flax)
+                    yield from _norm_rows(f"{torch}.{self.norm}", flax)
                 linear = torch if folded else f"{torch}.{self.head_linear}"
                 yield Row(f"{linear}.weight", f"params/{flax}/linear/kernel", Permutation.TRANSPOSE)
-                yield from bias_row(linear, f"{flax}/linear")
+                yield from _bias_row(linear, f"{flax}/linear")
             else:
                 if part is not Part.MLP:
                     yield Row(f"{torch}.attention_biases", f"params/{flax}/attention_biases", Permutation.TRANSPOSE)
@@ -162,13 +162,13 @@ class CheckpointLayout(NamedTuple):
                     linear = layer if folded else f"{layer}.{self.linear}"
                     yield Row(f"{linear}.weight", f"params/{flax}/{name}/linear/kernel", self.kernel)
                     yield from (
-                        bias_row(linear, f"{flax}/{name}/linear")
+                        _bias_row(linear, f"{flax}/{name}/linear")
                         if folded
-                        else norm_rows(f"{layer}.{self.norm}", f"{flax}/{name}")
+                        else _norm_rows(f"{layer}.{self.norm}", f"{flax}/{name}")
                     )
 
     def tables(self, structure: Structure) -> dict[str, str]:
-        """Return the path of each table of attention biases by the name of the table of indices that goes with it."""
+        """Return the path of each table of attention biases, by the name of its index table."""
         return {
             f"{torch}.attention_bias_idxs": f"params/{flax}/attention_biases"
             for torch, flax, part in self.prefixes(structure)
@@ -176,19 +176,19 @@ class CheckpointLayout(NamedTuple):
         }
 
     def structure(self, names: Iterable[str]) -> Structure:
-        """Read the structure back from the tensor names.
+        """Read the structure from the tensor names.
 
         Raises:
-            ConversionError: the layers do not follow each other as in a LeViT.
+            ConversionError: the order of the layers is not LeViT's.
         """
         names = list(names)
         stages = self.layers(names)
         for stage, layers in enumerate(stages):
             if not re.fullmatch(r"(a*|(am)*)" + ("" if stage == len(stages) - 1 else "dm?"), layers):
                 raise ConversionError(
-                    f"The layers of stage {stage} do not make a LeViT: expected attention and MLP in turn, then a"
-                    f" downsampling in all but the last stage; found {' '.join(layers) or 'nothing'} (a attention, m"
-                    " MLP, d downsampling)."
+                    f"The layers of stage {stage} are not LeViT's: expected attention (a) and MLP (m) alternately, then"
+                    f" a downsampling (d) except in the last stage, found {' '.join(layers) or 'no layers'}. Check"
+                    " that the checkpoint is complete."
                 )
         return Structure(
             depths=tuple(layers.count("a") for layers in stages),
@@ -201,8 +201,8 @@ class CheckpointLayout(NamedTuple):
         )
 
 
-def norm_rows(torch: str, flax: str) -> Iterator[Row]:
-    """Yield the five rows of a batch norm; `flax` is the path of the layer that it belongs to."""
+def _norm_rows(torch: str, flax: str) -> Iterator[Row]:
+    """Yield the five rows of a batch norm; `flax` is the path of its layer."""
     yield Row(f"{torch}.weight", f"params/{flax}/norm/scale", Permutation.SAME)
     yield Row(f"{torch}.bias", f"params/{flax}/norm/bias", Permutation.SAME)
     yield Row(f"{torch}.running_mean", f"batch_stats/{flax}/norm/mean", Permutation.SAME)
@@ -210,18 +210,18 @@ def norm_rows(torch: str, flax: str) -> Iterator[Row]:
     yield Row(f"{torch}.num_batches_tracked", f"batch_stats/{flax}/norm/count", Permutation.SAME)
 
 
-def bias_row(torch: str, flax: str) -> Iterator[Row]:
+def _bias_row(torch: str, flax: str) -> Iterator[Row]:
     """Yield the row of a bias."""
     yield Row(f"{torch}.bias", f"params/{flax}/bias", Permutation.SAME)
 
 
-HF_HEADS = {"head": "classifier", "head_dist": "classifier_distill"}
+_HF_HEADS = {"head": "classifier", "head_dist": "classifier_distill"}
 
 
-def hf_prefixes(structure: Structure) -> Iterator[Prefix]:
-    """Yield transformers' prefixes: layers are counted within their stage, a stage's downsampling at its end.
+def _hf_prefixes(structure: Structure) -> Iterator[Prefix]:
+    """Yield transformers' prefixes: layers are numbered per stage, and a downsampling ends the stage before it.
 
-    Under a model with heads everything else is prefixed with `levit.`.
+    In a model with heads, all other names start with `levit.`.
     """
     root = "levit." if structure.heads else ""
     for i in range(4):
@@ -240,28 +240,28 @@ def hf_prefixes(structure: Structure) -> Iterator[Prefix]:
             if structure.downsample_mlp[stage]:
                 yield f"{layers}.{layer + 1}.module", f"downsample_{stage}/mlp", Part.MLP
     for head in structure.heads:
-        yield HF_HEADS[head], head, Part.HEAD
+        yield _HF_HEADS[head], head, Part.HEAD
 
 
-HF_LAYER = re.compile(r"(?:levit\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.(?:module\.)?(\w+)\.")
-HF_KINDS = {"queries_keys_values": "a", "keys_values": "d", "linear_up": "m"}
+_HF_LAYER = re.compile(r"(?:levit\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.(?:module\.)?(\w+)\.")
+_HF_KINDS = {"queries_keys_values": "a", "keys_values": "d", "linear_up": "m"}
 
 
-def hf_layers(names: Iterable[str]) -> list[str]:
-    """Read the layers of every stage from transformers' tensor names."""
+def _hf_layers(names: Iterable[str]) -> list[str]:
+    """Read each stage's layers from transformers' tensor names."""
     kinds: dict[int, dict[int, str]] = {}
     for name in names:
-        match = HF_LAYER.match(name)
-        if match and match[3] in HF_KINDS:
-            kinds.setdefault(int(match[1]), {})[int(match[2])] = HF_KINDS[match[3]]
+        match = _HF_LAYER.match(name)
+        if match and match[3] in _HF_KINDS:
+            kinds.setdefault(int(match[1]), {})[int(match[2])] = _HF_KINDS[match[3]]
     return ["".join(kind for _, kind in sorted(kinds[stage].items())) for stage in sorted(kinds)]
 
 
-SAME_HEADS = {"head": "head", "head_dist": "head_dist"}
+_SAME_HEADS = {"head": "head", "head_dist": "head_dist"}
 
 
-def facebook_prefixes(structure: Structure) -> Iterator[Prefix]:
-    """Yield the original code's prefixes: blocks are counted through all stages, convolutions with activations."""
+def _facebook_prefixes(structure: Structure) -> Iterator[Prefix]:
+    """Yield the original code's prefixes: blocks are numbered across stages, convolutions along with activations."""
     for i in range(4):
         yield f"patch_embed.{2 * i}", f"stem/conv_{i}", Part.STEM
     block = 0
@@ -282,19 +282,19 @@ def facebook_prefixes(structure: Structure) -> Iterator[Prefix]:
         yield head, head, Part.HEAD
 
 
-FACEBOOK_BLOCK = re.compile(r"blocks\.(\d+)\.(m\.qkv|m\.0|kv)\.")
-FACEBOOK_KINDS = {"m.qkv": "a", "m.0": "m", "kv": "d"}
+_FACEBOOK_BLOCK = re.compile(r"blocks\.(\d+)\.(m\.qkv|m\.0|kv)\.")
+_FACEBOOK_KINDS = {"m.qkv": "a", "m.0": "m", "kv": "d"}
 
 
-def facebook_layers(names: Iterable[str]) -> list[str]:
-    """Read the layers of every stage from the original code's tensor names."""
-    matches = filter(None, map(FACEBOOK_BLOCK.match, names))
-    kinds = {int(match[1]): FACEBOOK_KINDS[match[2]] for match in matches}
+def _facebook_layers(names: Iterable[str]) -> list[str]:
+    """Read each stage's layers from the original code's tensor names."""
+    matches = filter(None, map(_FACEBOOK_BLOCK.match, names))
+    kinds = {int(match[1]): _FACEBOOK_KINDS[match[2]] for match in matches}
     return re.findall("[am]*dm?|[am]+$", "".join(kind for _, kind in sorted(kinds.items())))
 
 
-def timm_prefixes(structure: Structure) -> Iterator[Prefix]:
-    """Yield timm's prefixes: a downsampling belongs to the stage that it leads to."""
+def _timm_prefixes(structure: Structure) -> Iterator[Prefix]:
+    """Yield timm's prefixes: a downsampling begins the stage after it."""
     for i in range(4):
         yield f"stem.conv{i + 1}", f"stem/conv_{i}", Part.STEM
     for stage, depth in enumerate(structure.depths):
@@ -312,12 +312,12 @@ def timm_prefixes(structure: Structure) -> Iterator[Prefix]:
         yield head, head, Part.HEAD
 
 
-TIMM_LAYER = re.compile(r"stages\.(\d+)\.(?:blocks\.(\d+)|downsample)\.(attn|attn_downsample|mlp)\.")
+_TIMM_LAYER = re.compile(r"stages\.(\d+)\.(?:blocks\.(\d+)|downsample)\.(attn|attn_downsample|mlp)\.")
 
 
-def timm_layers(names: Iterable[str]) -> list[str]:
-    """Read the layers of every stage from timm's tensor names."""
-    found = {(int(m[1]), int(m[2] or -1), m[3]) for m in map(TIMM_LAYER.match, names) if m}
+def _timm_layers(names: Iterable[str]) -> list[str]:
+    """Read each stage's layers from timm's tensor names."""
+    found = {(int(m[1]), int(m[2] or -1), m[3]) for m in map(_TIMM_LAYER.match, names) if m}
     stages = [""] * (max((stage for stage, _, _ in found), default=-1) + 1)
     for stage, block, kind in sorted(found):  # downsampling (-1) first, attention before MLP
         if block >= 0:
@@ -331,9 +331,9 @@ HF = CheckpointLayout(
     name="hf",
     marker=re.compile(r"(levit\.)?patch_embeddings\.embedding_layer_1\.convolution\.weight"),
     folded_marker=None,
-    prefixes=hf_prefixes,
-    layers=hf_layers,
-    heads=HF_HEADS,
+    prefixes=_hf_prefixes,
+    layers=_hf_layers,
+    heads=_HF_HEADS,
     linears={
         "qkv": "queries_keys_values",
         "kv": "keys_values",
@@ -351,9 +351,9 @@ TIMM = CheckpointLayout(
     name="timm",
     marker=re.compile(r"stem\.conv1\.linear\.weight"),
     folded_marker=re.compile(r"stem\.conv1\.weight"),
-    prefixes=timm_prefixes,
-    layers=timm_layers,
-    heads=SAME_HEADS,
+    prefixes=_timm_prefixes,
+    layers=_timm_layers,
+    heads=_SAME_HEADS,
     linears={"qkv": "qkv", "kv": "kv", "q": "q.ln", "proj": "proj.ln", "up": "ln1", "down": "ln2"},
     conv="linear",
     linear="linear",
@@ -364,9 +364,9 @@ FACEBOOK = CheckpointLayout(
     name="facebook",
     marker=re.compile(r"patch_embed\.0\.c\.weight"),
     folded_marker=re.compile(r"patch_embed\.0\.weight"),
-    prefixes=facebook_prefixes,
-    layers=facebook_layers,
-    heads=SAME_HEADS,
+    prefixes=_facebook_prefixes,
+    layers=_facebook_layers,
+    heads=_SAME_HEADS,
     linears={"qkv": "qkv", "kv": "kv", "q": "q.1", "proj": "proj.1", "up": "0", "down": "2"},
     conv="c",
     linear="c",
@@ -375,7 +375,7 @@ FACEBOOK = CheckpointLayout(
     index_tables=True,
 )
 
-# A layout and its convolutional flavour name the same tensors; `detect_layout` tells them apart by the shapes.
+# A layout and its convolutional form use the same names; `detect_layout` distinguishes them by shapes.
 LAYOUTS = {
     layout.name: layout
     for layout in (
@@ -387,21 +387,28 @@ LAYOUTS = {
     )
 }
 
-# Tensors that are read past, by the end of their name, each with the reason.
+# Tensors that are not converted, by the last part of their name, each with the reason.
 IGNORED = {
-    "attention_bias_idxs": "a table of indices that follows from the image size; compared with the recomputed one",
+    "attention_bias_idxs": "index tables, recomputed from the image size and compared",
 }
 
 
+def index_table(config: LevitConfig, path: str) -> np.ndarray:
+    """Return the index table [Q K] of the attention biases at this path."""
+    place, _, index = path.split("/")[1].rpartition("_")
+    stride = config.down_ops[int(index)].stride if place == "downsample" else 1
+    return offset_index(config.grids[int(index)], stride)
+
+
 def detect_layout(shapes: Mapping[str, Shape], where: str) -> CheckpointLayout:
-    """Return the layout whose marker is among the tensor names, in the flavour that most kernels have.
+    """Return the layout of a checkpoint, from its tensor names and the shapes of its kernels.
 
     Args:
         shapes: the shape of every tensor by its name.
-        where: what to call the checkpoint in messages.
+        where: the name of the checkpoint in messages.
 
     Raises:
-        ConversionError: there is no marker of any layout, or of two.
+        ConversionError: the names match no layout, or more than one.
     """
     found = [
         layout
@@ -412,17 +419,18 @@ def detect_layout(shapes: Mapping[str, Shape], where: str) -> CheckpointLayout:
     if not found:
         shown = ", ".join(list(shapes)[:3]) or "none"
         raise ConversionError(
-            f"{where} does not hold a LeViT in a known layout ({', '.join(LAYOUTS)}): expected a tensor named like"
+            f"{where} does not contain a LeViT in a known layout ({', '.join(LAYOUTS)}): expected a tensor named"
             " levit.patch_embeddings.embedding_layer_1.convolution.weight, stem.conv1.linear.weight or"
-            f" patch_embed.0.c.weight; found {len(shapes)} tensors ({shown}, ...)."
+            f" patch_embed.0.c.weight, found {len(shapes)} tensors ({shown}, ...). Check that it is a LeViT checkpoint."
         )
     if len({layout.prefixes for layout in found}) > 1:
-        names = " and of ".join(layout.name for layout in found)
+        names = " and ".join(sorted({layout.name.removesuffix("_conv") for layout in found}))
         raise ConversionError(
-            f"{where} mixes layouts: it has the first convolution of {names}. Expected the tensors of one model."
+            f"{where} mixes layouts: expected the tensors of one model, found the first convolution of {names}. Remove"
+            " the tensors of the other model."
         )
 
-    def kernels(layout: CheckpointLayout) -> int:
+    def count_kernels(layout: CheckpointLayout) -> int:
         rank = len(layout.kernel.value)
         stem = [prefix for prefix, _, part in layout.prefixes(Structure((), (), (), ())) if part is Part.STEM]
         return sum(
@@ -430,4 +438,4 @@ def detect_layout(shapes: Mapping[str, Shape], where: str) -> CheckpointLayout:
             for name, shape in shapes.items()
         )
 
-    return max(found, key=kernels)
+    return max(found, key=count_kernels)

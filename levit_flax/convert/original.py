@@ -1,7 +1,7 @@
-"""LeViT in PyTorch with the names of the original repository, which is no package that could be installed.
+"""LeViT in PyTorch with the tensor names of the original repository, which cannot be installed as a package.
 
-Proofs run it on checkpoints in that layout. It is written from the names that those checkpoints hold and from the
-paper, and shares nothing with the Flax model. Needs PyTorch.
+Verification runs checkpoints in that layout with it. It was written from the names in those checkpoints and from the
+paper, and shares no code with the Flax model. Requires PyTorch.
 
 Source: Graham et al. 2021, section 4; names of facebookresearch/LeViT levit.py.
 """
@@ -16,7 +16,7 @@ from levit_flax.configuration import LevitConfig
 
 
 class TokenNorm(nn.BatchNorm1d):
-    """Batch norm over batch and tokens."""
+    """Batch norm over the batch and token axes."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize [B N C]."""
@@ -24,32 +24,32 @@ class TokenNorm(nn.BatchNorm1d):
 
 
 def normed(layer: nn.Module, norm: nn.Module) -> nn.Module:
-    """Return a layer and its norm under the names `c` and `bn`."""
+    """Return a layer and its batch norm under the names `c` and `bn`."""
     return nn.Sequential(OrderedDict(c=layer, bn=norm))
 
 
 def linear(inputs: int, outputs: int, fused: bool) -> nn.Module:
-    """Return `Linear_BN`, or what its `fuse` makes of it."""
+    """Return the original `Linear_BN`, or its fused form."""
     if fused:
         return nn.Linear(inputs, outputs)
     return normed(nn.Linear(inputs, outputs, bias=False), TokenNorm(outputs))
 
 
 def conv(inputs: int, outputs: int, config: LevitConfig, fused: bool) -> nn.Module:
-    """Return `Conv2d_BN`, or what its `fuse` makes of it."""
+    """Return the original `Conv2d_BN`, or its fused form."""
     layer = nn.Conv2d(inputs, outputs, config.kernel_size, config.stride, config.padding, bias=fused)
     return layer if fused else normed(layer, nn.BatchNorm2d(outputs))
 
 
 def head(inputs: int, outputs: int, fused: bool) -> nn.Module:
-    """Return `BN_Linear`, or what its `fuse` makes of it."""
+    """Return the original `BN_Linear`, or its fused form."""
     if fused:
         return nn.Linear(inputs, outputs)
     return nn.Sequential(OrderedDict(bn=nn.BatchNorm1d(inputs), l=nn.Linear(inputs, outputs)))
 
 
 class Residual(nn.Module):
-    """Add what the inner module makes."""
+    """Add the output of the inner module to its input."""
 
     def __init__(self, m: nn.Module) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention from the tokens of `grid` to every `stride`-th of them; without stride the input is the query too."""
+    """Self-attention on a grid of tokens; with a stride, only every `stride`-th token in each direction is a query."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         self.register_buffer("attention_bias_idxs", self.offsets())
 
     def offsets(self) -> Tensor:
-        """Return the index of the bias of every pair [Q K], numbering the distances in the order they are met."""
+        """Return the bias index of every pair [Q K]; offsets are numbered in order of first occurrence."""
         height, width = self.grid
         points = [(y, x) for y in range(height) for x in range(width)]
         step = self.stride or 1
@@ -113,19 +113,19 @@ class Attention(nn.Module):
         return self.proj((attention @ value).transpose(1, 2).flatten(2))
 
     def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """Split every head's channels into `parts` keys or queries and what is left; [B N C] to [B H N D] each."""
+        """Split each head's channels [B N C] into `parts` keys or queries and the rest, each [B H N D]."""
         x = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         sizes = [self.key_dim] * parts + [x.shape[-1] - parts * self.key_dim]
         return x.split(sizes, -1)
 
 
 class OriginalLevit(nn.Module):
-    """The whole model; its logits in evaluation are the average of its heads, as in the original.
+    """The complete model. Its logits in evaluation mode are the average of its heads, as in the original.
 
     Args:
         config: the architecture.
         heads: names of the classifier heads.
-        fused: whether the batch norms are fused into their neighbors.
+        fused: whether the batch norms are fused into the adjacent layers.
     """
 
     def __init__(self, config: LevitConfig, heads: tuple[str, ...], fused: bool) -> None:
@@ -158,7 +158,7 @@ class OriginalLevit(nn.Module):
             self.add_module(name, head(widths[-1], config.num_labels, fused))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Map [B C H W] to logits [B num_labels]; without heads to the tokens [B N C] of the last stage."""
+        """Map [B C H W] to logits [B num_labels], or to the last stage's tokens [B N C] if there are no heads."""
         x = self.blocks(self.patch_embed(pixel_values).flatten(2).transpose(1, 2))
         if not self.head_names:
             return x

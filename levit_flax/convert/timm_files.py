@@ -1,4 +1,4 @@
-"""timm's `config.json`: the architecture, the preprocessing and the class names that it tells of, read and written.
+"""Read and write timm's `config.json`: the architecture, the preprocessing and the class names.
 
 Source: timm models/_hub.py (`save_config_for_hf`), models/levit.py (`Levit`), data/transforms_factory.py.
 """
@@ -20,9 +20,9 @@ from levit_flax.image_processing import (
     size_for_edge,
 )
 
-from .errors import ConversionError, understanding
+from .errors import ConversionError, explain_malformed
 
-# Our names for the arguments of timm's model that say what the network is.
+# Our names for the arguments of timm's model that define the architecture.
 ARGUMENTS = {
     "img_size": "image_size",
     "in_chans": "num_channels",
@@ -36,7 +36,7 @@ ARGUMENTS = {
     "drop_path_rate": "drop_path_rate",
 }
 PER_STAGE = ("key_dim", "num_attention_heads", "attention_ratio", "mlp_ratio")
-# Arguments that would make another network, with the only values that make this one.
+# Arguments that change the architecture, with the values that levit-flax supports.
 FIXED_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "act_layer": ("hard_swish",),
     "attn_act_layer": (None, "hard_swish"),
@@ -45,7 +45,7 @@ FIXED_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "down_op": ("subsample",),
     "global_pool": ("avg",),
 }
-# Arguments that change nothing that a checkpoint holds.
+# Arguments that do not affect the architecture or its parameters.
 FREE_ARGUMENTS = ("use_conv", "distilled", "drop_rate", "stem_stride", "out_indices", "features_only")
 
 VARIANT_NAMES = {name.lower().replace("-", "_"): name for name in VARIANTS}  # levit_128s -> levit-128S
@@ -59,38 +59,38 @@ RESAMPLE = {
 
 
 def is_timm_config(values: Mapping[str, Any]) -> bool:
-    """Return whether the content of a config.json is timm's."""
+    """Return whether the parsed config.json is timm's."""
     return isinstance(values.get("architecture"), str) and "model_type" not in values
 
 
-def pretrained_cfg(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of timm's config that tells of the weights; old files have it at the top."""
+def _pretrained_cfg(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the section of timm's config about the weights; old files have it at the top level."""
     cfg = values.get("pretrained_cfg", values)
     if not isinstance(cfg, Mapping):
-        raise ConversionError(f"timm's config has the pretrained_cfg {cfg!r}: expected an object.")
+        raise ConversionError(f"timm's config has a malformed pretrained_cfg: expected an object, found {cfg!r}.")
     return cfg
 
 
 def read_timm_config(values: Mapping[str, Any]) -> LevitConfig:
-    """Build a config from the content of timm's config.json.
+    """Build a config from timm's parsed config.json.
 
     Args:
         values: the parsed JSON.
 
     Returns:
-        The config, with the labels that the file has, or LABEL_0, LABEL_1, ...
+        The config, with the file's labels, or LABEL_0, LABEL_1, ... if it has none.
 
     Raises:
-        ConversionError: the architecture is not a published LeViT, or an argument would make another network.
+        ConversionError: the architecture is not a published LeViT, or an argument has an unsupported value.
     """
     name = values["architecture"]
     variant = VARIANT_NAMES.get(name.replace("levit_conv_", "levit_"))
     if variant is None:
         raise ConversionError(
-            f"timm's config names the architecture {name!r}: expected one of {', '.join(VARIANT_NAMES)}, or its"
-            " levit_conv_ twin. The others have other activations or stems, and no published weights."
+            f"timm's config has an unsupported architecture: expected one of {', '.join(VARIANT_NAMES)} or its"
+            f" levit_conv_ counterpart, found {name!r}. timm's other LeViTs have no published weights."
         )
-    cfg = pretrained_cfg(values)
+    cfg = _pretrained_cfg(values)
     arguments: dict[str, Any] = {"drop_path_rate": 0.0, **values.get("model_args", {})}
     arguments["num_classes"] = values.get("num_classes", cfg.get("num_classes", 1000))
     channels, *size = cfg.get("input_size", (3, 224, 224))
@@ -101,23 +101,21 @@ def read_timm_config(values: Mapping[str, Any]) -> LevitConfig:
         if key in ARGUMENTS:
             fields[ARGUMENTS[key]] = value
         elif value not in FIXED_ARGUMENTS.get(key, (value,) if key in FREE_ARGUMENTS else ()):
+            expected = f": expected {FIXED_ARGUMENTS[key][0]!r}" if key in FIXED_ARGUMENTS else ""
             raise ConversionError(
-                f"timm's config asks for {key}={value!r}, which levit-flax does not build: expected"
-                f" {FIXED_ARGUMENTS[key][0]!r}."
-                if key in FIXED_ARGUMENTS
-                else f"timm's config has the argument {key}={value!r}, which levit-flax does not know."
+                f"timm's config has the argument {key}={value!r}, which levit-flax does not support{expected}."
             )
     stages = len(fields.get("hidden_sizes", VARIANTS[variant].hidden_sizes))
     for field in PER_STAGE:
         if isinstance(fields.get(field), int | float):
             fields[field] = (fields[field],) * stages
-    fields["id2label"] = read_labels(values, cfg, fields["num_labels"])
-    derived: dict[str, Any] = {"down_ops": None}  # from the widths
+    fields["id2label"] = _read_labels(values, cfg, fields["num_labels"])
+    derived: dict[str, Any] = {"down_ops": None}  # computed from the widths
     return dataclasses.replace(VARIANTS[variant], **derived, **fields)
 
 
-def read_labels(values: Mapping[str, Any], cfg: Mapping[str, Any], count: int) -> tuple[str, ...] | None:
-    """Return the class names that timm's config holds; None where it holds none that fit."""
+def _read_labels(values: Mapping[str, Any], cfg: Mapping[str, Any], count: int) -> tuple[str, ...] | None:
+    """Return the class names in timm's config, or None unless there is one for every class."""
     names = values.get("label_names", cfg.get("label_names"))
     descriptions = values.get("label_descriptions", cfg.get("label_descriptions")) or {}
     if isinstance(names, Mapping):
@@ -128,21 +126,21 @@ def read_labels(values: Mapping[str, Any], cfg: Mapping[str, Any], count: int) -
 
 
 def read_timm_processor(values: Mapping[str, Any], where: str = "timm's config.json") -> LevitImageProcessor:
-    """Build the processor that prepares images as timm's evaluation does.
+    """Build the processor that prepares images like timm's evaluation transform.
 
     timm resizes the shorter edge to size / crop_pct and crops the center. `LevitImageProcessor` multiplies its `size`
-    by 256 / 224 first, so 224 pixels with crop 0.9 (248 before the crop) are its size 217. Where no size leads to just
-    that edge, it becomes one pixel shorter.
+    by 256 / 224 first, so its size 217 corresponds to 224 pixels with crop 0.9 (248 before the crop). If no size gives
+    the exact edge, the edge is one pixel shorter.
 
     Args:
         values: the parsed config.json.
-        where: what to call it in messages.
+        where: its name in messages.
 
     Raises:
-        ConversionError: the preprocessing is of a kind that LeViT's processor does not know.
+        ConversionError: LeViT's processor does not support the preprocessing.
     """
-    with understanding(f"The preprocessing in {where}"):
-        return _read_processor(pretrained_cfg(values))
+    with explain_malformed(f"The preprocessing in {where}"):
+        return _read_processor(_pretrained_cfg(values))
 
 
 def _read_processor(cfg: Mapping[str, Any]) -> LevitImageProcessor:
@@ -150,8 +148,8 @@ def _read_processor(cfg: Mapping[str, Any]) -> LevitImageProcessor:
     interpolation, mode = cfg.get("interpolation", "bicubic"), cfg.get("crop_mode", "center")
     if interpolation not in RESAMPLE or mode != "center":
         raise ConversionError(
-            f"timm's config asks for {interpolation} interpolation and a {mode} crop: expected one of"
-            f" {', '.join(RESAMPLE)} and a center crop."
+            f"timm's config has unsupported preprocessing: expected one of {', '.join(RESAMPLE)} and a center crop,"
+            f" found {interpolation} and a {mode} crop."
         )
     edge = math.floor(max(height, width) / cfg.get("crop_pct", TIMM_CROP_PCT))
     return LevitImageProcessor(
@@ -164,31 +162,31 @@ def _read_processor(cfg: Mapping[str, Any]) -> LevitImageProcessor:
 
 
 def model_arguments(config: LevitConfig, heads: tuple[str, ...]) -> dict[str, Any]:
-    """Return the arguments with which timm builds a model, JSON-ready.
+    """Return the arguments of timm's model class for an architecture, JSON-ready.
 
     Args:
         config: the architecture.
         heads: names of the classifier heads.
 
     Raises:
-        ConversionError: timm cannot build it; the message says what it lacks.
+        ConversionError: timm does not support the architecture; the message lists the reasons.
     """
     published: dict[str, Any] = {"down_ops": None, "kernel_size": 3, "stride": 2, "padding": 1, "patch_size": 16}
     standard = dataclasses.replace(config, **published)
-    lacking = [
-        what
-        for what, is_lacking in {
-            "another key_dim per stage": len(set(config.key_dim)) > 1,
-            "other downsamplings than the published ones": config.down_ops != standard.down_ops,
-            "another stem than four 3x3 convolutions of stride 2": config.grids[0] != standard.grids[0]
-            or config.kernel_size != 3,
-            "blocks without MLP": 0 in config.mlp_ratio,
-            "an image size that is no multiple of 16": any(side % 16 for side in config.image_height_width),
-        }.items()
-        if is_lacking
-    ]
-    if lacking:
-        raise ConversionError(f"timm's LeViT has no place for {'; '.join(lacking)}.")
+    unsupported = {
+        "a key_dim that differs between stages": len(set(config.key_dim)) > 1,
+        "downsamplings other than the published ones": config.down_ops != standard.down_ops,
+        "a stem other than four 3x3 convolutions of stride 2": config.grids[0] != standard.grids[0]
+        or config.kernel_size != 3,
+        "blocks without an MLP": 0 in config.mlp_ratio,
+        "an image size that is not a multiple of 16": any(side % 16 for side in config.image_height_width),
+    }
+    found = [name for name, present in unsupported.items() if present]
+    if found:
+        raise ConversionError(
+            f"timm's LeViT does not support {'; '.join(found)}: write another layout with layout=..., or change the"
+            " model."
+        )
     return {
         "img_size": list(config.image_height_width),
         "in_chans": config.num_channels,
@@ -206,19 +204,20 @@ def model_arguments(config: LevitConfig, heads: tuple[str, ...]) -> dict[str, An
 def write_timm_config(
     config: LevitConfig, heads: tuple[str, ...], processor: LevitImageProcessor, convolutional: bool
 ) -> str:
-    """Return the config.json with which `timm.create_model("local-dir:...")` opens a directory.
+    """Return the config.json that lets `timm.create_model("local-dir:...")` open a directory.
 
     Args:
-        config: the architecture; the variant that it is nearest to gives the file its name, and the arguments the rest.
+        config: the architecture. Unless it is a published variant, the file names levit_128 and overrides its
+            arguments.
         heads: names of the classifier heads.
         processor: its resize becomes timm's crop_pct.
         convolutional: whether the linear layers are 1x1 convolutions.
 
     Raises:
-        ConversionError: timm cannot build the model.
+        ConversionError: timm does not support the architecture.
     """
     arguments = model_arguments(config, heads)
-    name = next((name for name, variant in VARIANT_NAMES.items() if is_variant(config, variant)), "levit_128")
+    name = next((name for name, variant in VARIANT_NAMES.items() if _is_variant(config, variant)), "levit_128")
     height, width = config.image_height_width
     edge = processor.size.get("shortest_edge")
     resized = int(256 / 224 * edge) if edge else max(processor.size.values())
@@ -230,8 +229,8 @@ def write_timm_config(
         "interpolation": Image.Resampling(processor.resample).name.lower(),
         "crop_pct": max(height, width) / resized,
         "crop_mode": "center",
-        "mean": per_channel(processor.image_mean, config.num_channels),
-        "std": per_channel(processor.image_std, config.num_channels),
+        "mean": _per_channel(processor.image_mean, config.num_channels),
+        "std": _per_channel(processor.image_std, config.num_channels),
         "num_classes": arguments["num_classes"],
         "pool_size": None,
         "first_conv": "stem.conv1.linear",
@@ -243,19 +242,19 @@ def write_timm_config(
         "num_features": config.hidden_sizes[-1],
         "global_pool": "avg",
         "label_names": list(config.id2label) if heads else None,
-        # timm builds two heads unless told otherwise; without classes it builds neither.
+        # timm builds two heads by default, and none without classes.
         "model_args": arguments | ({} if len(heads) == 2 else {"distilled": False}),
         "pretrained_cfg": cfg,
     }
     return json.dumps({key: value for key, value in values.items() if value is not None}, indent=2) + "\n"
 
 
-def per_channel(value: float | Sequence[float], channels: int) -> list[float]:
-    """Return a number for each channel."""
+def _per_channel(value: float | Sequence[float], channels: int) -> list[float]:
+    """Return one number per channel."""
     return [value] * channels if isinstance(value, int | float) else list(value)
 
 
-def is_variant(config: LevitConfig, name: str) -> bool:
-    """Return whether a config has a published variant's widths, depths and heads."""
+def _is_variant(config: LevitConfig, name: str) -> bool:
+    """Return whether a config has the widths, depths and heads of a published variant."""
     fields = ("hidden_sizes", "depths", "num_attention_heads", "key_dim")
     return all(getattr(config, field) == getattr(VARIANTS[name], field) for field in fields)

@@ -1,4 +1,4 @@
-"""Proof of a conversion: the way back to the source's bytes, and the same inputs through PyTorch."""
+"""Verify a conversion: convert it back to the source's bytes, and compare its outputs with PyTorch's."""
 
 import functools
 import importlib.util
@@ -12,11 +12,12 @@ import numpy as np
 
 from levit_flax.modeling import Block, Downsample, LevitBase, Stem, Variables
 
-from .conversion import Conversion, check_transformers_size, torch_tensors
+from .conversion import Conversion
 from .errors import ConversionError
 from .layouts import LAYOUTS, CheckpointLayout, Part, Permutation, Structure
 from .sources import Source
 from .timm_files import model_arguments
+from .writing import check_transformers_size, torch_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -24,19 +25,19 @@ if TYPE_CHECKING:
 PROBES = 2
 PROBE_SEED = 0
 
-# Float32 rounding through some sixty layers stays a few times below this; a wrong tensor is far above it.
+# Float32 rounding errors through about sixty layers are a few times smaller; a wrong tensor causes far larger ones.
 PARITY_LIMIT = 1e-5
-# Weights that were rounded to a narrow type move the logits by some multiples of its precision.
+# Rounding the weights to a narrow dtype changes the logits by several multiples of its machine epsilon.
 ROUNDED_LIMIT = 32
 
 
 class Comparison(NamedTuple):
-    """How far two results are apart.
+    """The difference between two arrays.
 
     Attributes:
-        absolute: the largest difference of two values.
-        relative: the same as a share of the largest value.
-        limit: what `relative` may be.
+        absolute: the largest absolute difference.
+        relative: `absolute` divided by the largest absolute value of the reference.
+        limit: the largest acceptable `relative`.
     """
 
     absolute: float
@@ -45,17 +46,17 @@ class Comparison(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Whether the results agree within the limit."""
+        """Whether the difference is within the limit."""
         return self.relative <= self.limit
 
 
 class PyTorchComparison(NamedTuple):
-    """How far the converted model is from PyTorch's.
+    """The differences between a converted model and PyTorch.
 
     Attributes:
-        reference: what ran in PyTorch, with its version.
-        blocks: the difference behind every block, by its path in the variables.
-        logits: the difference of the logits; of the last hidden state, for a model without heads.
+        reference: the package that ran the source's weights, with its version.
+        blocks: the difference in each block's output, by the block's path in the variables.
+        logits: the difference in the logits, or in the last hidden state of a model without heads.
     """
 
     reference: str
@@ -64,15 +65,15 @@ class PyTorchComparison(NamedTuple):
 
 
 def compare(result: np.ndarray, reference: np.ndarray, limit: float = PARITY_LIMIT) -> Comparison:
-    """Return the largest difference between two arrays.
+    """Compare two arrays.
 
     Raises:
-        ConversionError: the reference is not finite, so that nothing can be told.
+        ConversionError: the reference is not finite.
     """
     if not np.isfinite(reference).all():
         raise ConversionError(
-            "The checkpoint's own results are not finite on images of noise: its weights are damaged, or training had"
-            " diverged when it was saved."
+            "The checkpoint's own outputs are not finite on random images: expected finite outputs, found NaN or"
+            " infinity. Its weights are damaged, or training had diverged when it was saved."
         )
     absolute = float(np.abs(result - reference).max())
     largest = float(np.abs(reference).max())
@@ -81,25 +82,25 @@ def compare(result: np.ndarray, reference: np.ndarray, limit: float = PARITY_LIM
 
 
 def rounding_limit(dtype: Any) -> float:
-    """Return the limit for weights of a type: that of float32, or more for narrower ones."""
+    """Return the limit for weights of a dtype: float32's, or a larger one for narrower dtypes."""
     return max(PARITY_LIMIT, ROUNDED_LIMIT * float(jnp.finfo(dtype).eps))
 
 
 def probes(model: LevitBase) -> np.ndarray:
-    """Return seeded float32 images [B H W C] for a model."""
+    """Return seeded random images [B H W C] in float32 for a model."""
     shape = (PROBES, *model.config.image_height_width, model.config.num_channels)
     return np.random.default_rng(PROBE_SEED).standard_normal(shape, np.float32)
 
 
 def forward(model: LevitBase, variables: Variables, pixel_values: np.ndarray) -> np.ndarray:
-    """Return the first output of a model for float32 pixels [B H W C], at full precision."""
+    """Return the first output of a model for float32 pixels [B H W C], computed at full precision."""
     return np.asarray(apply_by_block(model, variables, pixel_values)[0][0])
 
 
 def apply_by_block(model: LevitBase, variables: Variables, pixel_values: np.ndarray) -> tuple[Any, Any]:
-    """Return the outputs of a model and the intermediate results behind its blocks, in float32 at full precision."""
+    """Return a model's outputs and the intermediates after its blocks, computed in float32 at full precision."""
     model = model.clone(precision="highest", dtype=jnp.float32)
-    return _apply_by_block(model, in_float32(variables), pixel_values)
+    return _apply_by_block(model, _in_float32(variables), pixel_values)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -113,29 +114,29 @@ def _apply_by_block(model: LevitBase, variables: Variables, pixel_values: jax.Ar
     )
 
 
-def in_float32(variables: Variables) -> Variables:
-    """Return the variables with float64, which JAX might cut with a warning, in float32."""
+def _in_float32(variables: Variables) -> Variables:
+    """Cast float64 leaves to float32, which JAX would otherwise do with a warning."""
     return jax.tree.map(lambda leaf: leaf.astype(np.float32) if leaf.dtype == np.float64 else leaf, variables)
 
 
 def forward_by_block(
     model: LevitBase, variables: Variables, pixel_values: np.ndarray
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Return what leaves every block [B N C], by its path ("stage_0/block_0"), and the first output."""
+    """Return every block's output [B N C] by its path ("stage_0/block_0"), and the model's first output."""
     outputs, state = apply_by_block(model, variables, pixel_values)
     blocks: dict[str, np.ndarray] = {}
     for path, leaf in jax.tree.leaves_with_path(state["intermediates"]):
         keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        blocks.setdefault("/".join(keys[:-1]), np.asarray(leaf))  # of a block's tokens and attention, the tokens
+        blocks.setdefault("/".join(keys[:-1]), np.asarray(leaf))  # the tokens come first, then the attention
     return blocks, np.asarray(outputs[0])
 
 
 def find_differing_bytes(source: Source, conversion: Conversion) -> list[str]:
-    """Turn a conversion back into the source's layout, and return the tensors that are not what the source holds.
+    """Convert back into the source's layout, and return the names of tensors whose bytes differ from the source's.
 
     Args:
         source: the opened checkpoint.
-        conversion: what became of it. Where it was turned into another type, the source's tensors are too.
+        conversion: its conversion. If that requested a dtype, the source's tensors are cast to it before comparison.
     """
     differing = []
     inverse = {path: np.argsort(order) for path, order in conversion.reordered.items()}
@@ -153,7 +154,7 @@ def find_differing_bytes(source: Source, conversion: Conversion) -> list[str]:
 
 
 def same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
-    """Return whether two arrays have the same type, shape and bytes, whatever numbers these make."""
+    """Return whether two arrays have the same dtype, shape and bytes; equal bytes count as equal even if NaN."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     one, other = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (one, other))
@@ -161,13 +162,13 @@ def same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 class Peer(NamedTuple):
-    """A PyTorch implementation that runs a layout's checkpoints.
+    """A PyTorch implementation that can load a layout's checkpoints.
 
     Attributes:
-        package: what it is called.
-        needs: the packages that must be there.
-        build: makes the model, for a conversion, with any weights.
-        block: turns the prefix of a block's last layer into the name of the module that the block's result leaves.
+        package: its package.
+        needs: the packages that must be installed.
+        build: builds the model of a conversion, with arbitrary weights.
+        block: maps the prefix of a block's last layer to the name of the module that returns the block's output.
     """
 
     package: str
@@ -177,15 +178,15 @@ class Peer(NamedTuple):
 
     @property
     def missing(self) -> list[str]:
-        """The packages that are not installed."""
+        """The required packages that are not installed."""
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
-def build_transformers(conversion: Conversion) -> "torch.nn.Module":
+def _build_transformers(conversion: Conversion) -> "torch.nn.Module":
     """Return transformers' model of the converted architecture.
 
     Raises:
-        ConversionError: its model does not fit the image size.
+        ConversionError: transformers does not support the image size.
     """
     import transformers
 
@@ -195,11 +196,11 @@ def build_transformers(conversion: Conversion) -> "torch.nn.Module":
     return model
 
 
-def build_timm(conversion: Conversion) -> "torch.nn.Module":
-    """Return timm's model of the converted architecture, fused where the checkpoint is.
+def _build_timm(conversion: Conversion) -> "torch.nn.Module":
+    """Return timm's model of the converted architecture, fused if the checkpoint is.
 
     Raises:
-        ConversionError: timm cannot build it.
+        ConversionError: timm does not support the architecture.
     """
     from timm.models.levit import Levit, LevitDistilled
     from timm.utils import reparameterize_model
@@ -213,17 +214,17 @@ def build_timm(conversion: Conversion) -> "torch.nn.Module":
     return reparameterize_model(model) if conversion.model.folded else model
 
 
-def build_original(conversion: Conversion) -> "torch.nn.Module":
-    """Return a model with the original repository's names."""
+def _build_original(conversion: Conversion) -> "torch.nn.Module":
+    """Return a PyTorch model with the original repository's tensor names."""
     from .original import OriginalLevit
 
     model = conversion.model
     return OriginalLevit(model.config, model.head_names if model.config.num_labels else (), model.folded)
 
 
-TRANSFORMERS = Peer("transformers", ("torch", "transformers"), build_transformers, lambda p: p.removesuffix(".module"))
-TIMM = Peer("timm", ("torch", "timm"), build_timm, lambda prefix: prefix.rpartition(".")[0])
-ORIGINAL = Peer("torch", ("torch",), build_original, lambda prefix: prefix.removesuffix(".m"))
+TRANSFORMERS = Peer("transformers", ("torch", "transformers"), _build_transformers, lambda p: p.removesuffix(".module"))
+TIMM = Peer("timm", ("torch", "timm"), _build_timm, lambda prefix: prefix.rpartition(".")[0])
+ORIGINAL = Peer("torch", ("torch",), _build_original, lambda prefix: prefix.removesuffix(".m"))
 PEERS = {
     "hf": TRANSFORMERS,
     "timm": TIMM,
@@ -233,79 +234,92 @@ PEERS = {
 }
 
 
-def block_modules(conversion: Conversion, layout: CheckpointLayout, peer: Peer) -> Iterator[tuple[str, str]]:
-    """Yield each block's path in the variables and the name of the PyTorch module that its result leaves."""
+def _block_modules(conversion: Conversion, layout: CheckpointLayout, peer: Peer) -> Iterator[tuple[str, str]]:
+    """Yield each block's path in the variables and the name of the PyTorch module that returns its output."""
     model, last = conversion.model, {}
     structure = Structure.of(model.config, model.head_names, model.folded)
     for torch_prefix, flax, part in layout.prefixes(structure):
         if part is not Part.HEAD:
-            last[flax.rpartition("/")[0]] = peer.block(torch_prefix)  # the last layer of a block wins
+            last[flax.rpartition("/")[0]] = peer.block(torch_prefix)  # keeps the last layer of each block
     yield from last.items()
 
 
 def compare_with_pytorch(source: Source, conversion: Conversion) -> PyTorchComparison | str:
-    """Run seeded inputs through PyTorch with the source's own tensors, and through the converted model.
+    """Compare the converted model with PyTorch on seeded inputs; PyTorch uses the source's own tensors.
 
-    transformers and timm run their own layouts. The original repository's is run by a plain PyTorch model with its
-    names, and so is any other that its own library is not there for or cannot build.
+    transformers and timm run checkpoints in their own layouts. A plain PyTorch model with the original repository's
+    names runs all other checkpoints. It is also used if the layout's library is not installed or does not support the
+    architecture.
 
     Args:
         source: the opened checkpoint.
-        conversion: what became of it.
+        conversion: its conversion.
 
     Returns:
-        The differences in float32, or why there was nothing to compare with.
+        The differences in float32, or the reason why no comparison was possible.
     """
     if ORIGINAL.missing:
         return f"{' and '.join(ORIGINAL.missing)} is not installed"
-    import torch
+    peer, layout, reference = _build_reference(conversion)
+    reference.load_state_dict(reference_state(reference, layout, source, conversion))
+    modules = {module: path for path, module in _block_modules(conversion, layout, peer)}
+    pixel_values = probes(conversion.model)
+    expected_blocks, expected = _run_pytorch(reference, modules, pixel_values)
+    blocks, result = forward_by_block(conversion.model, conversion.variables, pixel_values)
+    limit = PARITY_LIMIT if conversion.dtype is None else rounding_limit(conversion.dtype)
+    return PyTorchComparison(
+        reference=f"{peer.package} {version(peer.package)}",
+        blocks={path: compare(blocks[path], expected_blocks[path], limit) for path in modules.values()},
+        logits=compare(result, expected, limit),
+    )
 
+
+def _build_reference(conversion: Conversion) -> tuple[Peer, CheckpointLayout, "torch.nn.Module"]:
+    """Return the peer that can build a conversion's model, its layout, and the model in evaluation mode."""
     peer, layout = PEERS[conversion.layout.name], conversion.layout
     try:
         reference = None if peer.missing else peer.build(conversion)
-    except (ConversionError, TypeError):  # TypeError: transformers cannot build every config that it reads
+    except (ConversionError, TypeError):  # transformers raises TypeError for some configs that it reads
         reference = None
     if reference is None:
         peer, layout = ORIGINAL, LAYOUTS["facebook"]
         reference = peer.build(conversion)
-    reference = reference.float().eval()
-    reference.load_state_dict(reference_state(reference, layout, source, conversion))
-    paths = {module: path for path, module in block_modules(conversion, layout, peer)}
-    outputs: dict[str, np.ndarray] = {}
+    return peer, layout, reference.float().eval()
+
+
+def _run_pytorch(
+    reference: "torch.nn.Module", modules: dict[str, str], pixel_values: np.ndarray
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return the outputs [B N C] of the named modules, by the paths given for them, and the model's first output."""
+    import torch
+
+    def tokens(output: torch.Tensor) -> torch.Tensor:
+        return output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
+
+    blocks: dict[str, np.ndarray] = {}
 
     def keep(path: str) -> Callable[..., None]:
-        def hook(_module: object, _inputs: object, output: "torch.Tensor") -> None:
-            tokens = output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
-            outputs[path] = tokens.numpy()
+        def hook(_module: object, _inputs: object, output: torch.Tensor) -> None:
+            blocks[path] = tokens(output).numpy()
 
         return hook
 
     for name, module in reference.named_modules():
-        if name in paths:
-            module.register_forward_hook(keep(paths[name]))
-    pixel_values = probes(conversion.model)
+        if name in modules:
+            module.register_forward_hook(keep(modules[name]))
     with torch.inference_mode():
-        wanted = reference(torch.from_numpy(pixel_values).permute(0, 3, 1, 2))
-        if not isinstance(wanted, torch.Tensor):
-            wanted = wanted.to_tuple()[0]
-        if wanted.ndim == 4:
-            wanted = wanted.flatten(2).transpose(1, 2)
-    limit = PARITY_LIMIT if conversion.dtype is None else rounding_limit(conversion.dtype)
-    blocks, result = forward_by_block(conversion.model, conversion.variables, pixel_values)
-    return PyTorchComparison(
-        reference=f"{peer.package} {version(peer.package)}",
-        blocks={path: compare(blocks[path], outputs[path], limit) for path in paths.values()},
-        logits=compare(result, wanted.numpy(), limit),
-    )
+        output = reference(torch.from_numpy(pixel_values).permute(0, 3, 1, 2))
+    first = output if isinstance(output, torch.Tensor) else output.to_tuple()[0]
+    return blocks, tokens(first).numpy()
 
 
 def reference_state(
     reference: "torch.nn.Module", layout: CheckpointLayout, source: Source, conversion: Conversion
 ) -> dict[str, "torch.Tensor"]:
-    """Return the source's own tensors under the names that a PyTorch model of a layout gives them.
+    """Return the source's own tensors under the names that a PyTorch model of a layout expects.
 
-    Index tables come from the source where it has those of this layout. Where the model numbers the distances itself,
-    biases that the source stores in another order are brought into its own.
+    Index tables are the source's if it has tables for this layout. Otherwise the model uses its own, and biases that
+    the source stores in another order are permuted.
     """
     import torch
 
@@ -324,6 +338,6 @@ def reference_state(
             array = array[:, conversion.reordered[row.flax]]
         tensor = torch.from_numpy(np.array(array, np.float32 if array.dtype.kind in "fV" else array.dtype))
         if row.permutation is Permutation.OI11_TO_IO and state[names[row.flax]].ndim == 2:
-            tensor = tensor.flatten(1)  # a 1x1 convolution, computed with a linear layer
+            tensor = tensor.flatten(1)  # a 1x1 convolution that runs as a linear layer
         loaded[names[row.flax]] = tensor
     return loaded

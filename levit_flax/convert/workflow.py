@@ -1,15 +1,12 @@
-"""From a source to a directory, with a report that proves the result: what `levit-flax convert` does."""
+"""Convert a source into a directory and verify the result: the sequence of `levit-flax convert`."""
 
 import json
-import platform
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -18,14 +15,12 @@ from levit_flax.hub import DEFAULTS, HubOptions, Resolved
 from levit_flax.image_processing import LevitImageProcessor
 from levit_flax.modeling import LevitBase, Variables
 
-from .conversion import Conversion, check_layout, check_transformers_size, convert, save_torch
+from .conversion import Conversion, convert
 from .errors import ConversionError
+from .report import Checkpoint, Parity, ReadBack, Report, Result, RoundTrip, Skipped, Surgery, Written
 from .sources import WEIGHT_SUFFIXES, Source, open_resolved, open_source, sha256
 from .timm_files import write_timm_config
 from .verification import (
-    PROBE_SEED,
-    PROBES,
-    Comparison,
     compare,
     compare_with_pytorch,
     find_differing_bytes,
@@ -34,30 +29,28 @@ from .verification import (
     rounding_limit,
     same_bytes,
 )
+from .writing import check_layout, check_transformers_size, save_torch
 
 TORCH_FILE = checkpoint.TORCH_WEIGHT_FILES[0]
-NOT_COMPARED = "not compared with PyTorch"
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model, wherever it came from.
+class _Loaded:
+    """A model of any origin.
 
     Attributes:
         model: the module.
         variables: its variables.
-        processor: what prepares its images.
-        provenance: where it came from, JSON-ready.
-        source: the opened PyTorch checkpoint; None for a model directory of ours.
-        conversion: how it was converted; None for a model directory of ours.
+        processor: prepares its images.
+        provenance: where it was loaded from, JSON-ready.
+        checkpoint: the opened PyTorch checkpoint and its conversion; None for a model directory of ours.
     """
 
     model: LevitBase
     variables: Variables
     processor: LevitImageProcessor
     provenance: dict[str, Any]
-    source: Source | None = None
-    conversion: Conversion | None = None
+    checkpoint: tuple[Source, Conversion] | None = None
 
 
 def convert_to_directory(
@@ -73,88 +66,88 @@ def convert_to_directory(
     verify: bool = True,
     options: HubOptions = DEFAULTS,
     overwrite: bool = False,
-) -> dict[str, Any]:
-    """Convert a model into a directory, whole or not at all, and prove the result.
+) -> Report:
+    """Convert a model into a directory and verify it; the directory is written completely or not at all.
 
     Args:
         source: a weight file, directory or Hub id with PyTorch weights, or a model directory of ours.
         out: the directory to write.
         layout: the PyTorch layout to write; None for a model directory of ours.
-        dtype: type of the floating-point arrays; None keeps the source's.
+        dtype: dtype of the floating-point arrays; None keeps the source's.
         image_size: as in `from_torch`.
         ema: as in `from_torch`.
         fold: fold the batch norms.
         merge: merge the two heads.
-        verify: compare with PyTorch, where it is installed. The way back to the source's bytes is always checked.
+        verify: compare with PyTorch if it is installed. The round trip to the source's bytes is always checked.
         options: how to access the Hub.
-        overwrite: replace the model that is there.
+        overwrite: replace an existing model.
 
     Returns:
-        The report, JSON-ready; the directory holds it too.
+        The report, which is also saved in the directory.
 
     Raises:
-        ValueError: the source cannot be converted, the layout has no place for the model, or the result is not proved
-            right. Nothing is written.
-        OSError: the source cannot be read, or the directory not be written.
+        ValueError: the source cannot be converted, the layout cannot represent the model, or verification failed.
+        OSError: the source cannot be read, or the directory cannot be written.
     """
     files.check_free(out, overwrite)
-    found = find(source, layout is not None, options)
-    if found is not None and found.weights is not None and found.weights.name == checkpoint.WEIGHTS_FILE:
-        if image_size is not None or ema:
-            raise ValueError(f"{source} is a converted model: --image-size and --ema are for PyTorch checkpoints.")
-        loaded = load_own(source, found, dtype)
-    else:
-        opened = open_source(source, ema=ema) if found is None else open_resolved(source, found, ema)
-        with ThreadPoolExecutor(1) as pool:  # hashing takes as long as converting, and another core
-            digests = pool.submit(hash_files, opened.files)
-            loaded = load_torch(opened, convert(opened, dtype, image_size=image_size), image_size is not None)
-            loaded.provenance["files"] = digests.result()
-    model, variables = loaded.model, loaded.variables
-    report: dict[str, Any] = {"source": loaded.provenance, "proof": {}}
-    if loaded.source is not None and loaded.conversion is not None:
-        report |= describe_conversion(loaded.source, loaded.conversion)
-        report["proof"]["round trip"] = prove_round_trip(loaded.source, loaded.conversion)
-        if layout is None:
-            report["proof"]["PyTorch"] = prove_with_pytorch(loaded.source, loaded.conversion, verify)
-    provenance = loaded.provenance
+    loaded = _load(source, layout is not None, dtype, image_size, ema, options)
+    results = _verify_conversion(loaded, compare_pytorch=layout is None, verify=verify)
+    model, variables, provenance = loaded.model, loaded.variables, loaded.provenance
     if merge or fold:
-        if merge:
-            model, variables = surgery.merge_heads(model, variables)
-        if fold and not model.folded:
-            model, variables = surgery.fold_batch_norm(model, variables)
-        provenance = provenance | {"merged_heads": merge, "folded_batch_norm": model.folded}
-        report["proof"]["surgery"] = prove_surgery(loaded, model, variables)
+        model, variables = _apply_surgery(model, variables, fold=fold, merge=merge)
+        provenance = {**provenance, "merged_heads": merge, "folded_batch_norm": model.folded}
+        results["surgery"] = _verify_surgery(loaded, model, variables)
     if layout is not None:
         check_layout(model, layout)
-    report["model"] = describe_model(model, variables)
     with files.staged_directory(out, overwrite, checkpoint.OWN_FILES) as staging:
         if layout is None:
             checkpoint.write_model(staging, model, variables, loaded.processor, provenance)
         else:
-            write_torch_directory(staging, model, variables, loaded.processor, layout)
-            report["proof"] |= prove_written(staging, model, variables, verify)
-        report["written"] = {
-            "layout": layout or "levit_flax",
-            "bytes": {file.name: file.stat().st_size for file in sorted(staging.iterdir())},
-        }
-        if layout == "hf":
-            try:
-                check_transformers_size(model.config)
-            except ConversionError as error:
-                report["written"]["note"] = str(error)
-        report["versions"] = {name: version(name) for name in ("levit-flax", "jax", "flax", "numpy")}
-        report["versions"]["python"] = platform.python_version()
-        check_proof(report["proof"])
-        (staging / checkpoint.REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        (staging / checkpoint.READABLE_REPORT_FILE).write_text(readable(report), encoding="utf-8")
+            _write_torch_directory(staging, model, variables, loaded.processor, layout)
+            results |= _verify_written(staging, model, variables, verify)
+        report = Report(
+            source=loaded.provenance,
+            checkpoint=loaded.checkpoint and Checkpoint.of(*loaded.checkpoint),
+            results=results,
+            written=Written.of(model, variables, staging, layout or "levit_flax", _find_limitation(model, layout)),
+        )
+        report.check()
+        text = json.dumps(report.to_dict(), indent=2) + "\n"
+        (staging / checkpoint.REPORT_FILE).write_text(text, encoding="utf-8")
+        (staging / checkpoint.READABLE_REPORT_FILE).write_text(report.to_markdown(), encoding="utf-8")
     return report
 
 
-def find(source: str, prefer_own: bool, options: HubOptions) -> Resolved | None:
-    """Return where the weights of a directory or Hub repository are, or None where the source is a file.
+def _load(
+    source: str,
+    prefer_own: bool,
+    dtype: str | None,
+    image_size: int | tuple[int, int] | None,
+    ema: bool,
+    options: HubOptions,
+) -> _Loaded:
+    """Load a model directory of ours, or convert a PyTorch checkpoint; `prefer_own` decides if there are both."""
+    found = _find(source, prefer_own, options)
+    if found is not None and found.weights is not None and found.weights.name == checkpoint.WEIGHTS_FILE:
+        if image_size is not None or ema:
+            raise ValueError(
+                f"{source} is a converted model, and image_size=... and ema=True apply only to PyTorch checkpoints:"
+                " remove them."
+            )
+        return _load_own(source, found, dtype)
+    opened = open_source(source, ema=ema, options=options) if found is None else open_resolved(source, found, ema)
+    with ThreadPoolExecutor(1) as pool:  # hashing takes as long as converting, so it runs at the same time
+        digests = pool.submit(_hash_files, opened.files)
+        conversion = convert(opened, dtype, image_size=image_size)
+        processor = loading.load_processor(opened.directory, conversion.model.config)
+        if image_size is not None:
+            processor = loading.resize_processor(processor, conversion.model.config)
+        provenance = {**conversion.provenance, "files": digests.result()}
+    return _Loaded(conversion.model, conversion.variables, processor, provenance, (opened, conversion))
 
-    Where our weights and PyTorch's lie side by side, `prefer_own` decides.
-    """
+
+def _find(source: str, prefer_own: bool, options: HubOptions) -> Resolved | None:
+    """Return the files of a directory or a Hub repository, or None if the source is a file."""
     path = Path(source).expanduser()
     if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
         return None
@@ -162,48 +155,43 @@ def find(source: str, prefer_own: bool, options: HubOptions) -> Resolved | None:
     return loading.resolve(source, options, weights=own + torch if prefer_own else torch + own)
 
 
-def hash_files(files: Iterable[Path]) -> dict[str, str]:
+def _hash_files(files: Iterable[Path]) -> dict[str, str]:
     """Return the SHA-256 of each file by its name."""
     return {file.name: sha256(file) for file in files}
 
 
-def load_own(source: str, resolved: Resolved, dtype: str | None) -> Loaded:
-    """Load a converted model."""
+def _load_own(source: str, resolved: Resolved, dtype: str | None) -> _Loaded:
+    """Load a model directory of ours."""
     directory = resolved.directory
     model, variables = checkpoint.read_directory(directory)
     if dtype is not None:
         model, variables = checkpoint.cast(model, variables, dtype)
-    return Loaded(
+    return _Loaded(
         model=model,
         variables=variables,
         processor=loading.load_processor(directory, model.config),
         provenance={
             "source": source,
             **({"revision": resolved.revision} if resolved.revision else {}),
-            "files": hash_files([directory / checkpoint.WEIGHTS_FILE]),
+            "files": _hash_files([directory / checkpoint.WEIGHTS_FILE]),
             "layout": "levit_flax",
             "converted from": checkpoint.read_provenance(directory),
         },
     )
 
 
-def load_torch(source: Source, conversion: Conversion, resized: bool) -> Loaded:
-    """Put a conversion together with the processor that belongs to it, and to its own image size if that was given."""
-    processor = loading.load_processor(conversion.directory, conversion.model.config)
-    return Loaded(
-        model=conversion.model,
-        variables=conversion.variables,
-        processor=loading.resize_processor(processor, conversion.model.config) if resized else processor,
-        provenance=conversion.provenance,
-        source=source,
-        conversion=conversion,
-    )
+def _apply_surgery(model: LevitBase, variables: Variables, *, fold: bool, merge: bool) -> tuple[LevitBase, Variables]:
+    if merge:
+        model, variables = surgery.merge_heads(model, variables)
+    if fold and not model.folded:
+        model, variables = surgery.fold_batch_norm(model, variables)
+    return model, variables
 
 
-def write_torch_directory(
+def _write_torch_directory(
     directory: Path, model: LevitBase, variables: Variables, processor: LevitImageProcessor, layout: str
 ) -> None:
-    """Write what the layout's own library opens: weights, and config and preprocessing where it knows such files."""
+    """Write the files that the layout's library loads: weights, and its config and preprocessing if it has any."""
     save_torch(directory / TORCH_FILE, model, variables, layout)
     if layout == "hf":
         values = {**model.config.to_dict(), "architectures": [type(model).__name__]}
@@ -214,150 +202,52 @@ def write_torch_directory(
         (directory / checkpoint.CONFIG_FILE).write_text(config, encoding="utf-8")
 
 
-def describe_conversion(source: Source, conversion: Conversion) -> dict[str, Any]:
-    """Return what was found in a checkpoint, JSON-ready."""
-    config = conversion.model.config
-    return {
-        "checkpoint": {
-            "layout": conversion.layout.name,
-            "batch norm": "fused" if conversion.model.folded else "present",
-            "heads": list(conversion.model.head_names),
-            "taken out of": list(source.wrappers),
-            "architecture": "read from the shapes" if conversion.inferred else "read from config.json",
-            "image size": list(config.image_height_width),
-            "classes": config.num_labels,
-            "blocks per stage": list(config.depths),
-            "mapped": {row.torch: row.flax for row in conversion.rows},
-            "ignored": {reason: list(names) for reason, names in conversion.ignored.items()},
-            "notes": list(conversion.notes),
-        }
-    }
+def _find_limitation(model: LevitBase, layout: str | None) -> str | None:
+    """Return why transformers cannot run a model written for it, or None."""
+    if layout == "hf":
+        try:
+            check_transformers_size(model.config)
+        except ConversionError as error:
+            return str(error)
+    return None
 
 
-def describe_model(model: LevitBase, variables: Variables) -> dict[str, Any]:
-    """Return what was written, JSON-ready."""
-    return {
-        "class": type(model).__name__,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
-        "dtype": str(np.dtype(model.param_dtype)),
-        "folded": model.folded,
-    }
-
-
-def prove_round_trip(source: Source, conversion: Conversion) -> dict[str, Any]:
-    """Turn the conversion back into the source's layout, and count the tensors that have the source's bytes."""
+def _verify_conversion(loaded: _Loaded, *, compare_pytorch: bool, verify: bool) -> dict[str, Result]:
+    """Check the round trip of a converted checkpoint, and compare it with PyTorch."""
+    if loaded.checkpoint is None:
+        return {}
+    source, conversion = loaded.checkpoint
     differing = find_differing_bytes(source, conversion)
-    as_source = "the source's bytes" if conversion.dtype is None else f"the source's values as {conversion.dtype}"
-    return {
-        "passed": not differing,
-        "tensors": len(conversion.rows),
-        "with": as_source,
-        "differing": differing,
+    results: dict[str, Result] = {
+        "round trip": RoundTrip(len(conversion.rows), tuple(differing), dtype=conversion.dtype)
     }
+    if compare_pytorch:
+        results["PyTorch"] = _compare_with_pytorch(source, conversion, verify)
+    return results
 
 
-def prove_with_pytorch(source: Source, conversion: Conversion, verify: bool) -> dict[str, Any]:
-    """Compare every block and the logits with PyTorch, or say why not."""
-    result = compare_with_pytorch(source, conversion) if verify else "--no-verify"
-    if isinstance(result, str):
-        return {"passed": None, "outcome": NOT_COMPARED, "because": result}
-    return {
-        "reference": result.reference,
-        "probes": PROBES,
-        "seed": PROBE_SEED,
-        **as_dict(result.logits),
-        "blocks": {
-            path: {"absolute": block.absolute, "relative": block.relative} for path, block in result.blocks.items()
-        },
-    }
+def _compare_with_pytorch(source: Source, conversion: Conversion, verify: bool) -> Parity | Skipped:
+    if not verify:
+        return Skipped("verify=False")
+    compared = compare_with_pytorch(source, conversion)
+    return Skipped(compared) if isinstance(compared, str) else Parity(compared)
 
 
-def prove_surgery(loaded: Loaded, model: LevitBase, variables: Variables) -> dict[str, Any]:
-    """Compare the logits of the model that was operated on with those before."""
+def _verify_surgery(loaded: _Loaded, model: LevitBase, variables: Variables) -> Surgery:
+    """Compare the logits before and after surgery."""
     pixels = probes(model)
     result, reference = forward(model, variables, pixels), forward(loaded.model, loaded.variables, pixels)
-    return as_dict(compare(result, reference, rounding_limit(model.param_dtype)))
+    return Surgery(compare(result, reference, rounding_limit(model.param_dtype)))
 
 
-def prove_written(directory: Path, model: LevitBase, variables: Variables, verify: bool) -> dict[str, Any]:
-    """Read a PyTorch directory that was just written, and compare it with what it should hold and with PyTorch."""
+def _verify_written(directory: Path, model: LevitBase, variables: Variables, verify: bool) -> dict[str, Result]:
+    """Read a PyTorch directory back, and compare it with the model and with PyTorch."""
     opened = open_source(directory)
-    # Layouts without a config do not say these; with one, it is read and checked.
+    # A layout without a config.json needs the model's config; the others have theirs checked here.
     conversion = convert(opened, config=model.config if opened.config is None else None)
     flat, back = (flatten_dict(tree, sep="/") for tree in (variables, conversion.variables))
-    differing = [path for path, leaf in flat.items() if not same_bytes(np.asarray(leaf), back[path])]
+    differing = tuple(path for path, leaf in flat.items() if not same_bytes(np.asarray(leaf), back[path]))
     return {
-        "read back": {"passed": not differing, "tensors": len(flat), "with": "the same bytes", "differing": differing},
-        "PyTorch": prove_with_pytorch(opened, conversion, verify),
+        "read back": ReadBack(len(flat), differing),
+        "PyTorch": _compare_with_pytorch(opened, conversion, verify),
     }
-
-
-def as_dict(comparison: Comparison) -> dict[str, Any]:
-    """Return a comparison JSON-ready."""
-    return {"passed": comparison.passed, **comparison._asdict()}
-
-
-def check_proof(proof: dict[str, dict[str, Any]]) -> None:
-    """Raise ConversionError where a part of the proof failed."""
-    failed = [f"{name}: {outcome(part)}" for name, part in proof.items() if part["passed"] is False]
-    if failed:
-        raise ConversionError(f"The result is not proved right, so nothing was written. {'; '.join(failed)}.")
-
-
-def outcome(part: dict[str, Any]) -> str:
-    """Return one part of a proof as a sentence without its full stop."""
-    if part["passed"] is None:
-        return f"{part['outcome']} ({part['because']})"
-    if "tensors" in part:
-        if part["differing"]:
-            return f"{len(part['differing'])} of {part['tensors']} tensors differ, first {part['differing'][0]}"
-        return f"{part['tensors']} tensors with {part['with']}"
-    reference = f" from {part['reference']}" if "reference" in part else ""
-    return (
-        f"logits differ{reference} by {part['absolute']:.1e} at most, {part['relative']:.1e} of the largest (limit"
-        f" {part['limit']:.0e})"
-    )
-
-
-def summary(report: dict[str, Any]) -> dict[str, str]:
-    """Return what a reader wants to know of a report, a line for each name."""
-    found, model = report.get("checkpoint"), report["model"]
-    lines = {"source": report["source"]["source"]}
-    lines |= {f"sha256 of {name}": digest for name, digest in report["source"].get("files", {}).items()}
-    if "revision" in report["source"]:
-        lines["revision"] = report["source"]["revision"]
-    if found:
-        taken = f", taken out of {' '.join(found['taken out of'])}" if found["taken out of"] else ""
-        lines["layout"] = f"{found['layout']}, batch norm {found['batch norm']}{taken}"
-        height, width = found["image size"]
-        lines["architecture"] = (
-            f"{found['architecture']}: {height}x{width} pixels, {found['classes']} classes, heads"
-            f" {', '.join(found['heads']) or 'none'}, blocks per stage {', '.join(map(str, found['blocks per stage']))}"
-        )
-        lines["mapped"] = f"{len(found['mapped'])} tensors"
-        if found["ignored"]:
-            lines["ignored"] = "; ".join(
-                f"{len(names)} tensors: {reason}" for reason, names in found["ignored"].items()
-            )
-        if found["notes"]:
-            lines["notes"] = " ".join(found["notes"])
-    lines["model"] = (
-        f"{model['class']}, {model['parameters']:,} parameters, {model['dtype']}{', folded' if model['folded'] else ''}"
-    )
-    lines["written as"] = ". ".join(report["written"][key] for key in ("layout", "note") if key in report["written"])
-    lines |= {name: outcome(part) for name, part in report["proof"].items()}
-    return lines
-
-
-def readable(report: dict[str, Any]) -> str:
-    """Return a report as a page of Markdown."""
-    lines = ["# Conversion report", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {text} |" for name, text in summary(report).items()]
-    blocks = report["proof"].get("PyTorch", {}).get("blocks", {})
-    if blocks:
-        lines += ["", "Largest differences behind each block:", "", "| block | absolute | relative |", "|---|---|---|"]
-        lines += [f"| {path} | {block['absolute']:.1e} | {block['relative']:.1e} |" for path, block in blocks.items()]
-    if "checkpoint" in report:
-        lines += ["", "Where each tensor went:", "", "| in the checkpoint | in the variables |", "|---|---|"]
-        lines += [f"| {torch} | {flax} |" for torch, flax in report["checkpoint"]["mapped"].items()]
-    return "\n".join(lines) + "\n"

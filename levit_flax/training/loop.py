@@ -243,7 +243,7 @@ def finetune(
         student = make_student(model, recipe, parts[0], hub)
         if export_torch:
             # Only whoever wants PyTorch weights pays for this.
-            from levit_flax.convert.conversion import check_layout, check_transformers_size
+            from levit_flax.convert.writing import check_layout, check_transformers_size
 
             check_layout(student.model, export_torch)
             if export_torch == "hf":

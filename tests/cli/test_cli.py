@@ -128,7 +128,7 @@ def test_convert_verifies_against_transformers(capsys, torch_directory, tmp_path
     monkeypatch.setattr(verification, "forward_by_block", forward_wrongly)
     status, out, err = run(capsys, "convert", torch_directory, tmp_path / "wrong")
     assert status == 1 and out == "" and not (tmp_path / "wrong").exists()
-    assert "not proved right, so nothing was written. PyTorch: logits differ from transformers" in err
+    assert "Verification failed, so nothing was written. PyTorch: logits differ from transformers" in err
 
 
 def test_info_lists_the_variants(capsys):
@@ -162,10 +162,10 @@ def damaged_weights(kind, directory, whole):
         return path, "is empty"
     if kind == "truncated":
         path.write_bytes(whole[: len(whole) // 2])
-        return path, "not a whole safetensors file"
+        return path, "is truncated or not a safetensors file"
     if kind == "resnet":
         save_file({"conv1.weight": np.zeros((64, 3, 7, 7), np.float32)}, path)
-        return path, "does not hold a LeViT"
+        return path, "does not contain a LeViT"
     if kind == "code":
         path = directory / "pytorch_model.bin"
         with zipfile.ZipFile(path, "w") as archive:

@@ -10,7 +10,7 @@ from typer.main import get_command
 from levit_flax import choices
 from levit_flax.cli import main
 from levit_flax.cli.app import app
-from levit_flax.convert import layouts
+from levit_flax.convert import WRITTEN_LAYOUTS, layouts
 from levit_flax.evaluation import CROP_RULES
 from levit_flax.export import FORMATS
 
@@ -28,10 +28,10 @@ def test_help_texts_are_sentences(command):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["convert", "a", "b", "--to"], layouts.WRITTEN_LAYOUTS),
+        (["convert", "a", "b", "--to"], WRITTEN_LAYOUTS),
         (["convert", "a", "b", "--dtype"], get_args(choices.WeightDType)),
         (["evaluate", "a", "--crop"], CROP_RULES),
-        (["finetune", "a", "-o", "b", "--export-torch"], layouts.WRITTEN_LAYOUTS),
+        (["finetune", "a", "-o", "b", "--export-torch"], WRITTEN_LAYOUTS),
         (["export", "a", "--format"], FORMATS),
     ],
 )
@@ -42,7 +42,7 @@ def test_choices_are_those_of_the_library(capsys, arguments, expected):
 
 
 def test_written_layouts_are_known():
-    assert set(layouts.WRITTEN_LAYOUTS) < set(layouts.LAYOUTS)
+    assert set(WRITTEN_LAYOUTS) < set(layouts.LAYOUTS)
 
 
 def test_help_lists_the_recipes_of_the_package():

@@ -170,11 +170,11 @@ def checkpoints():
 def outcome_of(path, out):
     """Convert with proof, and return what happened; whatever is neither a result nor a sentence is raised."""
     try:
-        report = workflow.convert_to_directory(str(path), out)
+        report = workflow.convert_to_directory(str(path), out).to_dict()
     except (ValueError, OSError) as error:
         message = str(error)
         assert message and "Traceback" not in message
-        compared = "not proved right" in message or "own results are not finite" in message
+        compared = "Verification failed" in message or "own outputs are not finite" in message
         kind = "refused after comparing" if compared else "refused"
         assert not out.exists()
     else:

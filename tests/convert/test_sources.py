@@ -65,17 +65,17 @@ def test_the_average_is_asked_for(tensors, averaged, plain, average):
     both = {plain: tensors, average: averaged}
     assert_holds(both, tensors)
     assert_holds(both, averaged, ema=True)
-    assert any("--ema" in note for note in open_source(both).notes)
+    assert any("ema=True" in note for note in open_source(both).notes)
     assert open_source(both, ema=True).wrappers == (average,)
-    with pytest.raises(ConversionError, match=rf"holds averaged weights alone \({average}\): ask for them with --ema"):
+    with pytest.raises(ConversionError, match=rf"has only averaged weights: .* found {average}. Pass ema=True"):
         convert.from_torch({average: averaged})
 
 
 def test_there_may_be_no_average(tensors, tmp_path):
-    with pytest.raises(ConversionError, match=r"holds no averaged weights .*: leave out --ema"):
+    with pytest.raises(ConversionError, match=r"has no averaged weights: .* Remove ema=True"):
         convert.from_torch({"model": tensors}, ema=True)
     save_file(tensors, tmp_path / "levit.safetensors")
-    with pytest.raises(ConversionError, match="holds no averaged weights"):
+    with pytest.raises(ConversionError, match="has no averaged weights"):
         convert.from_torch(tmp_path / "levit.safetensors", ema=True)
 
 
@@ -103,7 +103,7 @@ def test_a_checkpoint_of_the_original_s_training(tensors, averaged, tmp_path):
 
 
 def test_a_whole_model_is_not_a_state_dict():
-    with pytest.raises(ConversionError, match="found a float under 'loss'"):
+    with pytest.raises(ConversionError, match="found an object of type float under 'loss'"):
         convert.from_torch({"epoch": np.zeros(1), "loss": 0.5})
 
 
@@ -116,7 +116,8 @@ def test_the_hash_in_a_file_s_name(tensors, tmp_path, right):
     if right:
         assert open_source(path).notes == ()
     else:
-        with pytest.warns(UserWarning, match=f"carries the hash 96703c44 in its name, but .* begins with {digest[:8]}"):
+        message = f"does not match the hash in its name: .* begins with 96703c44, found {digest[:8]}"
+        with pytest.warns(UserWarning, match=message):
             opened = open_source(path)
         assert "96703c44" in opened.notes[0]
 
@@ -192,7 +193,7 @@ def damaged_config(**changes):
 def test_malformed_configs_are_named(tmp_path, tensors, values):
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ConversionError, match=rf"^The config\.json of {tmp_path} is not what it should be: "):
+    with pytest.raises(ConversionError, match=rf"^The config\.json of {tmp_path} is malformed: "):
         convert.from_torch(tmp_path)
 
 
@@ -200,7 +201,8 @@ def test_malformed_configs_are_named(tmp_path, tensors, values):
 def test_configs_that_are_no_object_are_named(tmp_path, tensors, text):
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ConversionError, match=rf"^{tmp_path}/config\.json (is not JSON|holds a JSON list)"):
+    message = r"(is not valid JSON|does not contain a JSON object: found a list)"
+    with pytest.raises(ConversionError, match=rf"^{tmp_path}/config\.json {message}"):
         convert.from_torch(tmp_path)
 
 
@@ -218,7 +220,7 @@ def test_a_config_of_other_heads_is_refused(tmp_path, named):
     (tmp_path / "config.json").write_text(json.dumps({**model.config.to_dict(), "architectures": [named]}))
     with pytest.raises(
         ConversionError,
-        match=rf"names {named} with 5 classes, which has the heads .*; the tensors have head, head_dist",
+        match=rf"expected the heads of {named} with 5 classes .*, found head, head_dist in the tensors",
     ):
         convert.from_torch(tmp_path)
 
@@ -226,7 +228,7 @@ def test_a_config_of_other_heads_is_refused(tmp_path, named):
 def test_a_non_square_table_asks_for_the_image_size():
     model = lf.LevitForImageClassification(lf.LevitConfig(**{**SMALL, "image_size": (64, 96)}))
     tensors = convert.to_torch(model, random_variables(model), "timm")
-    with pytest.raises(ConversionError, match=r"24 offsets, which is no square: give the image size \(--image-size"):
+    with pytest.raises(ConversionError, match=r"expected a square number of offsets .*, found 24\. Pass image_size="):
         convert.from_torch(tensors)
     assert convert.from_torch(tensors, image_size=(64, 96))[0].config == model.config
 
@@ -245,7 +247,7 @@ def test_a_thousand_classes_get_imagenet_s_names():
 
 
 def test_mixed_layouts_and_lonely_heads(tensors):
-    with pytest.raises(ConversionError, match="mixes layouts: it has the first convolution of"):
+    with pytest.raises(ConversionError, match=r"mixes layouts: .* found the first convolution of facebook and timm"):
         convert.from_torch({**tensors, "stem.conv1.linear.weight": np.zeros((2, 3, 3, 3), np.float32)})
-    with pytest.raises(ConversionError, match="has a distillation head and no first head"):
+    with pytest.raises(ConversionError, match="has a distillation head but no classifier head"):
         convert.from_torch({name: array for name, array in tensors.items() if not name.startswith("head.")})

@@ -19,10 +19,12 @@ import levit_flax as lf
 from configs import SMALL, in_another_order, random_variables
 from hub_server import HubServer, run_with_hub
 from levit_flax import checkpoint, convert, loading
+from levit_flax import hub as hub_module
 from levit_flax.convert import ConversionError, conversion, verification, workflow
-from levit_flax.convert.layouts import LAYOUTS, Structure
+from levit_flax.convert.layouts import LAYOUTS, Structure, index_table
 from levit_flax.convert.sources import open_source
 from levit_flax.convert.timm_files import write_timm_config
+from levit_flax.hub import HubError, HubOptions
 
 KILLS, SHORT_KILLS = 50, 12
 
@@ -40,7 +42,7 @@ def own(model, tmp_path):
 
 
 def run(source, out, **options):
-    return workflow.convert_to_directory(str(source), out, **options)
+    return workflow.convert_to_directory(str(source), out, **options).to_dict()
 
 
 @pytest.mark.parametrize("layout", convert.WRITTEN_LAYOUTS)
@@ -53,14 +55,14 @@ def test_out_and_in_again(own, model, layout, tmp_path):
     assert back["proof"]["PyTorch"] == {
         "passed": None,
         "outcome": "not compared with PyTorch",
-        "because": "--no-verify",
+        "because": "verify=False",
     }
     loaded, variables = lf.from_pretrained(tmp_path / "back")
     jax.tree.map(np.testing.assert_array_equal, variables, random_variables(model))
     stored = json.loads((tmp_path / "back" / checkpoint.REPORT_FILE).read_text())
     assert stored == json.loads(json.dumps(back))
     readable = (tmp_path / "back" / checkpoint.READABLE_REPORT_FILE).read_text()
-    assert "not compared with PyTorch (--no-verify)" in readable and f"| layout | {layout}, batch norm" in readable
+    assert "not compared with PyTorch (verify=False)" in readable and f"| layout | {layout}, batch norm" in readable
     assert stored["source"]["files"]["model.safetensors"] in readable
     assert stored["written"]["bytes"].keys() == {"config.json", "preprocessor_config.json", "flax_model.safetensors"}
     if layout != "facebook":  # which has no place for them
@@ -125,9 +127,10 @@ def test_a_size_that_transformers_cannot_take_is_noted(tmp_path):
     for image_size in (64, 72):
         model = lf.LevitForImageClassification(lf.LevitConfig(**{**SMALL, "image_size": image_size}))
         lf.save_pretrained(tmp_path / f"own{image_size}", model, random_variables(model))
-        report = run(tmp_path / f"own{image_size}", tmp_path / f"hf{image_size}", layout="hf", verify=False)
-        notes.append(workflow.summary(report)["written as"])
-    assert notes[0] == "hf" and "transformers' LeViT cannot take images of 72x72 pixels" in notes[1]
+        own, hf = tmp_path / f"own{image_size}", tmp_path / f"hf{image_size}"
+        report = workflow.convert_to_directory(str(own), hf, layout="hf", verify=False)
+        notes.append(report.summary()["written as"])
+    assert notes[0] == "hf" and "expected a square multiple of 16, found 72x72" in notes[1]
 
 
 @pytest.mark.parametrize("layout", ["hf", "facebook"])
@@ -148,11 +151,11 @@ def test_proof_of_biases_in_another_order(model, layout, tmp_path):
         pytest.importorskip(package)
     tensors = convert.to_torch(model, random_variables(model), layout)
     names = LAYOUTS[layout].tables(Structure.of(model.config, model.head_names, model.folded))
-    tables = {name: conversion.index_table(model.config, path).astype(np.int64) for name, path in names.items()}
+    tables = {name: index_table(model.config, path).astype(np.int64) for name, path in names.items()}
     save_file(in_another_order(tensors, tables), tmp_path / "levit.safetensors")
     report = run(tmp_path / "levit.safetensors", tmp_path / "out")
     # Two of the seven belong to a single token, and have but one order.
-    assert any("5 tables of attention biases are stored in another order" in n for n in report["checkpoint"]["notes"])
+    assert any("5 tables of attention biases were stored in another order" in n for n in report["checkpoint"]["notes"])
     assert report["proof"]["round trip"]["passed"] and report["proof"]["PyTorch"]["passed"]
     assert report["proof"]["PyTorch"]["reference"].startswith(verification.PEERS[layout].package)
     jax.tree.map(np.testing.assert_array_equal, lf.from_pretrained(tmp_path / "out")[1], random_variables(model))
@@ -192,7 +195,7 @@ def test_folded_models_go_out_fused(own, layout, tmp_path):
     back, back_variables = convert.from_torch(tmp_path / "fused")
     assert back.folded
     jax.tree.map(np.testing.assert_array_equal, back_variables, variables)
-    with pytest.raises(ValueError, match="transformers has no layout for a model whose batch norms are folded"):
+    with pytest.raises(ValueError, match="transformers has no layout for folded models"):
         run(tmp_path / "folded", tmp_path / "hf", layout="hf")
     assert not (tmp_path / "hf").exists()
 
@@ -229,7 +232,7 @@ def test_a_wrong_table_fails_the_proof(own, tmp_path, monkeypatch):
     convert.save_torch(tmp_path / "levit.safetensors", model, random_variables(model), "facebook")
     right = LAYOUTS["facebook"]
     monkeypatch.setitem(LAYOUTS, "facebook", right._replace(linears=dict(right.linears, up="2", down="0")))
-    with pytest.raises(ConversionError, match=r"not proved right, so nothing was written\. PyTorch: logits differ"):
+    with pytest.raises(ConversionError, match=r"Verification failed, so nothing was written\. PyTorch: logits differ"):
         run(tmp_path / "levit.safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -262,8 +265,24 @@ def test_the_processor_follows_the_image_size(own, tmp_path):
 
 def test_options_that_a_converted_model_has_no_use_for(own, tmp_path):
     for options in ({"image_size": 96}, {"ema": True}):
-        with pytest.raises(ValueError, match="is a converted model: --image-size and --ema are for PyTorch"):
+        with pytest.raises(ValueError, match=r"and image_size=\.\.\. and ema=True apply only to PyTorch"):
             run(own, tmp_path / "out", **options)
+
+
+def test_every_hub_option_reaches_the_hub(tmp_path, monkeypatch):
+    options = HubOptions("v2", "hf_token", tmp_path / "cache", local_files_only=True)
+    asked = []
+
+    def resolve(source, **arguments):
+        asked.append((source, arguments["options"]))
+        raise HubError("no Hub here")
+
+    monkeypatch.setattr(hub_module, "resolve", resolve)
+    with pytest.raises(HubError, match="no Hub here"):
+        run("someone/levit", tmp_path / "out", options=options)
+    with pytest.raises(HubError, match="no Hub here"):
+        convert.from_torch("someone/levit", **dataclasses.asdict(options))
+    assert asked == [("someone/levit", options)] * 2
 
 
 def test_replacing_takes_the_old_report_away(own, tmp_path):
@@ -375,4 +394,4 @@ def test_warnings_of_a_conversion_are_for_the_user(tmp_path, model, capsys):
         warnings.simplefilter("default")
         assert main(["convert", str(path), str(tmp_path / "out"), "--no-verify"]) == 0
     out, err = capsys.readouterr()
-    assert "96703c44" in out and "warning: LeViT-128S-96703c44.safetensors carries the hash" in err
+    assert "96703c44" in out and "warning: LeViT-128S-96703c44.safetensors does not match the hash in its name" in err

@@ -38,7 +38,7 @@ OBJECT = re.compile(r"^::: (\S+)$", re.MULTILINE)  # as mkdocstrings marks them
 MODULES = [
     *("configuration", "modeling", "checkpoint", "loading", "surgery", "image_processing", "classifier", "datasets"),
     "memory",
-    *("evaluation", "visualize", "export", "convert.conversion", "convert.errors"),
+    *("evaluation", "visualize", "export", "convert.conversion", "convert.writing", "convert.errors"),
     *("training.recipe", "training.data", "training.losses", "training.optimizer", "training.teacher", "training.loop"),
 ]
 COMPILING = ("visualize", "training.loop")  # whose examples take long

@@ -578,8 +578,8 @@ def test_what_transformers_could_not_open_is_refused_before_the_training(folder,
     assert main([*map(str, arguments), "--export-torch", "hf"]) == 1
     height, width = size if isinstance(size, list) else (size, size)
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"error: transformers' LeViT cannot take images of {height}x{width} pixels: give the model a square"
-        " image_size that is a multiple of 16."
+        "error: transformers' LeViT does not support this image size: expected a square multiple of 16, found"
+        f" {height}x{width}. Change the model's image_size."
     )
     assert not list((tmp_path / "run").iterdir())
 
