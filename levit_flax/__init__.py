@@ -1,6 +1,6 @@
-"""LeViT, a fast hybrid of convolution and attention for image classification, for JAX.
+"""LeViT for JAX: fast image classification with convolution and attention.
 
-Names are imported when first used: `import levit_flax` costs nothing, and never imports PyTorch.
+Names are imported on first use, so `import levit_flax` is cheap. It never imports PyTorch.
 """
 
 import importlib
@@ -32,16 +32,16 @@ _HOMES = {
     "LevitModel": "modeling",
     "LevitForImageClassification": "modeling",
     "LevitForImageClassificationWithTeacher": "modeling",
-    # Weights in and out; PyTorch's are the matter of `levit_flax.convert`
+    # Loading and saving; `levit_flax.convert` handles PyTorch checkpoints
     "from_pretrained": "loading",
     "save_pretrained": "checkpoint",
     "push_to_hub": "loading",
-    # One model from another
+    # Model transformations
     "fold_batch_norm": "surgery",
     "merge_heads": "surgery",
     "resize_image": "surgery",
     "replace_head": "surgery",
-    # Images in, labels out
+    # Preprocessing and inference
     "LevitImageProcessor": "image_processing",
     "LevitImageProcessorFast": "image_processing",
     "LevitFeatureExtractor": "image_processing",

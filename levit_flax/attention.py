@@ -1,4 +1,8 @@
-"""Attention with a learned bias per offset, at one resolution and from one resolution to the next."""
+"""Attention with a learned bias per offset, within a stage and from one stage to the next.
+
+Axes: B batch, N tokens, Q queries, K keys, H heads, C channels, D channels per head. In images [B H W C], H and W are
+height and width.
+"""
 
 import functools
 
@@ -14,20 +18,20 @@ Grid = tuple[int, int]
 
 @functools.cache
 def offset_index(grid: Grid, stride: int = 1) -> np.ndarray:
-    """Return the row of the attention-bias table that belongs to each pair of a query and a key.
+    """Return the row of the attention-bias table for each pair of a query and a key.
 
-    Keys stand on `grid`, queries on every `stride`-th row and column of it. A pair shares its bias with all pairs at
-    the same distance, and the distance (|dy|, |dx|) is row |dy| * width + |dx|.
+    Keys are all tokens of `grid`. Queries are the tokens in every `stride`-th row and column. All pairs with the same
+    offset (|dy|, |dx|) share the bias in row |dy| * width + |dx|.
 
     Args:
         grid: (height, width) of the keys, in tokens.
-        stride: the step from one query to the next, in tokens.
+        stride: distance between neighboring queries, in tokens.
 
     Returns:
         int32 [Q K], read-only, with values in [0, height * width).
 
-    Source: Graham et al. 2021, "Attention bias instead of a positional embedding"; the original levit.py numbers
-    offsets as it meets them, which comes to the same order on square grids.
+    Source: Graham et al. 2021, "Attention bias instead of a positional embedding". The original levit.py numbers the
+        offsets in order of appearance, which gives the same order on square grids.
     """
     height, width = grid
     y, x = np.divmod(np.arange(height * width, dtype=np.int32), np.int32(width))
@@ -38,17 +42,17 @@ def offset_index(grid: Grid, stride: int = 1) -> np.ndarray:
 
 
 class BiasedAttention(Layer, kw_only=True):
-    """What attention and downsampling attention share.
+    """The base class of attention and downsampling attention.
 
-    The table `attention_biases` is [N H], offsets first: a norm over its first axis is then a norm per head, as
-    PyTorch's adaptive gradient clipping takes it on the transpose.
+    The parameter `attention_biases` is [N H], one row per offset. With the heads on the last axis, adaptive gradient
+    clipping computes one norm per head, as it does in PyTorch, which stores the transpose.
 
     Attributes:
         num_heads: number of heads.
         key_dim: channels of a query or key, per head.
-        attention_ratio: value channels per key channel.
-        grid: (height, width) of the incoming tokens.
-        stride: the step from one query to the next, in tokens.
+        attention_ratio: value channels as a multiple of `key_dim`.
+        grid: (height, width) of the input tokens.
+        stride: distance between neighboring queries, in tokens.
     """
 
     num_heads: int
@@ -58,12 +62,12 @@ class BiasedAttention(Layer, kw_only=True):
     stride: int = 1
 
     def split_heads(self, x: jax.Array, *channels: int) -> list[jax.Array]:
-        """Split [B N C] into one [B N H D] per entry of `channels`; head after head, each with all of its parts."""
+        """Split [B N C] into one [B N H D] per entry of `channels`. The channels of a head are contiguous in C."""
         x = x.reshape(*x.shape[:2], self.num_heads, -1)
         return jnp.split(x, np.cumsum(channels[:-1]), axis=-1)
 
     def attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mix values by softmax of scaled products plus biases.
+        """Compute softmax(query keyᵀ / sqrt(key_dim) + bias) value.
 
         Args:
             query: [B Q H D].
@@ -71,7 +75,7 @@ class BiasedAttention(Layer, kw_only=True):
             value: [B K H D'].
 
         Returns:
-            The mixed values [B Q H*D'] and the attention [B H Q K], whose rows sum to 1.
+            The mixed values [B Q H*D'] and the attention weights [B H Q K], which sum to 1 over K.
         """
         table = self.param(
             "attention_biases",
@@ -81,8 +85,8 @@ class BiasedAttention(Layer, kw_only=True):
         )
         bias = table[offset_index(self.grid, self.stride)].transpose(2, 0, 1)  # [H Q K]
         dtype = at_least_float32(self.dtype)
-        # Products of whole matrices, heads in front, and the division after the second one, where there is less to
-        # divide, take 6 % off the time of a model on CPU (benchmarks/README.md).
+        # Two measures make a model 6 % faster on CPU (benchmarks/README.md): heads in front, for plain matrix products,
+        # and dividing after the second product, which has fewer entries than the weights.
         query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))  # [B H N D]
         products = jnp.matmul(query * self.key_dim**-0.5, key.swapaxes(2, 3), precision=self.precision)
         logits = products.astype(dtype) + bias.astype(dtype)[None]
@@ -90,17 +94,17 @@ class BiasedAttention(Layer, kw_only=True):
         total = weights.sum(-1, keepdims=True)
         mixed = jnp.matmul(
             weights.astype(self.dtype), value, precision=self.precision, preferred_element_type=dtype
-        )  # of weights that do not sum to 1 yet, too large for float16
+        )  # not yet divided by `total`, and therefore too large for float16
         mixed = (mixed / total).astype(self.dtype).transpose(0, 2, 1, 3)
         return mixed.reshape(*mixed.shape[:2], -1), (weights / total).astype(self.dtype)
 
 
 class Attention(BiasedAttention):
-    """Attend over all tokens of a stage (`Attention` of the original code, without its residual connection)."""
+    """Attention over all tokens of a stage: `Attention` of the original code, without the residual connection."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Map [B N C] to [B N C], and return the attention [B H N N] with it."""
+        """Map [B N C] to [B N C], and also return the attention weights [B H N N]."""
         value_dim = self.attention_ratio * self.key_dim
         qkv = LinearNorm(self.num_heads * (2 * self.key_dim + value_dim), **self.shared, name="qkv")(x, train)
         mixed, attention = self.attend(*self.split_heads(qkv, self.key_dim, self.key_dim, value_dim))
@@ -109,7 +113,7 @@ class Attention(BiasedAttention):
 
 
 class DownsamplingAttention(BiasedAttention):
-    """Attend from a coarser grid to a finer one (`AttentionSubsample` of the original code), without a residual.
+    """Attention from the queries of a coarser grid to all tokens: `AttentionSubsample` of the original code.
 
     Attributes:
         features: channels of the result, the width of the next stage.
@@ -119,7 +123,7 @@ class DownsamplingAttention(BiasedAttention):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Map [B K C] to [B Q features], and return the attention [B H Q K] with it."""
+        """Map [B K C] to [B Q features], and also return the attention weights [B H Q K]."""
         value_dim = self.attention_ratio * self.key_dim
         kv = LinearNorm(self.num_heads * (self.key_dim + value_dim), **self.shared, name="kv")(x, train)
         image = x.reshape(x.shape[0], *self.grid, x.shape[-1])  # [B H W C]

@@ -19,15 +19,15 @@ from .image_processing import PROCESSOR_FILE, LevitImageProcessor
 from .modeling import LevitBase, Variables
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "flax_model.safetensors"  # never model.safetensors, which transformers would open as PyTorch's
+WEIGHTS_FILE = "flax_model.safetensors"  # transformers would load model.safetensors as PyTorch weights
 
-# What a conversion says of itself, for programs and for people.
+# The report of a conversion, for programs and for people.
 REPORT_FILE = "conversion_report.json"
 READABLE_REPORT_FILE = "conversion_report.md"
 
 OWN_FILES = (CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE, REPORT_FILE, READABLE_REPORT_FILE)
 
-# The weights that PyTorch writes, in the order in which they are looked for.
+# The names of PyTorch weight files, in order of preference.
 TORCH_WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -37,7 +37,7 @@ TORCH_WEIGHT_FILES = (
 
 
 def read_directory(directory: Path) -> tuple[LevitBase, Variables]:
-    """Read a model directory of ours into a module and NumPy arrays."""
+    """Return the module and the variables, as NumPy arrays, of a directory written by `save_pretrained`."""
     path = directory / CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -45,12 +45,14 @@ def read_directory(directory: Path) -> tuple[LevitBase, Variables]:
         model_class = {model.__name__: model for model in modeling.MODEL_CLASSES}[architecture]
         config, folded = LevitConfig.from_dict(values), bool(block.get("folded", False))
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise ValueError(f"{path} is not the config of a saved LeViT model ({error!r}).") from None
+        raise ValueError(
+            f"{path} is not the config of a LeViT model: expected a file written by save_pretrained, found {error!r}."
+        ) from None
     try:
         flat = load_file(directory / WEIGHTS_FILE)
     except SafetensorError as error:
         raise ValueError(
-            f"{directory / WEIGHTS_FILE} is not a whole safetensors file ({error}): copy or download it again."
+            f"{directory / WEIGHTS_FILE} is not a complete safetensors file ({error}). Copy or download it again."
         ) from None
     param_dtype = next((leaf.dtype for leaf in flat.values() if jnp.issubdtype(leaf.dtype, jnp.floating)), jnp.float32)
     model = model_class(config, folded=folded, param_dtype=jnp.dtype(param_dtype))
@@ -60,14 +62,14 @@ def read_directory(directory: Path) -> tuple[LevitBase, Variables]:
 
 
 def read_provenance(directory: Path) -> dict[str, Any]:
-    """Return what a model directory of ours says of where it came from."""
+    """Return the origin of the weights that is recorded in a model directory, or an empty dictionary."""
     values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     provenance: dict[str, Any] = values.get(OWN_BLOCK, {}).get("provenance", {})
     return provenance
 
 
 def cast(model: LevitBase, variables: Variables, dtype: Any) -> tuple[LevitBase, Variables]:
-    """Return the model and its variables with all floating-point arrays in another type."""
+    """Return the model and its variables with all floating-point arrays converted to `dtype`."""
     variables = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype != np.int32 else leaf, variables)
     return model.clone(param_dtype=jnp.dtype(dtype)), variables
 
@@ -80,18 +82,20 @@ def save_pretrained(
     overwrite: bool = False,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model directory, whole or not at all.
+    """Save a model to a directory.
+
+    The write is atomic: if it fails, an existing directory is unchanged.
 
     Args:
-        directory: where to; made if it does not exist.
+        directory: the directory to write; created if it does not exist.
         model: the module.
         variables: its variables.
-        processor: written beside the model where given.
-        overwrite: replace the model that is there; files that are not a model's stay.
-        provenance: JSON-ready values that tell where the weights came from, kept in config.json.
+        processor: image processor to save with the model; None for none.
+        overwrite: replace the model in a directory that is not empty; other files in it are kept.
+        provenance: JSON values that describe the origin of the weights, stored in `config.json`; None for none.
 
     Raises:
-        FileExistsError: the directory has content and `overwrite` is False.
+        FileExistsError: the directory is not empty and `overwrite` is False.
         ValueError: the variables do not fit the model.
         OSError: the directory cannot be written.
 
@@ -114,8 +118,8 @@ def write_model(
     processor: LevitImageProcessor | None,
     provenance: Mapping[str, Any] | None,
 ) -> None:
-    """Write the files of a model into a directory that is there; the arguments are those of `save_pretrained`."""
-    check_variables(model, variables, "The given tree")
+    """Write the files of a model to an existing directory; the arguments are those of `save_pretrained`."""
+    check_variables(model, variables, "The tree of variables")
     config = model.config.to_dict()
     config["architectures"] = [type(model).__name__]
     config[OWN_BLOCK] = {
@@ -132,20 +136,16 @@ def write_model(
 
 
 def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], format: str) -> None:
-    """Write a safetensors file; `format` says whose names and axes it holds.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write a safetensors file with `format`, "flax" or "pt", in its metadata."""
     try:
         save_file(dict(tensors), path, metadata={"format": format})
-    except SafetensorError as error:  # of a full disk too
-        raise OSError(f"Cannot write {path}: {error}. Choose a place with room for it.") from None
-    path.chmod(0o644)  # safetensors keeps others out
+    except SafetensorError as error:  # also raised if the disk is full
+        raise OSError(f"Cannot write {path}: {error}. Choose a writable location with enough space.") from None
+    path.chmod(0o644)  # safetensors creates it with mode 0600
 
 
-def check_variables(model: LevitBase, variables: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError unless names and shapes are those of the model's own variables."""
+def check_variables(model: LevitBase, variables: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError unless the tree called `name` has the paths and shapes of the model's variables."""
     expected = {path: leaf.shape for path, leaf in modeling.abstract_variables(model).items()}
     found = {path: leaf.shape for path, leaf in flatten_dict(variables, sep="/").items()}
     differing = [
@@ -154,16 +154,19 @@ def check_variables(model: LevitBase, variables: Mapping[str, Any], where: str) 
         if expected.get(path) != found.get(path)
     ]
     if differing:
+        count = len(expected.keys() | found.keys())
         raise ValueError(
-            f"{where} does not fit {type(model).__name__} in {len(differing)} places: {', '.join(differing[:8])}."
+            f"{name} does not fit {type(model).__name__}: {len(differing)} of {count} arrays differ,"
+            f" {', '.join(differing[:8])}."
         )
 
 
-def to_device(variables: Variables, where: str) -> Variables:
-    """Return the variables as JAX arrays, refusing to lose float64 in silence."""
+def to_device(variables: Variables, name: str) -> Variables:
+    """Return the variables as JAX arrays, or raise ValueError if JAX would truncate float64 to float32."""
     if not jax.config.jax_enable_x64 and any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(variables)):
         raise ValueError(
-            f"{where} holds float64, which JAX would cut to float32: pass dtype='float32', or call"
+            f"{name} holds float64 arrays, which JAX would truncate to float32. Choose float32 with dtype=..., or call"
             " jax.config.update('jax_enable_x64', True)."
         )
-    return jax.device_put(variables)
+    arrays: Variables = jax.device_put(variables)
+    return arrays

@@ -1,4 +1,4 @@
-"""Images in, labels out: processor, jitted model and label names in one object."""
+"""Image classification with a processor, a compiled model and class names in one object."""
 
 import os
 from collections import deque
@@ -21,23 +21,22 @@ from .modeling import LevitBase, Variables
 
 T = TypeVar("T")
 
-# Images that are read ahead, as a multiple of the batch: enough to keep the device busy, and no more in memory.
-READ_AHEAD = 2
+_READ_AHEAD = 2  # images decoded ahead, in batches: enough to keep the device busy
 
 
 class ImageClassifier:
-    """Classify images with a LeViT model, on all local devices.
+    """Classify images with a LeViT model on all local devices.
 
-    Images are read by threads while the devices compute. They travel as bytes and are normalized on the device, which
-    comes to the same as the processor's arithmetic but for rounding in float32. Batches are filled up to a power of two
-    per device, so that few shapes are ever compiled.
+    Threads decode images while the devices compute. Images are transferred as uint8 and normalized on the device, which
+    equals the processor's arithmetic up to float32 rounding. Batches are padded to a power of two per device, so that
+    few shapes are compiled.
 
     Args:
-        model: a model with a classifier. Two heads are merged and batch norms folded, which computes the same faster.
-        variables: its variables; they are copied to every device.
-        processor: prepares the images; None for the usual one for the model's image size.
-        batch_size: the most images that are computed at once, rounded up to a multiple of the number of devices.
-        devices: where to compute; None for all local devices.
+        model: a model with a classifier. Its heads are merged and its batch norms folded for speed.
+        variables: its variables, which are copied to every device.
+        processor: image processor; None for the default one with the model's image size.
+        batch_size: maximum number of images per batch, rounded up to a multiple of the number of devices.
+        devices: devices to compute on; None for all local devices.
 
     Raises:
         ValueError: the model has no classifier.
@@ -58,7 +57,7 @@ class ImageClassifier:
         devices: Sequence[jax.Device] | None = None,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+            raise ValueError(f"batch_size must be at least 1, found {batch_size}.")
         self.model, variables = prepare(model, variables)
         self.processor = processor or load_processor(None, model.config)
         mesh = Mesh(np.array(devices or jax.local_devices()), ("batch",))
@@ -71,7 +70,8 @@ class ImageClassifier:
             if pixels.dtype == jnp.uint8:
                 pixels = normalize(pixels, self.processor)
             output: Any = self.model.apply(variables, pixels)
-            return output.logits.astype(jnp.promote_types(output.logits.dtype, jnp.float32))
+            logits: jax.Array = output.logits
+            return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
         self._logits = compute
 
@@ -91,14 +91,18 @@ class ImageClassifier:
         """Load a classifier from a directory or a Hub repository.
 
         Args:
-            source: as in `levit_flax.from_pretrained`.
-            batch_size: as in the class.
-            dtype: as in `levit_flax.from_pretrained`.
-            image_size: as in `levit_flax.from_pretrained`; the processor is resized with the model.
-            revision: branch, tag or commit of a Hub repository.
-            token: access token for the Hub.
+            source: a directory, a Hub id such as "facebook/levit-128S", or "cifar10", the small model in the package.
+            batch_size: maximum number of images per batch, rounded up to a multiple of the number of devices.
+            dtype: dtype of the weights; None keeps the checkpoint's.
+            image_size: input size in pixels, one side or (height, width), for both the model and the processor; None
+                keeps the checkpoint's.
+            revision: branch, tag or commit of a Hub repository; None for its main branch.
+            token: access token for the Hub; None for the one stored by `hf auth login` or in HF_TOKEN.
             cache_dir: directory for downloads; None for huggingface_hub's own cache.
             local_files_only: do not access the network.
+
+        Returns:
+            The classifier.
 
         Raises:
             ValueError: a file is malformed, or weights do not fit the config.
@@ -117,15 +121,16 @@ class ImageClassifier:
         """Classify images.
 
         Args:
-            images: what the processor takes: a path, a PIL image or an array, or a list of them.
-            top_k: how many classes to name for each image, the likeliest first; all of them where there are fewer.
+            images: a path, a PIL image, an array, or a list of these, as in `LevitImageProcessor.preprocess`.
+            top_k: maximum number of classes to return for each image, at least 1.
 
         Returns:
-            For each image a list of {"label": str, "score": float}. Scores are in [0, 1]: softmax over the classes,
-            or a sigmoid for each class of a multi-label model. A regression model's are its raw outputs.
+            For each image, a list of {"label": str, "score": float} in descending order of the score. Scores are in
+            [0, 1]: the softmax over the classes, or a sigmoid per class for a multi-label model. For a regression model
+            they are the outputs.
 
         Raises:
-            ImageError: an image cannot be used; the message says which.
+            ImageError: an image cannot be used.
             OSError: a file cannot be read.
 
         Example:
@@ -137,27 +142,27 @@ class ImageClassifier:
         return list(self.stream(flatten_images(images), top_k))
 
     def stream(self, images: Iterable[Any], top_k: int = 5) -> Iterator[list[dict[str, Any]]]:
-        """Classify any number of images, one after the other as they come, in constant memory.
+        """Classify any number of images in constant memory.
 
         Args:
-            images: paths, PIL images or arrays, one image each; taken from as needed.
-            top_k: as in a call.
+            images: an iterable of paths, PIL images or arrays, one image each. It is consumed lazily.
+            top_k: maximum number of classes to return for each image, at least 1.
 
         Yields:
-            For each image, in order, what a call returns.
+            For each image, in order, a list of {"label": str, "score": float} in descending order of the score.
 
         Raises:
-            ImageError: an image cannot be used; the message says which.
+            ImageError: an image cannot be used.
             OSError: a file cannot be read.
 
         Example:
             >>> classifier = ImageClassifier.from_pretrained("cifar10")
-            >>> images = (np.full((32, 32, 3), level, np.uint8) for level in range(256))  # made as they are needed
+            >>> images = (np.full((32, 32, 3), level, np.uint8) for level in range(256))
             >>> sum(len(answer) for answer in classifier.stream(images, top_k=1))
             256
         """
         if top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}.")
+            raise ValueError(f"top_k must be at least 1, found {top_k}.")
         for i, logits in enumerate(self.stream_logits(images)):
             if isinstance(logits, ImageError):
                 raise ImageError(f"Image {i} (counted from 0): {logits}") from logits
@@ -172,18 +177,18 @@ class ImageClassifier:
             images: as in `stream`.
 
         Yields:
-            For each image, in order, its logits [num_labels], or the error that says why it cannot be used.
+            For each image, in order, its logits float [num_labels], or the exception if it cannot be used.
 
         Example:
             >>> classifier = ImageClassifier.from_pretrained("cifar10")
             >>> for result in classifier.stream_logits([np.zeros((32, 32, 3), np.uint8), "nowhere.jpg"]):
             ...     print(result if isinstance(result, Exception) else result.shape)
             (10,)
-            There is no image at nowhere.jpg.
+            The image nowhere.jpg does not exist.
         """
         waiting: tuple[list[Any], Any] | None = None
         for batch in self._read_batches(images):
-            # The devices compute this batch while the results of the one before are handed out, and the next is read.
+            # The devices compute this batch while the previous one is yielded and the next one is decoded.
             computing = self._start([pixels for pixels in batch if not isinstance(pixels, Exception)])
             if waiting:
                 yield from self._finish(*waiting)
@@ -192,7 +197,14 @@ class ImageClassifier:
             yield from self._finish(*waiting)
 
     def name(self, logits: np.ndarray, top_k: int) -> list[dict[str, Any]]:
-        """Turn the logits [num_labels] of one image into its likeliest classes, as a call returns them.
+        """Return the classes with the highest scores for the logits of one image.
+
+        Args:
+            logits: float [num_labels].
+            top_k: maximum number of classes to return.
+
+        Returns:
+            A list of {"label": str, "score": float} in descending order of the score.
 
         Example:
             >>> classifier = ImageClassifier.from_pretrained("cifar10")
@@ -204,10 +216,13 @@ class ImageClassifier:
         return [{"label": labels[i], "score": float(row[i])} for i in np.argsort(-row, kind="stable")[:top_k]]
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
-        """Compute the logits [B num_labels] of images of the model's size, a batch at a time.
+        """Compute the logits of images that have the model's image size.
 
         Args:
-            pixels: [B H W C], either uint8 levels or prepared by the processor.
+            pixels: [B H W C], either uint8 levels or normalized by the processor.
+
+        Returns:
+            float [B num_labels].
 
         Example:
             >>> classifier = ImageClassifier.from_pretrained("cifar10")
@@ -223,8 +238,8 @@ class ImageClassifier:
             expected = (*self.model.config.image_height_width, self.model.config.num_channels)
             if pixels.shape != expected:
                 raise ImageError(
-                    f"the processor makes [H W C] = {list(pixels.shape)} of it, but the model takes {list(expected)}:"
-                    " give the processor the model's size as its crop_size"
+                    f"The processed image does not fit the model: expected [H W C] = {list(expected)}, found"
+                    f" {list(pixels.shape)}. Set the processor's crop_size to the model's image size."
                 )
         except (ImageError, OSError) as error:
             return error
@@ -233,7 +248,7 @@ class ImageClassifier:
     def _read_batches(self, images: Iterable[Any]) -> Iterator[list[Any]]:
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             batch = []
-            for pixels in map_ahead(pool, self._read, images, READ_AHEAD * self.batch_size):
+            for pixels in map_ahead(pool, self._read, images, _READ_AHEAD * self.batch_size):
                 batch.append(pixels)
                 if len(batch) == self.batch_size:
                     yield batch
@@ -244,7 +259,7 @@ class ImageClassifier:
     def _start(self, images: list[np.ndarray]) -> Any:
         if not images:
             return None
-        if any(pixels.dtype != np.uint8 for pixels in images):  # arrays of floats: the processor knows their range
+        if any(pixels.dtype != np.uint8 for pixels in images):  # only the processor knows the range of float images
             images = [self.processor.rescale_and_normalize(pixels) for pixels in images]
         return self._dispatch(np.stack(images))
 
@@ -254,16 +269,17 @@ class ImageClassifier:
             yield pixels if isinstance(pixels, Exception) else next(rows)
 
     def _dispatch(self, pixels: np.ndarray) -> jax.Array:
-        """Start computing one batch, filled up with black images; the logits of these come last."""
+        """Start to compute the logits of a batch padded with black images at the end."""
         devices = self._sharding.num_devices
         per_device = -(-len(pixels) // devices)
         size = min(self.batch_size, devices << (per_device - 1).bit_length())
         padded = np.concatenate([pixels, np.zeros((size - len(pixels), *pixels.shape[1:]), pixels.dtype)])
-        return self._logits(self.variables, jax.device_put(padded, self._sharding))
+        logits: jax.Array = self._logits(self.variables, jax.device_put(padded, self._sharding))
+        return logits
 
 
 def map_ahead(pool: ThreadPoolExecutor, function: Any, items: Iterable[Any], ahead: int) -> Iterator[Any]:
-    """Yield what a function makes of each item, in order, computing at most `ahead` items before they are taken."""
+    """Yield `function(item)` for each item, in order, computed by the pool for at most `ahead` items in advance."""
     futures: deque[Any] = deque()
     try:
         for item in items:

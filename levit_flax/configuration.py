@@ -1,4 +1,4 @@
-"""The configuration of a LeViT model, with transformers' field names, and the published variants."""
+"""The configuration of a LeViT model, with the field names of transformers, and the published variants."""
 
 import dataclasses
 import itertools
@@ -14,17 +14,17 @@ SINGLE_LABEL = "single_label_classification"
 MULTI_LABEL = "multi_label_classification"
 PROBLEM_TYPES = (REGRESSION, SINGLE_LABEL, MULTI_LABEL)
 
-# What transformers has no word for stands in config.json under this key.
+# The key in config.json for values that transformers does not have.
 OWN_BLOCK = "levit_flax"
 
-# Written by transformers for its own housekeeping: read past in silence, because none of it touches the model.
+# Keys that transformers writes for its own use. They do not affect the model and are ignored without a warning.
 HOUSEKEEPING_KEYS = frozenset(
     "_name_or_path _commit_hash architectures attn_implementation chunk_size_feed_forward dtype is_encoder_decoder"
     " model_type output_attentions output_hidden_states return_dict torch_dtype torchscript transformers_version"
     " use_return_dict use_bfloat16".split()
 )
 
-# Keys that would change the network. Each is accepted with the value that LeViT has anyway, and refused with any other.
+# Keys that would change the architecture: only the listed values, which are LeViT's, are accepted.
 FIXED_KEYS: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("hardswish", "hard_swish"),
     "hidden_dropout_prob": (0, 0.0),
@@ -43,15 +43,15 @@ FIXED_KEYS: dict[str, tuple[Any, ...]] = {
 
 
 class DownOp(NamedTuple):
-    """One downsampling between two stages, in the order of transformers' `down_ops` entries.
+    """The settings of one downsampling, in the order of transformers' `down_ops` entries.
 
     Attributes:
         kind: always "Subsample".
         key_dim: channels of a query or key, per head.
         num_attention_heads: heads of the downsampling attention.
-        attention_ratio: value channels per key channel.
-        mlp_ratio: hidden channels of the MLP behind it, as a multiple of the next stage's width; 0 for no MLP.
-        stride: the step from one query to the next, in tokens.
+        attention_ratio: value channels as a multiple of `key_dim`.
+        mlp_ratio: hidden channels of the MLP that follows, as a multiple of the next stage's width; 0 for no MLP.
+        stride: distance between neighboring queries, in tokens.
     """
 
     kind: str
@@ -63,12 +63,12 @@ class DownOp(NamedTuple):
 
 
 class FeatureInfo(NamedTuple):
-    """One of the feature maps [B H W C] that `output_features=True` gives.
+    """The shape of a feature map [B H W C] that a model returns with `output_features=True`.
 
     Attributes:
-        channels: C.
-        stride: pixels from one feature to the next, along each axis.
-        grid: (H, W).
+        channels: number of channels, C.
+        stride: distance between neighboring features along each axis, in pixels.
+        grid: height and width in features, (H, W).
 
     Example:
         >>> LevitConfig(image_size=(64, 96)).feature_info[-1]
@@ -82,36 +82,37 @@ class FeatureInfo(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LevitConfig:
-    """Describe a LeViT model; the defaults are LeViT-128's, as in transformers.
+    """The architecture of a LeViT model. The defaults are LeViT-128's, as in transformers.
 
-    Sequences become tuples, so that a config is hashable and can be a static argument of `jax.jit`. Every value is
-    checked at construction.
+    Every field is validated at construction. Sequences are converted to tuples, so that a config is hashable and can be
+    a static argument of `jax.jit`.
 
     Attributes:
-        image_size: side of the square input in pixels, or (height, width). A square pair becomes an int.
-        num_channels: channels of the input image.
-        kernel_size: side of the stem's convolution kernels.
-        stride: stride of the stem's four convolutions.
-        padding: zero padding of the stem's convolutions, on every side.
-        patch_size: pixels per token along one side, `stride ** 4`; kept because transformers needs it.
-        hidden_sizes: width of each stage, in channels; two stages or more.
-        num_attention_heads: heads per stage.
-        depths: blocks (attention and MLP) per stage.
-        key_dim: channels of a query or key, per head and stage.
-        drop_path_rate: probability in [0, 1) that a residual branch is dropped while training, the same at every depth.
-        mlp_ratio: hidden channels of the MLPs as a multiple of the stage's width; 0 for no MLP.
-        attention_ratio: value channels per key channel.
-        initializer_range: kept for the round trip with transformers; initialization here is the original code's, which
-            has no such number.
-        down_ops: the downsamplings between the stages; derived from `key_dim[0]` and `hidden_sizes` when left out.
-        num_labels: number of classes; 0 for no classifier. Left out, it follows `id2label`, or is 2.
-        id2label: class names by index. A mapping {index: name} is accepted; `LABEL_0`, `LABEL_1`, ... when left out.
+        image_size: side of the square input in pixels, or (height, width). A square pair is converted to an int.
+        num_channels: channels of the input image, at least 1.
+        kernel_size: side of the stem's convolution kernels, in pixels.
+        stride: stride of the stem's four convolutions, in pixels.
+        padding: zero padding of the stem's convolutions on every side, in pixels.
+        patch_size: pixels per token along one side, `stride ** 4`. Redundant, but transformers requires it.
+        hidden_sizes: channels of each stage, for at least two stages. The first must be at least 8, because the stem
+            starts with an eighth of it.
+        num_attention_heads: attention heads of each stage.
+        depths: blocks (attention and MLP) of each stage.
+        key_dim: channels of a query or key per head, for each stage.
+        drop_path_rate: probability in [0, 1) that a residual branch is dropped in training, the same at every depth.
+        mlp_ratio: hidden channels of the MLPs as a multiple of the stage's width, for each stage; 0 for no MLP.
+        attention_ratio: value channels as a multiple of `key_dim`, for each stage.
+        initializer_range: has no effect, because weights are initialized as in the original code; kept so that
+            transformers' configs convert back unchanged.
+        down_ops: the downsamplings between the stages; None derives them from `key_dim[0]` and `hidden_sizes`.
+        num_labels: number of classes, 0 for no classifier; None uses the length of `id2label`, or 2 without it.
+        id2label: class names by index, as a sequence or a mapping {index: name}; None for `LABEL_0`, `LABEL_1`, ...
         problem_type: "regression", "single_label_classification", "multi_label_classification", or None to infer it
             from the labels.
-        extra: keys of a foreign config.json that mean nothing here, as (key, JSON text), kept for the way back.
+        extra: unknown keys of a config.json as (key, JSON text) pairs, which `to_dict` writes back.
 
     Raises:
-        ValueError: a field is out of its range, or two fields contradict each other; the message names them.
+        ValueError: a field is out of range, or two fields contradict each other.
 
     Example:
         >>> config = LevitConfig(image_size=(64, 96), id2label=("cat", "dog"))
@@ -174,27 +175,28 @@ class LevitConfig:
         for name, end in (("drop_path_rate", 1.0), ("initializer_range", float("inf"))):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < end:
-                raise ValueError(f"LevitConfig.{name} must be a number in [0, {end:g}), got {value!r}.")
+                raise ValueError(f"LevitConfig.{name} must be a number in [0, {end:g}), found {value!r}.")
             self._set(name, float(value))
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
             raise ValueError(
-                f"LevitConfig.problem_type must be one of {', '.join(PROBLEM_TYPES)} or None, got"
+                f"LevitConfig.problem_type must be one of {', '.join(PROBLEM_TYPES)} or None, found"
                 f" {self.problem_type!r}."
             )
 
     def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # the one place that writes to the frozen dataclass, while it is built
+        object.__setattr__(self, name, value)  # the dataclass is frozen; only called from __post_init__
 
     def _check_stages(self) -> None:
         lengths = {name: len(getattr(self, name)) for name in self._PER_STAGE}
         if len(set(lengths.values())) != 1 or len(self.hidden_sizes) < 2:
             found = ", ".join(f"{name} {length}" for name, length in lengths.items())
             raise ValueError(
-                f"LevitConfig needs one entry per stage, two stages or more, in every tuple; found {found}."
+                "LevitConfig's tuples must have one entry per stage: expected equal lengths of at least 2, found"
+                f" {found}."
             )
         if self.hidden_sizes[0] < 8:
             raise ValueError(
-                f"LevitConfig.hidden_sizes[0] must be 8 or more, since the stem starts at an eighth of it, got"
+                "LevitConfig.hidden_sizes[0] must be at least 8, because the stem starts with an eighth of it, found"
                 f" {self.hidden_sizes[0]}."
             )
 
@@ -202,15 +204,15 @@ class LevitConfig:
         for size, tokens in zip(self.image_height_width, self.grids[0], strict=True):
             if tokens != -(-size // self.patch_size):
                 raise ValueError(
-                    f"LevitConfig.patch_size {self.patch_size} does not fit the stem: {size} pixels through four"
-                    f" convolutions (kernel_size {self.kernel_size}, stride {self.stride}, padding {self.padding}) are"
-                    f" {tokens} tokens, not {-(-size // self.patch_size)}."
+                    f"LevitConfig.patch_size {self.patch_size} does not fit the stem: four convolutions (kernel_size"
+                    f" {self.kernel_size}, stride {self.stride}, padding {self.padding}) reduce {size} pixels to"
+                    f" {tokens} tokens, expected {-(-size // self.patch_size)}. Change patch_size or these settings."
                 )
 
     def _checked_down_ops(self) -> tuple[DownOp, ...]:
         downsamplings = self.num_stages - 1
         if self.down_ops is None:
-            key_dim = self.key_dim[0]  # of the first stage, everywhere, as in the original code
+            key_dim = self.key_dim[0]  # the original code uses the first stage's key_dim for all
             return tuple(
                 DownOp(
                     "Subsample",
@@ -226,13 +228,13 @@ class LevitConfig:
         entries = [tuple(op) for op in self.down_ops if tuple(op) != ("",)]
         if len(entries) != downsamplings:
             raise ValueError(
-                f"LevitConfig.down_ops must have {downsamplings} entries for {self.num_stages} stages, got"
+                f"LevitConfig.down_ops must have {downsamplings} entries for {self.num_stages} stages, found"
                 f" {len(entries)}."
             )
         checked = []
         for entry in entries:
             if len(entry) != len(DownOp._fields) or entry[0] != "Subsample":
-                raise ValueError(f"LevitConfig.down_ops entries must be ('Subsample', 5 integers), got {entry!r}.")
+                raise ValueError(f"LevitConfig.down_ops entries must be 'Subsample' and 5 integers, found {entry!r}.")
             least = (1, 1, 1, 0, 1)
             checked.append(
                 DownOp("Subsample", *(_integer("down_ops", v, n) for v, n in zip(entry[1:], least, strict=True)))
@@ -251,7 +253,9 @@ class LevitConfig:
             labels = (f"LABEL_{i}" for i in range(count))
         labels = tuple(str(label) for label in labels)
         if len(labels) != count:
-            raise ValueError(f"LevitConfig.num_labels is {count}, but id2label names {len(labels)} classes.")
+            raise ValueError(
+                f"LevitConfig.num_labels and id2label differ: expected {count} class names, found {len(labels)}."
+            )
         self._set("num_labels", count)
         self._set("id2label", labels)
 
@@ -267,7 +271,7 @@ class LevitConfig:
 
     @property
     def label2id(self) -> dict[str, int]:
-        """Class indices by name; of two classes with the same name, the last.
+        """Class indices by name. If two classes have the same name, the last index.
 
         Example:
             >>> LevitConfig(id2label=("cat", "dog")).label2id
@@ -297,7 +301,10 @@ class LevitConfig:
         for _ in range(4):
             height, width = ((n + 2 * self.padding - self.kernel_size) // self.stride + 1 for n in (height, width))
         if min(height, width) < 1:
-            raise ValueError(f"LevitConfig.image_size {self.image_size} is too small: the stem leaves no token.")
+            raise ValueError(
+                f"LevitConfig.image_size is too small: expected at least one token after the stem, found none for"
+                f" {self.image_size} pixels."
+            )
         grids = [(height, width)]
         for op in self.down_ops:
             height, width = ((n - 1) // op.stride + 1 for n in (height, width))
@@ -306,7 +313,7 @@ class LevitConfig:
 
     @property
     def feature_info(self) -> tuple[FeatureInfo, ...]:
-        """What the feature maps of the stages are, from the finest to the coarsest.
+        """The shape of each stage's feature map, from the finest to the coarsest.
 
         Example:
             >>> [(info.channels, info.stride) for info in LevitConfig().feature_info]
@@ -320,14 +327,14 @@ class LevitConfig:
         """Build a config from the content of a transformers `config.json`.
 
         Args:
-            values: the parsed JSON. `down_ops` may carry any number of the empty entries that transformers appends.
-                Keys that this class does not know are kept in `extra` and warned of once.
+            values: the parsed JSON. `down_ops` may contain the empty entries that transformers appends. Unknown keys
+                are kept in `extra`, and a warning is issued. Values in the `levit_flax` block take precedence.
 
         Returns:
-            The config. What stands in the `levit_flax` block wins over its rounded form outside.
+            The config.
 
         Raises:
-            ValueError: the model type is another, a value is illegal, or a key would change the architecture.
+            ValueError: `model_type` is not "levit", a value is out of range, or a key would change the architecture.
 
         Example:
             >>> config = LevitConfig.from_dict({"model_type": "levit", "id2label": {"0": "cat", "1": "dog"}})
@@ -336,7 +343,7 @@ class LevitConfig:
         """
         values = dict(values)
         if values.get("model_type", "levit") != "levit":
-            raise ValueError(f"Expected a config with model_type 'levit', found {values['model_type']!r}.")
+            raise ValueError(f"The config has another model_type: expected 'levit', found {values['model_type']!r}.")
         own = values.pop(OWN_BLOCK, {})
         values.pop("label2id", None)  # follows from id2label
         if "id2label" in values:
@@ -351,25 +358,25 @@ class LevitConfig:
             elif key in FIXED_KEYS:
                 if value not in FIXED_KEYS[key]:
                     raise ValueError(
-                        f"The config asks for {key}={value!r}, which would be another network: levit-flax builds LeViT"
-                        f" with {key}={FIXED_KEYS[key][0]!r} only."
+                        f"The config describes another architecture: expected {key}={FIXED_KEYS[key][0]!r}, found"
+                        f" {value!r}."
                     )
             elif key not in HOUSEKEEPING_KEYS:
                 extra[key] = json.dumps(value, sort_keys=True)
         if extra:
             warnings.warn(
-                f"The config has keys that LeViT does not use: {', '.join(sorted(extra))}. They are kept for the way"
-                " back.",
+                f"The config has keys that LeViT does not use: {', '.join(sorted(extra))}. They have no effect and are"
+                " kept in LevitConfig.extra.",
                 stacklevel=2,
             )
         return cls(**fields, extra=tuple(sorted(extra.items())))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as transformers would write it to `config.json`, and will read it.
+        """Return the config as the content of a `config.json` that transformers can read.
 
         Returns:
-            JSON-ready values. `drop_path_rate` is the integer 0, the only value that transformers' strict config
-            accepts; a true rate above 0 stands in the `levit_flax` block.
+            JSON values. `drop_path_rate` is the integer 0, the only value that transformers' strict config accepts. A
+            rate above 0 is stored in the `levit_flax` block.
 
         Example:
             >>> values = LevitConfig(drop_path_rate=0.1).to_dict()
@@ -396,13 +403,13 @@ class LevitConfig:
 
 def _integer(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < least:
-        raise ValueError(f"LevitConfig.{name} must be an integer of at least {least}, got {value!r}.")
+        raise ValueError(f"LevitConfig.{name} must be an integer of at least {least}, found {value!r}.")
     return int(value)
 
 
 def _integers(name: str, values: Any, least: int) -> tuple[int, ...]:
     if isinstance(values, str) or not isinstance(values, Iterable):
-        raise ValueError(f"LevitConfig.{name} must be a sequence with one integer per stage, got {values!r}.")
+        raise ValueError(f"LevitConfig.{name} must be a sequence with one integer per stage, found {values!r}.")
     return tuple(_integer(f"{name}[{i}]", value, least) for i, value in enumerate(values))
 
 
@@ -411,7 +418,7 @@ def _image_size(value: Any) -> int | tuple[int, int]:
         return _integer("image_size", value, 1)
     size = _integers("image_size", value, 1)
     if len(size) != 2:
-        raise ValueError(f"LevitConfig.image_size must be an integer or (height, width), got {value!r}.")
+        raise ValueError(f"LevitConfig.image_size must be an integer or (height, width), found {value!r}.")
     return size[0] if size[0] == size[1] else (size[0], size[1])
 
 
@@ -419,26 +426,26 @@ def _ordered_labels(labels: Mapping[Any, str]) -> tuple[str, ...]:
     by_index = {int(index): label for index, label in labels.items()}
     if sorted(by_index) != list(range(len(by_index))):
         raise ValueError(
-            f"LevitConfig.id2label must name the classes 0 to {len(by_index) - 1} once each, got the indices"
+            f"LevitConfig.id2label must name the classes 0 to {len(by_index) - 1} once each, found the indices"
             f" {sorted(by_index)}."
         )
     return tuple(by_index[i] for i in range(len(by_index)))
 
 
 def imagenet_labels() -> tuple[str, ...]:
-    """Return the names of ImageNet-1k's 1000 classes in their usual order (WordNet lemmas, by synset number)."""
+    """Return the names of ImageNet-1k's 1000 classes (WordNet lemmas), ordered by synset number as usual."""
     return tuple((Path(__file__).parent / "imagenet_labels.txt").read_text(encoding="utf-8").splitlines())
 
 
-# timm registers these under the name of LeViT, with SiLU in place of hard swish, and has published no weights for them.
+# timm registers these as LeViT variants, with SiLU instead of hard swish, and has not published weights for them.
 UNTRAINED_TIMM_VARIANTS = ("levit_384_s8", "levit_512_s8", "levit_512", "levit_256d", "levit_512d")
 
 
 class _Variants(dict[str, LevitConfig]):
-    """The configs of the published variants, 1000 classes with ImageNet's names, by their published names.
+    """The configs of the published variants by name, each with the 1000 classes of ImageNet.
 
     Raises:
-        KeyError: there is no such variant.
+        KeyError: the name is not that of a published variant.
 
     Example:
         >>> list(VARIANTS)
@@ -452,10 +459,10 @@ class _Variants(dict[str, LevitConfig]):
     def __missing__(self, name: str) -> LevitConfig:
         if str(name).replace("-", "_").replace("levit_conv_", "levit_") in UNTRAINED_TIMM_VARIANTS:
             raise KeyError(
-                f"{name} is one of timm's untrained experiments (SiLU activations, other stems), not a published LeViT;"
-                f" the published variants are {', '.join(self)}."
+                f"{name} is not a published LeViT variant but an experiment of timm's without weights: expected one of"
+                f" {', '.join(self)}."
             )
-        raise KeyError(f"{name} is not a LeViT variant; the published ones are {', '.join(self)}.")
+        raise KeyError(f"{name} is not a published LeViT variant: expected one of {', '.join(self)}.")
 
 
 def _published(
@@ -475,8 +482,8 @@ def _published(
     )
 
 
-# The columns of Graham et al. 2021, table 1, with the key dimensions and rates of `specification` in
-# facebookresearch/LeViT levit.py: widths, key_dim, heads, depths, drop_path_rate.
+# Widths, heads and depths are those of Graham et al. 2021, table 1; key_dim and drop_path_rate those of `specification`
+# in facebookresearch/LeViT levit.py.
 VARIANTS: Mapping[str, LevitConfig] = _Variants(
     {
         "levit-128S": _published((128, 256, 384), 16, (4, 6, 8), depths=(2, 3, 4)),

@@ -1,4 +1,4 @@
-"""Labeled images: from a directory with a folder for each class, a Hugging Face dataset, or any sequence."""
+"""Labeled images from a directory with one folder per class, a Hugging Face dataset or any sequence."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from .configuration import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from .image_processing import LevitImageProcessor
 from .images import image_suffixes, load_image
 
-READER = LevitImageProcessor(do_resize=False, do_center_crop=False)  # converts a dataset's images to RGB
+_READER = LevitImageProcessor(do_resize=False, do_center_crop=False)  # converts to RGB
 
 
 class DataError(ValueError):
@@ -25,7 +25,7 @@ class DataError(ValueError):
         ...         read_folder(Path(folder))
         ...     except DataError as error:
         ...         print(str(error).removeprefix(folder))
-         has no folders: expected one for each class, with the class's images in it.
+         has no folders: expected one folder of images per class.
     """
 
 
@@ -35,7 +35,8 @@ class LabeledImages:
 
     Attributes:
         images: a list of paths, or a sequence of paths, PIL images or arrays.
-        targets: class indices int32 [N], or float32 [N L] for multi-label (0 or 1) and regression.
+        targets: class indices, int32 [N], for single-label data; 0 or 1 per class, float32 [N L], for multi-label data;
+            numbers, float32 [N L], for regression.
         labels: the names of the L classes; empty for regression.
         where: name of the data in messages.
         problem_type: as in `LevitConfig`.
@@ -57,7 +58,7 @@ class LabeledImages:
         return len(self.targets)
 
     def name(self, index: int) -> str:
-        """Return the name of one image in messages.
+        """Return the name of an image for use in messages.
 
         Example:
             >>> LabeledImages([Path("a.jpg")], np.zeros(1, np.int32)).name(0)
@@ -67,11 +68,11 @@ class LabeledImages:
         return str(image) if isinstance(image, str | Path) else f"image {row_key(self.images, index)} of {self.where}"
 
     def key(self, index: int, root: Path = Path()) -> str:
-        """Return the name of one image in a skip list.
+        """Return the name of an image in a skip list.
 
         Args:
-            index: of the image.
-            root: the directory that file paths are relative to.
+            index: index of the image.
+            root: directory to which the paths of image files are made relative.
 
         Example:
             >>> LabeledImages([Path("data/cat/1.jpg")], np.zeros(1, np.int32)).key(0, Path("data"))
@@ -83,7 +84,7 @@ class LabeledImages:
         return row_key(self.images, index)
 
     def load(self, index: int) -> Image.Image:
-        """Decode one image as RGB.
+        """Decode an image as RGB.
 
         Raises:
             DataError: the image cannot be decoded.
@@ -96,12 +97,16 @@ class LabeledImages:
             image = self.images[index]
             if isinstance(image, str | Path):
                 return load_image(image)
-            return Image.fromarray(READER.resize_and_crop(image))
-        except Exception as error:  # a dataset decodes its own images, and its decoder may raise anything
+            return Image.fromarray(_READER.resize_and_crop(image))
+        except Exception as error:  # the decoder of a dataset may raise anything
             raise DataError(f"{self.name(index)} cannot be used: {error}") from error
 
     def select(self, indices: Any, where: str) -> "LabeledImages":
-        """Return some of the images, under another name.
+        """Return a subset of the images.
+
+        Args:
+            indices: indices of the images.
+            where: name of the subset in messages.
 
         Example:
             >>> data = LabeledImages(["a.jpg", "b.jpg"], np.array([0, 1], np.int32), ("cat", "dog"))
@@ -115,7 +120,7 @@ class LabeledImages:
 
 @dataclass(frozen=True)
 class SelectedRows:
-    """Some rows of a sequence whose images are decoded on access."""
+    """A subset of a sequence of images, decoded on access."""
 
     images: Any
     indices: Sequence[int]
@@ -127,7 +132,7 @@ class SelectedRows:
         return self.images[int(self.indices[index])]
 
     def key(self, index: int) -> str:
-        """Return the row's name in a skip list."""
+        """Return the name of an image in a skip list."""
         return row_key(self.images, int(self.indices[index]))
 
 
@@ -146,10 +151,10 @@ class DatasetImages:
         return self.dataset[int(index)][self.column]
 
     def __iter__(self) -> Iterator[Any]:
-        return (row[self.column] for row in self.dataset)  # reads ahead, unlike access by index
+        return (row[self.column] for row in self.dataset)  # prefetches, unlike access by index
 
     def key(self, index: int) -> str:
-        """Return the row's name in a skip list."""
+        """Return the name of an image in a skip list."""
         return f"{self.split}/{index}"
 
 
@@ -159,7 +164,7 @@ def row_key(images: Any, index: int) -> str:
 
 
 def image_files(directory: Path) -> list[Path]:
-    """Return the image files below a directory, sorted; hidden files and folders are skipped."""
+    """Return the image files in a directory and its subdirectories, sorted, without hidden files and folders."""
     suffixes = image_suffixes()
     return [
         path
@@ -171,44 +176,42 @@ def image_files(directory: Path) -> list[Path]:
 def read_folder(
     directory: Path, root: Path | None = None, skip: Collection[str] = (), allow_empty: bool = False
 ) -> LabeledImages:
-    """List the images of a directory that has a folder for each class; the files are not opened.
+    """List the images of a directory with one folder per class, without opening them.
 
     Args:
-        directory: the directory; its folders, sorted by name, are the classes.
-        root: the directory that the paths in `skip` are relative to; None for `directory`.
-        skip: images to leave out.
+        directory: the directory. Its folders, sorted by name, are the classes.
+        root: directory that the paths in `skip` are relative to; None for `directory`.
+        skip: paths of images to leave out.
         allow_empty: accept classes without images.
 
     Raises:
-        DataError: there are no folders, or one holds no images.
+        DataError: there are no folders, or a class has no images.
     """
     root = directory if root is None else root
     folders = sorted(path for path in directory.iterdir() if path.is_dir() and not _is_hidden(path, directory))
     if not folders:
-        raise DataError(f"{directory} has no folders: expected one for each class, with the class's images in it.")
+        raise DataError(f"{directory} has no folders: expected one folder of images per class.")
     classes = {
         folder.name: [path for path in image_files(folder) if path.relative_to(root).as_posix() not in skip]
         for folder in folders
     }
     empty = [name for name, paths in classes.items() if not paths]
     if empty and not allow_empty:
-        raise DataError(f"{directory / empty[0]} holds no images: fill the folder of the class, or remove it.")
+        raise DataError(
+            f"{directory / empty[0]} has no images: expected at least one per class. Add images, or remove the folder."
+        )
     images = [path for paths in classes.values() for path in paths]
     targets = np.repeat(np.arange(len(classes), dtype=np.int32), [len(paths) for paths in classes.values()])
     return LabeledImages(images, targets, tuple(classes), str(directory))
 
 
 def load_dataset(name: str, **options: Any) -> Any:
-    """Load a Hugging Face dataset; the options are those of `datasets.load_dataset`.
-
-    Raises:
-        ImportError: `datasets` is not installed.
-    """
+    """Load a Hugging Face dataset; the options are those of `datasets.load_dataset`."""
     try:
         import datasets
     except ImportError:
         raise ImportError(
-            f"There is no directory {name}. If it is a Hugging Face dataset: pip install 'levit-flax[datasets]'."
+            f"The directory {name} does not exist. To load a Hugging Face dataset, pip install 'levit-flax[datasets]'."
         ) from None
     return datasets.load_dataset(name, **options)
 
@@ -220,24 +223,24 @@ def read_split(dataset: Any, name: str, split: str, problem_types: Collection[st
         dataset: the loaded split.
         name: name of the dataset in messages.
         split: name of the split.
-        problem_types: the accepted kinds of targets; None for all.
+        problem_types: accepted problem types of the targets; None for all.
 
     Raises:
-        DataError: the split has no image column or no column of targets, or rows without a class.
+        DataError: the split has no image column, no column of targets, or rows without a class.
     """
     data = _read_columns(dataset, f"{name}, {split}", split, problem_types)
     if data.problem_type == SINGLE_LABEL:
         known = (data.targets >= 0) & (data.targets < len(data.labels))
         if not known.all():
             raise DataError(
-                f"{data.where}: {(~known).sum()} of {len(known)} rows have none of the {len(data.labels)} classes, the"
-                f" first of which is row {np.argmin(known)}: expected a split whose classes are known."
+                f"{data.where} has unlabeled rows: expected one of {len(data.labels)} classes for each of {len(known)}"
+                f" rows, found {(~known).sum()} rows without a class, the first of which is row {np.argmin(known)}."
             )
     return data
 
 
 def match_classes(names: Sequence[str], labels: Sequence[str], where: str) -> list[int]:
-    """Return the model's index of each class of the data: by name, or by order if the names differ.
+    """Return the model's index of each class of the data, by name, or by position if the names differ.
 
     Args:
         names: class names of the data.
@@ -245,7 +248,7 @@ def match_classes(names: Sequence[str], labels: Sequence[str], where: str) -> li
         where: name of the data in messages.
 
     Raises:
-        DataError: the names differ, and so does their number.
+        DataError: both the names and the numbers of classes differ.
     """
     by_name = {label: i for i, label in enumerate(labels)}
     if all(name in by_name for name in names):
@@ -254,8 +257,8 @@ def match_classes(names: Sequence[str], labels: Sequence[str], where: str) -> li
         return list(range(len(names)))
     foreign = next(name for name in names if name not in by_name)
     raise DataError(
-        f"{where} has {len(names)} classes and the model {len(labels)}, and {foreign} is none of the model's: expected"
-        " the model's class names, or as many classes in the model's order."
+        f"The classes of {where} do not match the model: expected the model's class names, or its {len(labels)} classes"
+        f" in order, found {len(names)} classes, of which the model does not have {foreign}."
     )
 
 
@@ -264,7 +267,7 @@ def _is_hidden(path: Path, root: Path) -> bool:
 
 
 def _read_columns(dataset: Any, where: str, split: str, problem_types: Collection[str] | None) -> LabeledImages:
-    """Return the first image column with the first column of targets of an accepted kind."""
+    """Return the first image column and the first column of targets with an accepted problem type."""
     import datasets
 
     column = next((key for key, kind in dataset.features.items() if isinstance(kind, datasets.Image)), None)
@@ -283,12 +286,15 @@ def _read_columns(dataset: Any, where: str, split: str, problem_types: Collectio
         for row, indices in zip(rows, values, strict=True):
             row[list(indices)] = 1
         return LabeledImages(images, rows, tuple(kind.feature.names), where, MULTI_LABEL)
-    expected = "a class" if problem_types == (SINGLE_LABEL,) else "a class, a list of classes or numbers"
-    raise DataError(f"{where} has the columns {', '.join(dataset.features)}: expected an image, and {expected}.")
+    targets = "classes" if problem_types == (SINGLE_LABEL,) else "classes, lists of classes or numbers"
+    raise DataError(
+        f"{where} lacks a column: expected a column of images and one of {targets}, found the columns"
+        f" {', '.join(dataset.features)}."
+    )
 
 
 def _problem_type(kind: Any) -> str | None:
-    """Return the problem type that a dataset's feature is the target of, or None."""
+    """Return the problem type of a dataset's feature, or None if it cannot be a target."""
     import datasets
 
     entry = getattr(kind, "feature", None)

@@ -107,7 +107,7 @@ def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
         >>> data = LabeledImages([black, white, "nowhere.jpg"], np.array([0, 1, 2]))
         >>> result = evaluate(classifier, data)
         >>> result.images, result.confusion.shape, result.broken
-        (2, (10, 10), ['There is no image at nowhere.jpg.'])
+        (2, (10, 10), ['The image nowhere.jpg does not exist.'])
     """
     labels = classifier.model.config.id2label
     config = classifier.model.config

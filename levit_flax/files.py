@@ -1,4 +1,4 @@
-"""Write files and directories that appear whole or not at all, and explain failed writes."""
+"""Atomic writes of files and directories, with errors that explain why a write failed."""
 
 import contextlib
 import errno
@@ -11,13 +11,13 @@ from pathlib import Path
 
 def cannot_write(path: Path, error: OSError) -> OSError:
     """Return the error to raise when a path cannot be written."""
-    where = f" ({error.filename})" if error.filename else ""
-    return OSError(f"Cannot write {path}: {error.strerror}{where}. Choose a place that you may write to.")
+    name = f" ({error.filename})" if error.filename else ""
+    return OSError(f"Cannot write {path}: {error.strerror}{name}. Choose a writable location with enough space.")
 
 
 @contextlib.contextmanager
-def explain_full_disk(path: Path) -> Iterator[None]:
-    """Name `path` in the error raised when the disk is full."""
+def _explain_full_disk(path: Path) -> Iterator[None]:
+    """Raise an error that names `path` if the disk is full."""
     try:
         yield
     except OSError as error:
@@ -27,7 +27,7 @@ def explain_full_disk(path: Path) -> Iterator[None]:
 
 
 def make_directory(directory: Path) -> None:
-    """Create a directory and its parents, or raise an OSError with the reason."""
+    """Create a directory and its parents."""
     try:
         directory.expanduser().mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -35,28 +35,28 @@ def make_directory(directory: Path) -> None:
 
 
 def check_free(directory: Path, overwrite: bool) -> None:
-    """Raise FileExistsError unless a model may be written to this directory."""
+    """Raise FileExistsError if a model must not be written to this directory."""
     directory = directory.expanduser()
     if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"{directory} is a file: expected a directory to write, or a name that is free.")
+        raise FileExistsError(f"{directory} is a file: expected a directory or an unused name. Choose another name.")
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
         raise FileExistsError(
-            f"{directory} exists and is not empty: choose another name, or replace the model in it with --force"
-            " (overwrite=True)."
+            f"{directory} is not empty: expected an empty directory or an unused name. Choose another name, or pass"
+            " overwrite=True to replace the model in it."
         )
 
 
 @contextlib.contextmanager
 def staged_directory(directory: Path, overwrite: bool, replaceable: Collection[str]) -> Iterator[Path]:
-    """Yield a temporary sibling to fill, and rename it to `directory` after the block succeeds.
+    """Yield a temporary directory to write to, and rename it to `directory` if the block succeeds.
 
     Args:
         directory: the directory to write.
-        overwrite: replace a directory that has content.
+        overwrite: replace the files of a directory that is not empty.
         replaceable: names of the files that may be replaced; other files in `directory` are kept.
 
     Raises:
-        FileExistsError: the directory has content and `overwrite` is False.
+        FileExistsError: the directory is not empty and `overwrite` is False.
         OSError: the directory cannot be written.
     """
     check_free(directory, overwrite)
@@ -67,15 +67,15 @@ def staged_directory(directory: Path, overwrite: bool, replaceable: Collection[s
     except OSError as error:
         raise cannot_write(directory, error) from None
     try:
-        staging.chmod(0o755)  # mkdtemp keeps others out
-        with explain_full_disk(directory):
+        staging.chmod(0o755)  # mkdtemp creates it with mode 0700
+        with _explain_full_disk(directory):
             yield staging
-        replace_directory(directory, staging, replaceable)
+        _replace_directory(directory, staging, replaceable)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def replace_directory(directory: Path, staging: Path, replaceable: Collection[str]) -> None:
+def _replace_directory(directory: Path, staging: Path, replaceable: Collection[str]) -> None:
     """Rename `staging` to `directory`, keeping the old directory's files that are not replaceable."""
     if not directory.exists():
         os.rename(staging, directory)
@@ -90,7 +90,7 @@ def replace_directory(directory: Path, staging: Path, replaceable: Collection[st
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary sibling of a file, and rename it after `write` succeeds."""
+    """Pass a temporary file to `write`, and rename it to `path` if `write` succeeds."""
     path = path.expanduser().resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,9 +100,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     os.close(handle)
     staging = Path(name)
     try:
-        with explain_full_disk(path):
+        with _explain_full_disk(path):
             write(staging)
-        staging.chmod(0o644)  # mkstemp keeps others out
+        staging.chmod(0o644)  # mkstemp creates it with mode 0600
         os.replace(staging, path)
     finally:
         staging.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""From images to the arrays that LeViT takes, bit for bit as transformers' `LevitImageProcessorPil` makes them."""
+"""Preprocess images for LeViT, bit for bit like transformers' `LevitImageProcessorPil`."""
 
 import json
 import os
@@ -25,58 +25,58 @@ from .images import ImageError, exceeds_pixel_limit, flatten_images, read_image
 
 PROCESSOR_FILE = "preprocessor_config.json"
 
-TIMM_CROP_PCT = 0.9  # with which timm's accuracies of LeViT were measured
+TIMM_CROP_PCT = 0.9  # used for the accuracies that timm reports for LeViT
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# LeViT is evaluated on images resized to 256 before the crop of 224. Source: facebookresearch/LeViT datasets.py.
+# LeViT is evaluated on images resized to 256 pixels and cropped to 224. Source: facebookresearch/LeViT datasets.py.
 RESIZE_RATIO = 256 / 224
 
 RETURN_TYPES = (None, "np", "jax", "pt")
 DATA_FORMATS = ("channels_last", "channels_first")
 
-# The names under which transformers' versions have written this processor.
+# The names of this processor in the files of different transformers versions.
 PROCESSOR_TYPES = ("LevitImageProcessor", "LevitImageProcessorFast", "LevitImageProcessorPil", "LevitFeatureExtractor")
 
-# Written by transformers and without effect on the pixels of a single image: read past in silence.
+# Keys that transformers writes. They do not affect the pixels of a single image and are ignored without a warning.
 HOUSEKEEPING_KEYS = frozenset(
     "_processor_class _valid_processor_keys auto_map data_format device disable_grouping feature_extractor_type"
     " image_processor_type image_seq_length input_data_format pad_size processor_class return_tensors use_fast".split()
 )
 
-# Would change the pixels: accepted with the value that LeViT has anyway, and refused with any other.
+# Keys that would change the pixels: only these values, which are LeViT's, are accepted.
 FIXED_KEYS = {"do_pad": False, "default_to_square": False}
 
 
 class LevitImageProcessor:
     """Resize, crop, rescale and normalize images for LeViT.
 
-    The result has the same bits as that of transformers' `LevitImageProcessorPil` wherever that one has a result, with
-    these differences, all on purpose:
+    The results are bit-for-bit equal to those of transformers' `LevitImageProcessorPil`, except for these deliberate
+    differences:
 
-    - The output is channels last unless `data_format="channels_first"` is asked for.
-    - `do_convert_rgb` is on by default, so that gray, palette, CMYK and transparent images work. As in transformers,
-      transparency in a PIL image or an array is laid over white, and dropped from a file that is given by its path.
-    - 16-bit images (modes "I" and "I;16") are scaled to 8 bits, where Pillow's conversion would clip them to white.
-    - Values that are not finite, images above the pixel limit (`PIL.Image.MAX_IMAGE_PIXELS`, which here also limits
-      the image once resized) and settings that are None are refused.
+    - The output is channels last by default; pass `data_format="channels_first"` for the other order.
+    - `do_convert_rgb` is True by default, so that gray, palette, CMYK and transparent images work. As in transformers,
+      the alpha channel of PIL images and arrays is blended with white, and that of image files is dropped.
+    - 16-bit images (modes "I" and "I;16") are scaled to 8 bits. Pillow's conversion would clip them to white.
+    - An error is raised for pixel values that are not finite, for settings that are None, and for images that have
+      more than `PIL.Image.MAX_IMAGE_PIXELS` pixels before or after resizing.
 
     Args:
         do_resize: whether to resize.
         size: n or {"shortest_edge": n} resizes the shorter edge to int(256 / 224 * n) pixels and keeps the aspect
-            ratio; (height, width) or {"height": h, "width": w} resizes to just that.
-        resample: Pillow's filter, `PIL.Image.Resampling`; bicubic by default.
-        do_center_crop: whether to crop the center; an image smaller than the crop gets black borders.
-        crop_size: n, (height, width) or {"height": h, "width": w}.
-        do_rescale: whether to multiply the values by `rescale_factor`.
-        rescale_factor: what takes levels 0 to 255 to the range that the mean refers to.
+            ratio. (height, width) or {"height": h, "width": w} resizes to exactly this size in pixels.
+        resample: the resampling filter, a `PIL.Image.Resampling` value. LeViT is evaluated with bicubic resampling.
+        do_center_crop: whether to crop the center. Images smaller than the crop are padded with black.
+        crop_size: n, (height, width) or {"height": h, "width": w}, in pixels.
+        do_rescale: whether to multiply pixel values by `rescale_factor`.
+        rescale_factor: factor that maps the levels 0 to 255 to the range of `image_mean`, [0, 1] by default.
         do_normalize: whether to subtract `image_mean` and divide by `image_std`.
-        image_mean: one number, or one per channel.
-        image_std: one number, or one per channel.
-        do_convert_rgb: whether images of every kind become RGB.
+        image_mean: one number, or one per channel. The default is ImageNet's.
+        image_std: one number, or one per channel. The default is ImageNet's.
+        do_convert_rgb: whether to convert all images to RGB.
 
     Raises:
-        ValueError: a setting is not what it should be; the message names it.
+        ValueError: a setting is invalid.
 
     Example:
         >>> processor = LevitImageProcessor(size=160, crop_size=160)
@@ -101,7 +101,7 @@ class LevitImageProcessor:
         image_std: float | Sequence[float] = IMAGENET_STD,
         do_convert_rgb: bool = True,
     ) -> None:
-        # The attributes are exactly the parameters: `preprocess`, `to_dict` and `from_dict` rely on it.
+        # `preprocess`, `to_dict` and `from_dict` rely on the attributes being exactly the parameters.
         self.do_resize = parse_flag("do_resize", do_resize)
         self.size = parse_size("size", size, shortest_edge=True)
         self.resample = parse_resample(resample)
@@ -114,7 +114,7 @@ class LevitImageProcessor:
         self.image_std = parse_numbers("image_std", image_std)
         self.do_convert_rgb = parse_flag("do_convert_rgb", do_convert_rgb)
         if 0 in np.atleast_1d(self.image_std):
-            raise ValueError(f"image_std must not be zero, because the pixels are divided by it; found {image_std!r}.")
+            raise ValueError(f"image_std must not be zero, because pixels are divided by it, found {image_std!r}.")
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
@@ -129,28 +129,28 @@ class LevitImageProcessor:
         input_data_format: str | None = None,
         **overrides: Any,
     ) -> dict[str, Any]:
-        """Turn one image or many into pixel values for the model.
+        """Convert one image or several to pixel values for the model.
 
         Args:
-            images: a path, a PIL image, an array [H W], [H W C] or [C H W] (NumPy, JAX, PyTorch), an array of four
-                dimensions for a batch of these, or a list of any of them. Only files are turned upright by their EXIF
-                tag; of an animation the first frame is taken. Float arrays hold values in [0, 1] or whole levels 0 to
-                255.
-            return_tensors: "np", "jax" or "pt" (PyTorch) for one array of the whole batch; None for a list of NumPy
+            images: a path, a PIL image, an array [H W], [H W C] or [C H W] (NumPy, JAX or PyTorch), a batch of these
+                with 4 axes, or a list of any of them. Float arrays contain values in [0, 1] or integers from 0 to 255.
+                Image files are rotated by their EXIF orientation. Of an animation, the first frame is used.
+            return_tensors: "np", "jax" or "pt" (PyTorch) returns one array for the batch; None returns a list of NumPy
                 arrays, one per image, whose sizes may differ.
             data_format: "channels_last" for [B H W C], "channels_first" for [B C H W].
-            input_data_format: the channel order of the arrays in `images`; inferred from their shapes when left out.
-            **overrides: any parameter of the class, for this call only.
+            input_data_format: channel order of the arrays in `images`, "channels_last" or "channels_first"; None infers
+                it from the shapes.
+            **overrides: parameters of the class, for this call only.
 
         Returns:
-            A dictionary with "pixel_values", float32 as long as rescaling or normalization is on.
+            {"pixel_values": ...}, float32 if images are rescaled or normalized.
 
         Raises:
-            ImageError: an image cannot be used, or images of different sizes were to become one array.
-            FileNotFoundError: a path leads nowhere.
-            TypeError: something is not an image, or an override is not a parameter.
-            ValueError: a setting is not what it should be.
-            ImportError: `return_tensors="pt"` without PyTorch.
+            ImageError: an image cannot be used, or images of different sizes cannot be stacked.
+            FileNotFoundError: a file does not exist.
+            TypeError: an object is not an image, or an override is not a parameter of the class.
+            ValueError: a setting is invalid.
+            ImportError: `return_tensors="pt"`, and PyTorch is not installed.
 
         Example:
             >>> images = [np.zeros((100, 200, 3), np.uint8), Image.new("L", (300, 250))]
@@ -159,11 +159,11 @@ class LevitImageProcessor:
         """
         check_choice("return_tensors", return_tensors, RETURN_TYPES)
         check_choice("data_format", data_format, DATA_FORMATS)
-        # Built anew even without overrides, so that an attribute that was assigned to is checked as well.
+        # Constructed even without overrides, to validate attributes that were assigned since construction.
         processor = type(self)(**{**vars(self), **overrides})
         images = list(flatten_images(images))
         if not images:
-            raise ImageError("Expected at least one image, found an empty list or batch.")
+            raise ImageError("There are no images: expected at least one, found an empty list or batch.")
         results = []
         for index, image in enumerate(images):
             try:
@@ -171,7 +171,7 @@ class LevitImageProcessor:
             except ImageError as error:
                 if len(images) == 1:
                     raise
-                raise ImageError(f"Image {index} of the {len(images)} (counted from 0): {error}") from error
+                raise ImageError(f"Image {index} of {len(images)} (counted from 0): {error}") from error
             if data_format == "channels_first":
                 pixels = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
             results.append(pixels)
@@ -180,18 +180,20 @@ class LevitImageProcessor:
     __call__ = preprocess
 
     def resize_and_crop(self, image: Any, input_data_format: str | None = None) -> np.ndarray:
-        """Do the first half of the work for one image: all that comes before the arithmetic on pixel values.
+        """Read, resize and crop one image: the first half of `preprocess`.
 
         Args:
             image: a path, a PIL image, or an array [H W], [H W C] or [C H W].
-            input_data_format: the channel order of an array; inferred from its shape when left out.
+            input_data_format: channel order of an array, "channels_last" or "channels_first"; None infers it from the
+                shape.
 
         Returns:
-            [H W C]: uint8 levels, or float32 in [0, 1] where the image came as such; it may share memory with it.
+            An array [H W C] of uint8 levels, or of float32 in [0, 1] if the image is a float array in that range. It
+            may share memory with `image`.
 
         Raises:
             ImageError: the image cannot be used.
-            FileNotFoundError: the path leads nowhere.
+            FileNotFoundError: the file does not exist.
             TypeError: `image` is not an image.
 
         Example:
@@ -211,7 +213,11 @@ class LevitImageProcessor:
         return pixels
 
     def crop_offset(self, margin: int) -> int:
-        """Return where the center crop begins in an edge that is `margin` pixels longer; below 0 for black borders.
+        """Return the offset of the center crop, in pixels.
+
+        Args:
+            margin: length of the image's edge minus that of the crop, in pixels. If negative, so is the offset, and the
+                image is padded with black.
 
         Example:
             >>> LevitImageProcessor().crop_offset(33)
@@ -220,13 +226,14 @@ class LevitImageProcessor:
         return margin // 2
 
     def rescale_and_normalize(self, pixels: np.ndarray) -> np.ndarray:
-        """Do the second half of the work: the arithmetic on pixel values.
+        """Rescale and normalize pixel values: the second half of `preprocess`.
 
         Args:
-            pixels: [... C], as `resize_and_crop` returns them.
+            pixels: [... C], as returned by `resize_and_crop`.
 
         Returns:
-            [... C], float32 unless both steps are off or a float array of another width came in unresized.
+            An array [... C], float32 except in two cases: if neither step is enabled, the dtype is unchanged, and
+            arrays of another float dtype are normalized in theirs.
 
         Raises:
             ValueError: `image_mean` or `image_std` does not fit the number of channels.
@@ -238,16 +245,16 @@ class LevitImageProcessor:
         """
         if self.do_rescale and pixels.dtype.kind == "f" and pixels.min() >= 0 and 0 < pixels.max() <= 1:
             warnings.warn(
-                "The image's values are in [0, 1] already, and do_rescale=True shrinks them once more; pass "
-                "do_rescale=False if they are not levels 0 to 255.",
+                "The pixel values are already in [0, 1], and do_rescale=True rescales them again. Pass do_rescale=False"
+                " if they are not levels from 0 to 255.",
                 stacklevel=3,  # the caller of the processor
             )
         if pixels.dtype != np.uint8 or not (self.do_rescale or self.do_normalize):
             return self._arithmetic(pixels)
-        # 256 levels a channel: looking the results up gives the same bits in a fifth of the time.
+        # A table of the 256 results per channel gives the same bits in a fifth of the time.
         levels = np.arange(256, dtype=np.uint8)
         tables = self._arithmetic(np.stack([levels] * pixels.shape[-1], axis=-1)).T.copy()  # [C 256]
-        # A uint8 is never out of range; "clip" spares NumPy the check.
+        # With mode="clip", NumPy skips the bounds check, which uint8 does not need.
         looked_up = [
             table.take(plane, mode="clip") for table, plane in zip(tables, np.moveaxis(pixels, -1, 0), strict=True)
         ]
@@ -266,16 +273,19 @@ class LevitImageProcessor:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], **overrides: Any) -> Self:
-        """Build the processor from the content of a `preprocessor_config.json`.
+        """Build a processor from the content of a `preprocessor_config.json`.
 
         Args:
-            settings: what any version of transformers, or `to_dict`, wrote. A setting that is absent or None takes its
-                default; a key that is unknown is warned of and has no effect.
+            settings: the parsed JSON, written by any version of transformers or by `to_dict`. Settings that are missing
+                or None have their defaults. Unknown keys are ignored with a warning.
             **overrides: parameters of the class that replace those in `settings`.
 
+        Returns:
+            The processor.
+
         Raises:
-            ValueError: the settings belong to another processor, ask for what LeViT's cannot do, or are malformed.
-            TypeError: an override is not a parameter.
+            ValueError: a setting is invalid or unsupported, or the settings belong to another image processor.
+            TypeError: an override is not a parameter of the class.
 
         Example:
             >>> LevitImageProcessor.from_dict({"size": {"shortest_edge": 160}, "crop_size": 160}).crop_size
@@ -283,19 +293,21 @@ class LevitImageProcessor:
         """
         kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or PROCESSOR_TYPES[0]
         if kind not in PROCESSOR_TYPES:
-            raise ValueError(f"Expected the settings of a LevitImageProcessor, found those of a {kind}.")
+            raise ValueError(f"The settings are of another processor: expected LevitImageProcessor, found {kind}.")
         known = vars(cls())
         given = {name: value for name, value in settings.items() if value is not None}
         for name, value in FIXED_KEYS.items():
             if given.get(name, value) != value:
-                raise ValueError(f"LevitImageProcessor works with {name}={value} only, found {given[name]!r}.")
+                raise ValueError(
+                    f"LevitImageProcessor does not support {name}: expected {value}, found {given[name]!r}."
+                )
         unknown = sorted(given.keys() - known.keys() - HOUSEKEEPING_KEYS - FIXED_KEYS.keys())
         if unknown:
-            warnings.warn(f"LevitImageProcessor does not know these settings and leaves them: {unknown}.", stacklevel=2)
+            warnings.warn(f"LevitImageProcessor ignores unknown settings: {unknown}.", stacklevel=2)
         return cls(**{**{name: given[name] for name in known if name in given}, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain JSON values, under the keys that transformers reads.
+        """Return the settings as JSON values, with the keys of transformers.
 
         Example:
             >>> settings = LevitImageProcessor().to_dict()
@@ -315,21 +327,25 @@ class LevitImageProcessor:
         local_files_only: bool = False,
         **overrides: Any,
     ) -> Self:
-        """Read the processor from a directory or a Hub repository.
+        """Load a processor from a directory or a Hub repository.
 
         Args:
-            source: a directory with a `preprocessor_config.json`, or the name of a Hub repository.
-            revision: branch, tag or commit on the Hub.
-            token: access token for the Hub.
-            cache_dir: where downloads are kept; Hugging Face's own cache when left out.
-            local_files_only: use what is in the cache and do not touch the network.
+            source: a directory with a `preprocessor_config.json`, a Hub id such as "facebook/levit-128S", or "cifar10",
+                the small model in the package.
+            revision: branch, tag or commit of a Hub repository; None for its main branch.
+            token: access token for the Hub; None for the one stored by `hf auth login` or in HF_TOKEN.
+            cache_dir: directory for downloads; None for huggingface_hub's own cache.
+            local_files_only: do not access the network.
             **overrides: parameters of the class that replace those in the file.
 
+        Returns:
+            The processor.
+
         Raises:
-            FileNotFoundError: there is no such directory, or no `preprocessor_config.json` in it.
-            HubError: the Hub did not serve the file.
-            ValueError: the file is not the JSON of a LeViT image processor.
-            TypeError: an override is not a parameter.
+            FileNotFoundError: the directory does not exist, or has no `preprocessor_config.json`.
+            HubError: the file cannot be downloaded.
+            ValueError: the file does not contain the settings of a LeViT image processor.
+            TypeError: an override is not a parameter of the class.
 
         Example:
             >>> LevitImageProcessor.from_pretrained("cifar10").crop_size
@@ -343,18 +359,18 @@ class LevitImageProcessor:
         except ValueError as error:
             raise ValueError(f"{path} is not valid JSON ({error}).") from error
         if not isinstance(settings, dict):
-            raise ValueError(f"Expected {path} to hold a JSON object, found a {type(settings).__name__}.")
+            raise ValueError(f"{path} is malformed: expected a JSON object, found a {type(settings).__name__}.")
         return cls.from_dict(settings, **overrides)
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write `preprocessor_config.json`, which transformers reads too, into a directory.
+        """Write a `preprocessor_config.json`, which transformers can also read.
 
         Args:
-            directory: where to write; made if it does not exist.
-            overwrite: whether a file that is there already may be replaced.
+            directory: the directory to write to; created if it does not exist.
+            overwrite: replace an existing file.
 
         Raises:
-            FileExistsError: the file is there already.
+            FileExistsError: the file exists and `overwrite` is False.
             NotADirectoryError: `directory` is a file.
 
         Example:
@@ -366,39 +382,42 @@ class LevitImageProcessor:
         """
         directory = Path(directory)
         if directory.exists() and not directory.is_dir():
-            raise NotADirectoryError(f"Expected a directory to write {PROCESSOR_FILE} into, but {directory} is a file.")
+            raise NotADirectoryError(f"{directory} is a file: expected a directory for {PROCESSOR_FILE}.")
         path = directory / PROCESSOR_FILE
         if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists already; pass overwrite=True to replace it.")
+            raise FileExistsError(f"{path} already exists. Pass overwrite=True to replace it.")
         files.write_text(path, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
 
 
-# Names under which transformers has, or had, the same processor.
+# Other names of the same processor in transformers.
 LevitImageProcessorFast = LevitImageProcessor
 LevitFeatureExtractor = LevitImageProcessor
 
 
 def size_for_edge(edge: int) -> int:
-    """Return the largest `size` of the processor that resizes the shorter edge to `edge` pixels or less.
+    """Return the largest `size` with which the processor resizes the shorter edge to at most `edge` pixels.
 
-    The processor makes int(256 / 224 * size) pixels of it, which is every number but those 7 above a multiple of 8.
+    int(256 / 224 * size) reaches every edge except those of the form 8k + 7.
     """
     return (7 * edge + 6) // 8
 
 
 def _resize(image: Image.Image | np.ndarray, size: Mapping[str, int], resample: int) -> np.ndarray:
-    """Resize with Pillow on 8-bit levels and return [H W C]; values in [0, 1] become levels and are scaled back."""
+    """Resize with Pillow and return [H W C]; float values in [0, 1] are quantized to 8 bits and scaled back."""
     scaled = False
     if not isinstance(image, Image.Image):
         if image.shape[-1] > 4:
-            raise ImageError(f"Pillow resizes images of up to 4 channels, found [H W C] shape {image.shape}.")
+            raise ImageError(
+                f"The image cannot be resized: expected at most 4 channels, found [H W C] shape {image.shape}."
+            )
         levels, scaled = _to_levels(image)
         image = Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
     width, height = _resized_dimensions(*image.size, size)
     if exceeds_pixel_limit(width, height):
         raise ImageError(
-            f"An image of {image.width} x {image.height} pixels would be resized to {width} x {height}, more than "
-            f"the limit of {Image.MAX_IMAGE_PIXELS:,} pixels; crop it first, or set size to (height, width)."
+            f"The image of {image.width} x {image.height} pixels would be too large after resizing: expected at most"
+            f" {Image.MAX_IMAGE_PIXELS:,} pixels, found {width} x {height}. Crop it first, or set size to (height,"
+            " width)."
         )
     resized = np.asarray(image.resize((width, height), Image.Resampling(resample)))
     if resized.ndim == 2:
@@ -416,7 +435,10 @@ def _to_levels(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
             return pixels.astype(np.uint8), False
         if high <= 1:
             return _rescale(pixels, 255).astype(np.uint8), True
-    raise ImageError(f"Resizing expects whole levels 0 to 255 or values in [0, 1], found values from {low} to {high}.")
+    raise ImageError(
+        "The pixel values are out of range: expected integers from 0 to 255 or values in [0, 1], found"
+        f" {low} to {high}."
+    )
 
 
 def _resized_dimensions(width: int, height: int, size: Mapping[str, int]) -> tuple[int, int]:
@@ -429,7 +451,7 @@ def _resized_dimensions(width: int, height: int, size: Mapping[str, int]) -> tup
 
 
 def _crop(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
-    """Cut [height width C] out of an image; what lies outside of it is black."""
+    """Crop [height width C] from an image, padding with black outside of it."""
     inside = pixels[max(top, 0) : max(top, 0) + height, max(left, 0) : max(left, 0) + width]
     if inside.shape[:2] == (height, width):
         return inside
@@ -440,14 +462,14 @@ def _crop(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> n
 
 
 def _rescale(pixels: np.ndarray, factor: float) -> np.ndarray:
-    return (pixels.astype(np.float64) * factor).astype(np.float32)  # through float64, as transformers does
+    return (pixels.astype(np.float64) * factor).astype(np.float32)  # by way of float64, as in transformers
 
 
 def _per_channel(name: str, value: float | tuple[float, ...], channels: int) -> tuple[float, ...]:
     if isinstance(value, float):
         return (value,) * channels
     if len(value) != channels:
-        raise ValueError(f"{name} must be one number or one for each of the {channels} channels, found {len(value)}.")
+        raise ValueError(f"{name} must be one number, or one for each of the {channels} channels, found {len(value)}.")
     return value
 
 
@@ -457,8 +479,8 @@ def _to_tensors(images: list[np.ndarray], return_tensors: str | None) -> Any:
     shapes = sorted({image.shape for image in images})
     if len(shapes) > 1:
         raise ImageError(
-            f"Images of different shapes {shapes} cannot become one array; crop them with do_center_crop=True, or "
-            "pass return_tensors=None for a list."
+            f"The images cannot be stacked: expected equal shapes, found {shapes}. Crop them with do_center_crop=True,"
+            " or pass return_tensors=None for a list."
         )
     batch = np.stack(images)
     if return_tensors == "jax":
@@ -469,6 +491,8 @@ def _to_tensors(images: list[np.ndarray], return_tensors: str | None) -> Any:
         try:
             import torch
         except ImportError as error:
-            raise ImportError('return_tensors="pt" needs PyTorch, which is not installed; use "jax".') from error
+            raise ImportError(
+                'return_tensors="pt" requires PyTorch, which is not installed. Install torch, or use "jax" or "np".'
+            ) from error
         return torch.from_numpy(batch)
     return batch

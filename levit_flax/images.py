@@ -21,23 +21,23 @@ DECODER_ERRORS = (
 
 
 class ImageError(ValueError):
-    """An image cannot be used; the message says which one and why."""
+    """Raised when an image cannot be used."""
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read an image file as transformers' `load_image` does: the first frame, turned upright by its EXIF tag, as RGB.
+    """Read the first frame of an image file as RGB, rotated by its EXIF orientation, as transformers does.
 
-    Transparency is dropped: the colors that the file stores under it appear. 16-bit images are scaled to 8 bits.
+    The alpha channel is dropped without blending. 16-bit images are scaled to 8 bits.
 
     Args:
-        path: the file; its format is told from its content.
+        path: the file. Its format is detected from its content.
 
     Returns:
         An image of mode "RGB".
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ImageError: the file is a directory, empty, not an image, damaged, or above `PIL.Image.MAX_IMAGE_PIXELS`.
+        FileNotFoundError: the file does not exist.
+        ImageError: the file is empty, damaged, not an image, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
 
     Source: transformers image_utils.py (`load_image`).
     """
@@ -47,20 +47,20 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def check_header(path: str | os.PathLike[str]) -> None:
-    """Raise what `load_image` raises for a file whose beginning is no image's; nothing is decoded."""
+    """Raise the errors of `load_image` that the header of a file reveals, without decoding its pixels."""
     with _opened(path):
         pass
 
 
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """Open an image file, whose pixels are not decoded yet."""
+    """Open an image file without decoding its pixels."""
     if not os.path.exists(path):
-        raise FileNotFoundError(f"There is no image at {path}.")
+        raise FileNotFoundError(f"The image {path} does not exist.")
     if not os.path.isfile(path):
-        raise ImageError(f"Expected an image file, but {path} is a directory or a device.")
+        raise ImageError(f"{path} is not a regular file: expected an image file, found a directory or a device.")
     if os.path.getsize(path) == 0:
-        raise ImageError(f"Expected an image, but {path} is empty (0 bytes).")
+        raise ImageError(f"{path} is empty: expected an image file, found 0 bytes.")
     with open(path, "rb") as file, _decoding(str(path)):
         image = Image.open(file)
         if exceeds_pixel_limit(*image.size):
@@ -70,18 +70,18 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
 
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
-    """Turn whatever Pillow raises while it decodes the image `name` into an ImageError."""
+    """Convert the errors that Pillow raises while decoding the image `name` to an ImageError."""
     try:
         yield
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(
-            f"{name} has more pixels than the limit of {Image.MAX_IMAGE_PIXELS:,}; if it can be trusted, raise "
-            "PIL.Image.MAX_IMAGE_PIXELS."
+            f"{name} is too large: expected at most {Image.MAX_IMAGE_PIXELS:,} pixels, found more. If you trust the"
+            " file, raise PIL.Image.MAX_IMAGE_PIXELS."
         ) from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not an image in a format that Pillow reads.") from error
+        raise ImageError(f"{name} is not an image: expected a format that Pillow can read.") from error
     except DECODER_ERRORS as error:
         raise ImageError(f"{name} cannot be decoded and is probably damaged ({error}).") from error
 
@@ -98,15 +98,15 @@ def _opaque_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         _require_finite(np.asarray(image))
     if image.mode == "P":
-        image = image.convert("RGBA")  # Pillow warns when a palette with transparency becomes RGB directly
+        image = image.convert("RGBA")  # Pillow warns if a palette with transparency is converted directly to RGB
     if image.mode == "RGB":
-        image.load()  # a file is read here, and closed by the caller
+        image.load()  # before the caller closes the file
         return image
     return image.convert("RGB")
 
 
 def _rgb_over_white(image: Image.Image) -> Image.Image:
-    """Convert to RGB, laying what is transparent over white."""
+    """Convert to RGB, blending transparent pixels with white."""
     transparent = "A" in image.getbands() or image.info.get("transparency") is not None
     if not transparent or image.mode.startswith("I"):
         return _opaque_rgb(image)
@@ -116,17 +116,19 @@ def _rgb_over_white(image: Image.Image) -> Image.Image:
 
 def _sixteen_to_eight_bits(levels: np.ndarray) -> np.ndarray:
     if levels.min() < 0 or levels.max() > 65535:
-        raise ImageError(f"Expected a 16-bit image with levels 0 to 65535, found {levels.min()} to {levels.max()}.")
+        raise ImageError(
+            f"The image is not a 16-bit image: expected levels from 0 to 65535, found {levels.min()} to {levels.max()}."
+        )
     return np.round(levels / 257).astype(np.uint8)  # 65535 = 257 * 255
 
 
 def image_suffixes() -> frozenset[str]:
-    """Return the endings of file names, in lower case, that images have."""
+    """Return the lower-case file name suffixes of the image formats that Pillow knows."""
     return frozenset(Image.registered_extensions())
 
 
 def flatten_images(images: Any) -> Iterator[Any]:
-    """Yield the images one by one out of nested lists and batches; the arguments are those of `preprocess`."""
+    """Yield the single images of nested lists and batches; `images` is as in `LevitImageProcessor.preprocess`."""
     if isinstance(images, list | tuple):
         for item in images:
             yield from flatten_images(item)
@@ -141,13 +143,13 @@ def flatten_images(images: Any) -> Iterator[Any]:
 
 
 def read_image(image: Any, input_data_format: str | None, do_convert_rgb: bool) -> Image.Image | np.ndarray:
-    """Return the image as an RGB image or as an array [H W C]."""
+    """Return an image as a PIL image of mode "RGB" or as an array [H W C]."""
     if isinstance(image, str | os.PathLike):
         return load_image(image)
     if isinstance(image, Image.Image):
         if 0 in image.size:
-            raise ImageError(f"Expected an image with at least one pixel, found one of size {image.size}.")
-        with _decoding("The PIL image"):  # which may not have read its file yet
+            raise ImageError(f"The PIL image is empty: expected at least one pixel, found size {image.size}.")
+        with _decoding("The PIL image"):  # PIL images can be lazy
             if do_convert_rgb:
                 return _rgb_over_white(image)
             image, input_data_format = np.asarray(image), "channels_last"
@@ -157,26 +159,31 @@ def read_image(image: Any, input_data_format: str | None, do_convert_rgb: bool) 
 
 def _as_array(image: Any) -> np.ndarray:
     if not hasattr(image, "__array__"):
-        raise TypeError(f"Expected a path, a PIL image, an array or a list of these, found {type(image).__name__}.")
+        raise TypeError(
+            "An image has the wrong type: expected a path, a PIL image, an array or a list of these, found"
+            f" {type(image).__name__}."
+        )
     try:
         array = np.asarray(image)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"This {type(image).__name__} cannot be read as a NumPy array ({error}).") from error
+        raise TypeError(f"The {type(image).__name__} cannot be converted to a NumPy array ({error}).") from error
     if array.dtype.kind not in "biuf":
-        raise TypeError(f"Expected pixels as uint8 or float32, found an array of {array.dtype}.")
+        raise TypeError(f"An image array has the wrong dtype: expected uint8 or float32, found {array.dtype}.")
     return array
 
 
 def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarray:
-    """Return an image [H W], [H W C] or [C H W] as [H W C], refusing what is not an image."""
+    """Return an image [H W], [H W C] or [C H W] as [H W C], or raise ImageError if the array is not an image."""
     if array.ndim == 2:
         array = array[:, :, None]
     elif array.ndim != 3:
-        raise ImageError(f"Expected an array of 3 dimensions, or of 4 for a batch, found shape {array.shape}.")
+        raise ImageError(
+            f"An image array has the wrong rank: expected 2 or 3 axes, or 4 for a batch, found shape {array.shape}."
+        )
     elif (input_data_format or _infer_format(array.shape)) == "channels_first":
         array = np.moveaxis(array, 0, -1)
     if array.size == 0:
-        raise ImageError(f"Expected an image with at least one pixel, found [H W C] shape {array.shape}.")
+        raise ImageError(f"An image array is empty: expected at least one pixel, found [H W C] shape {array.shape}.")
     _require_finite(array)
     return array
 
@@ -184,10 +191,14 @@ def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarr
 def _infer_format(shape: tuple[int, ...]) -> str:
     first, last = (shape[axis] in CHANNEL_COUNTS for axis in (0, -1))
     if not first and not last:
-        raise ImageError(f"Expected an image with 1, 3 or 4 channels first or last, found an array of shape {shape}.")
+        raise ImageError(
+            "An image array has the wrong number of channels: expected 1, 3 or 4 on the first or last axis, found shape"
+            f" {shape}."
+        )
     if first and last:
         warnings.warn(
-            f"An array of shape {shape} can be read both ways and is taken as channels first; pass input_data_format.",
+            f"The channel axis of an array of shape {shape} is ambiguous, and channels first is assumed. Pass"
+            " input_data_format to choose.",
             stacklevel=6,  # the caller of the processor
         )
     return "channels_first" if first else "channels_last"
@@ -195,23 +206,26 @@ def _infer_format(shape: tuple[int, ...]) -> str:
 
 def _require_finite(array: np.ndarray) -> None:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ImageError("Expected finite pixel values, found NaN or infinity in the image.")
+        raise ImageError("The image is not valid: expected finite pixel values, found NaN or infinity.")
 
 
 def _array_to_rgb(pixels: np.ndarray) -> np.ndarray:
-    """Repeat a gray image's channel, or lay a transparent image over white; [H W C] to [H W 3]."""
+    """Convert [H W C] to [H W 3]: repeat a gray channel, and blend transparent pixels with white."""
     if pixels.shape[-1] == 1:
         return np.repeat(pixels, 3, axis=-1)
     if pixels.shape[-1] == 3:
         return pixels
     if pixels.shape[-1] != 4:
-        raise ImageError(f"Expected an image with 1, 3 or 4 channels, found [H W C] shape {pixels.shape}.")
+        raise ImageError(
+            f"An image array has the wrong number of channels: expected 1, 3 or 4, found [H W C] shape {pixels.shape}."
+        )
     if pixels.dtype.kind == "f" and (pixels.min() < 0 or pixels.max() > 1):
         raise ImageError(
-            f"Expected a transparent float image with values in [0, 1], found {pixels.min()} to {pixels.max()}."
+            "A float image with an alpha channel is out of range: expected values in [0, 1], found"
+            f" {pixels.min()} to {pixels.max()}."
         )
-    whole = pixels.dtype.kind in "iu"
-    white = 255 if whole else 1.0
+    integer = pixels.dtype.kind in "iu"
+    white = 255 if integer else 1.0
     alpha = pixels[..., 3:] / white
     rgb: np.ndarray = alpha * pixels[..., :3] + (1 - alpha) * white
-    return (np.round(rgb) if whole else rgb).astype(pixels.dtype)
+    return (np.round(rgb) if integer else rgb).astype(pixels.dtype)

@@ -1,4 +1,4 @@
-"""Prepare a model for inference: merge heads, fold batch norms, and normalize on the device."""
+"""Prepare a model for inference: merge heads, fold batch norms, normalize images on the device."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from .surgery import fold_batch_norm, merge_heads
 
 
 def normalize(pixels: jax.Array, processor: LevitImageProcessor, dtype: Any = jnp.float32) -> jax.Array:
-    """Do on the device, in `dtype`, what `LevitImageProcessor.rescale_and_normalize` does with levels [... C]."""
+    """Compute `LevitImageProcessor.rescale_and_normalize` of levels [... C] on the device, in `dtype`."""
     values = pixels.astype(dtype)
     if processor.do_rescale:
         values = values * np.asarray(processor.rescale_factor, dtype)
@@ -25,13 +25,13 @@ def normalize(pixels: jax.Array, processor: LevitImageProcessor, dtype: Any = jn
 
 
 def prepare(model: LevitBase, variables: Variables) -> tuple[LevitBase, Variables]:
-    """Return the fastest model that computes the same logits: its heads merged, its batch norms folded.
-
-    Raises:
-        ValueError: the model has no classifier.
-    """
+    """Return an equivalent model for inference, with merged heads and folded batch norms."""
     if isinstance(model, LevitModel) or not model.config.num_labels:
-        raise ValueError("This model has no classifier: expected one with a head, such as LevitForImageClassification.")
+        raise ValueError(
+            "The model has no classifier: expected a LevitForImageClassification or a"
+            f" LevitForImageClassificationWithTeacher with classes, found a {type(model).__name__} with"
+            f" num_labels={model.config.num_labels}."
+        )
     variables = widen(variables, model.shared["dtype"])
     if isinstance(model, LevitForImageClassificationWithTeacher):
         model, variables = merge_heads(model, variables)
@@ -39,7 +39,7 @@ def prepare(model: LevitBase, variables: Variables) -> tuple[LevitBase, Variable
 
 
 def widen(variables: Variables, dtype: Any) -> Variables:
-    """Return the variables, those of a narrower floating-point type in `dtype`: then no call has to convert them."""
+    """Return the variables with narrower floating-point arrays converted to `dtype`, once instead of in every call."""
     width = jnp.dtype(dtype).itemsize
 
     def is_narrow(leaf: jax.Array) -> bool:
@@ -47,14 +47,16 @@ def widen(variables: Variables, dtype: Any) -> Variables:
 
     if not any(is_narrow(leaf) for leaf in jax.tree.leaves(variables)):
         return variables
-    # Through NumPy, which converts without compiling.
-    return jax.device_put(
-        jax.tree.map(lambda leaf: np.asarray(leaf, dtype if is_narrow(leaf) else leaf.dtype), variables)
+    # NumPy converts without compiling.
+    widened: Variables = jax.tree.map(
+        lambda leaf: np.asarray(leaf, dtype if is_narrow(leaf) else leaf.dtype), variables
     )
+    arrays: Variables = jax.device_put(widened)
+    return arrays
 
 
 def scores(logits: np.ndarray, config: LevitConfig) -> np.ndarray:
-    """Turn logits [... num_labels] into what a user reads: softmax, sigmoid for multi-label, raw for regression."""
+    """Return the scores for logits [... L]: softmax, sigmoid for multi-label, the logits for regression."""
     if config.problem_type == REGRESSION or config.num_labels == 1:
         return logits
     if config.problem_type == MULTI_LABEL:

@@ -1,4 +1,4 @@
-"""The layers that LeViT is made of: convolution and norm, linear and norm, norm and linear, stochastic depth."""
+"""The layers of LeViT: convolution and linear layers with batch norm, MLP and stochastic depth."""
 
 from typing import Any
 
@@ -9,26 +9,26 @@ from flax.typing import Dtype, PrecisionLike
 
 from .training_convolution import training_convolution
 
-# PyTorch's batch norm, which every published LeViT was trained with.
+# The constants of PyTorch's batch norm, with which every published LeViT was trained.
 BATCH_NORM_EPSILON = 1e-5
-BATCH_NORM_MOMENTUM = 0.1  # weight of the new batch; Flax and optax count the other way round, 0.9
+BATCH_NORM_MOMENTUM = 0.1  # weight of the new batch; Flax calls the weight of the old statistics momentum, here 0.9
 
-# PyTorch's default for linear and convolution layers: uniform in ±1/sqrt(fan in).
+# PyTorch's default initialization of linear and convolution layers: uniform in ±1/sqrt(fan_in).
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def at_least_float32(dtype: Dtype) -> Dtype:
-    """Return the type for sums over many values: float32, or float64 where that is asked for."""
+    """Return the dtype for sums over many values: float64 if `dtype` is float64, else float32."""
     return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
 
 
 class Layer(nn.Module, kw_only=True):
-    """Hold the fields that every layer has and hands on to its children.
+    """The base class of all layers, with the fields that a layer passes on to its children.
 
     Attributes:
-        folded: batch norms are folded into their neighbors, so that there are none, and biases in their place.
-        dtype: type of the computation.
-        param_dtype: type of the parameters that `init` makes.
+        folded: whether batch norms are folded into the layers next to them, which then have biases.
+        dtype: dtype of the computation.
+        param_dtype: dtype of the parameters that `init` creates.
         precision: precision of matrix products and convolutions, as in `jax.lax.Precision`.
     """
 
@@ -44,24 +44,24 @@ class Layer(nn.Module, kw_only=True):
 
     @property
     def numerics(self) -> dict[str, Any]:
-        """The fields above that Flax's own layers know."""
+        """The fields above that Flax's layers also have."""
         return {"dtype": self.dtype, "param_dtype": self.param_dtype, "precision": self.precision}
 
 
 class BatchNorm(Layer):
-    """Normalize each channel over the batch while training, and by running statistics otherwise, as PyTorch does.
+    """PyTorch's batch norm: uses the statistics of the batch in training, and running statistics in evaluation.
 
-    Flax's own layer differs where it matters to a converted model: it puts the biased variance into the running
-    statistics (a factor of 1 - 1/n, felt most in the head, where n is the batch size) and counts no batches.
+    Flax's `nn.BatchNorm` is not equivalent. It updates the running variance with the biased variance, which differs by
+    a factor of 1 - 1/n for n values per channel, and it does not count batches.
 
-    The collection `batch_stats` holds `mean` [C], `var` [C] and the int32 `count` of training batches seen. Statistics
-    are computed in float32 at least.
+    The collection `batch_stats` contains `mean` [C], `var` [C] and the int32 `count` of training batches. Statistics
+    are computed in float32 or float64.
 
     Attributes:
-        zero_scale: start with scale 0 instead of 1, which makes a residual branch begin as nothing.
+        zero_scale: initialize the scale to 0 instead of 1, so that a residual branch starts as zero.
 
     Raises:
-        ValueError: training on a single value per channel, whose variance is not defined.
+        ValueError: a training batch has a single value per channel, whose variance is undefined.
 
     Source: torch.nn.BatchNorm1d; `bn_weight_init` in facebookresearch/LeViT levit.py.
     """
@@ -70,7 +70,7 @@ class BatchNorm(Layer):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Normalize `x` [... C] over all axes but the last."""
+        """Normalize `x` [... C] over all axes except the last."""
         channels = x.shape[-1]
         init = nn.initializers.zeros if self.zero_scale else nn.initializers.ones
         scale = self.param("scale", init, (channels,), self.param_dtype)
@@ -87,14 +87,14 @@ class BatchNorm(Layer):
         if train:
             axes = tuple(range(x.ndim - 1))
             mean = x.mean(axes)
-            # Its gradient by the mean is zero, a sum of deviations: not to compute it saves a pass over `x`.
+            # The gradient of the variance with respect to the mean is zero; stopping it saves a pass over `x`.
             var = jnp.square(x - per_channel(jax.lax.stop_gradient(mean))).mean(axes)
             if not self.is_initializing():
                 values = x.size // channels
                 if values == 1:
                     raise ValueError(
-                        "Batch norm needs more than one value per channel when training, but the batch holds one:"
-                        " train with two images or more."
+                        "Training batch is too small for batch norm: expected more than one value per channel, found"
+                        " 1. Train with two images or more."
                     )
                 unbiased = var * (values / (values - 1))
                 for running, new in ((running_mean, mean), (running_var, unbiased)):
@@ -104,13 +104,13 @@ class BatchNorm(Layer):
         else:
             mean, var = running_mean.value.astype(dtype), running_var.value.astype(dtype)
         factor = scale.astype(dtype) * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
-        # One multiplication and one addition, as in PyTorch, with fewer sums over the batch on the way back.
+        # One multiplication and one addition, as in PyTorch, need fewer sums over the batch in the backward pass.
         shift = bias.astype(dtype) - mean * factor
         return (x * per_channel(factor) + per_channel(shift)).astype(self.dtype)
 
 
 class ConvNorm(Layer):
-    """Convolve without bias, then batch-normalize (`Conv2d_BN` of the original code)."""
+    """Convolution without bias, then batch norm: `Conv2d_BN` of the original code."""
 
     features: int
     kernel_size: int
@@ -124,7 +124,7 @@ class ConvNorm(Layer):
             self.features,
             (self.kernel_size, self.kernel_size),
             strides=self.stride,
-            # Not "SAME", which pads an even image on the right and at the bottom only.
+            # Not "SAME", which pads images of even size only on the right and at the bottom.
             padding=self.padding,
             use_bias=self.folded,
             kernel_init=torch_uniform,
@@ -136,7 +136,7 @@ class ConvNorm(Layer):
 
 
 class LinearNorm(Layer):
-    """Multiply without bias, then batch-normalize over batch and tokens (`Linear_BN` of the original code)."""
+    """Linear layer without bias, then batch norm over batch and tokens: `Linear_BN` of the original code."""
 
     features: int
     zero_scale: bool = False
@@ -144,7 +144,7 @@ class LinearNorm(Layer):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Map [B N C] to [B N features]."""
-        # As one matrix: XLA takes twice as long on CPU for the kernel's gradient over two axes (benchmarks/README.md).
+        # As one matrix, because XLA on CPU computes the kernel's gradient twice as fast (benchmarks/README.md).
         rows = x.reshape(-1, x.shape[-1])
         linear = nn.Dense(
             self.features, use_bias=self.folded, kernel_init=torch_uniform, name="linear", **self.numerics
@@ -156,7 +156,7 @@ class LinearNorm(Layer):
 
 
 class NormLinear(Layer):
-    """Batch-normalize, then multiply and add a bias (`BN_Linear` of the original code): a classifier head."""
+    """Batch norm, then a linear layer with bias, as classifier head: `BN_Linear` of the original code."""
 
     features: int
 
@@ -165,12 +165,12 @@ class NormLinear(Layer):
         """Map [B C] to [B features]."""
         if not self.folded:
             x = BatchNorm(**self.shared, name="norm")(x, train)
-        # The original truncates at ±2, a hundred standard deviations: a plain normal distribution.
+        # The original truncates at ±2, which is 100 standard deviations and has no effect.
         return nn.Dense(self.features, kernel_init=nn.initializers.normal(0.02), name="linear", **self.numerics)(x)
 
 
 class MLP(Layer):
-    """Widen, apply hard swish, and narrow again."""
+    """Two linear layers with batch norm, and hard swish between them."""
 
     hidden: int
 
@@ -183,12 +183,12 @@ class MLP(Layer):
 
 
 def drop_path(module: nn.Module, branch: jax.Array, rate: float, train: bool) -> jax.Array:
-    """Drop a residual branch for a random part of the batch while training, and scale up what is left.
+    """Drop a residual branch of randomly chosen images in training, and scale the others by 1 / (1 - rate).
 
     Args:
-        module: the module that calls, for its random stream "drop_path".
+        module: the calling module, which provides the random stream "drop_path".
         branch: [B ...].
-        rate: probability in [0, 1) to drop the branch of one image, the same at every depth.
+        rate: probability in [0, 1) that the branch of an image is dropped, the same at every depth.
         train: False returns `branch` unchanged.
 
     Source: Huang et al. 2016, "Deep Networks with Stochastic Depth"; `Residual` in facebookresearch/LeViT levit.py.

@@ -1,6 +1,6 @@
 """Load models from directories and the Hub, and upload them.
 
-PyTorch weights are converted while loading; `levit_flax.convert` is imported only for them.
+PyTorch weights are converted while loading. `levit_flax.convert` is imported only for these.
 """
 
 import json
@@ -51,8 +51,8 @@ def from_pretrained(
         num_labels: number of classes; None keeps the checkpoint's. Heads for another number are newly initialized, and
             a warning is issued. See `replace_head`.
         key: random key for newly initialized heads; None for `jax.random.key(0)`.
-        revision: branch, tag or commit of a Hub repository.
-        token: access token for the Hub.
+        revision: branch, tag or commit of a Hub repository; None for its main branch.
+        token: access token for the Hub; None for the one stored by `hf auth login` or in HF_TOKEN.
         cache_dir: directory for downloads; None for huggingface_hub's own cache.
         local_files_only: do not access the network.
 
@@ -85,15 +85,15 @@ def from_pretrained(
 def resolve(
     source: str | Path, options: HubOptions = hub.DEFAULTS, weights: Sequence[str] = (WEIGHTS_FILE, *TORCH_WEIGHT_FILES)
 ) -> Resolved:
-    """Find a model's files in the package, a directory or a Hub repository; `weights` in order of preference."""
+    """Find a model's files in the package, a directory or a Hub repository; `weights` are in order of preference."""
     return hub.resolve(source, weights=weights, files=(CONFIG_FILE, PROCESSOR_FILE), options=options)
 
 
 def load_weights(files: Resolved, dtype: Any = None) -> tuple[LevitBase, Variables]:
-    """Return the module and its variables as JAX arrays, from our weights or PyTorch's."""
+    """Return the module and its variables as JAX arrays, from Flax or PyTorch weights."""
     assert files.weights is not None  # resolve raises if there are none
     if files.weights.name != WEIGHTS_FILE:
-        from levit_flax import convert  # imports a lot that our own weights do not need
+        from levit_flax import convert  # a heavy import that Flax weights do not need
 
         return convert.from_torch(files.weights, dtype)
     model, variables = checkpoint.read_directory(files.directory)
@@ -109,7 +109,7 @@ def load_model(
     dtype: Any = None,
     image_size: int | tuple[int, int] | None = None,
 ) -> LoadedModel:
-    """Load a model with its processor; with `image_size` both are resized."""
+    """Load a model with its processor, both resized to `image_size` if it is given."""
     files = resolve(source, options)
     model, variables = load_weights(files, dtype)
     processor = load_processor(files.directory, model.config)
@@ -125,7 +125,7 @@ def load_processor(directory: Path | None, config: LevitConfig) -> LevitImagePro
         return LevitImageProcessor.from_pretrained(directory)
     if directory is not None and (directory / CONFIG_FILE).is_file():
         values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-        if "architecture" in values:  # timm's, which keeps its preprocessing here
+        if "architecture" in values:  # timm stores its preprocessing in config.json
             from levit_flax.convert.timm_files import read_timm_processor
 
             return read_timm_processor(values, str(directory / CONFIG_FILE))
@@ -148,10 +148,10 @@ def resize_processor(processor: LevitImageProcessor, config: LevitConfig) -> Lev
 def change_heads(
     model: LevitBase, variables: Mapping[str, Any], model_class: type[LevitBase], key: jax.Array | None = None
 ) -> tuple[LevitBase, Variables]:
-    """Return the model as another class: drop the heads it does not have, and initialize those that are new.
+    """Return the model as another class, with heads dropped and newly initialized as needed.
 
     Args:
-        model: any model; returned unchanged if it is of the class.
+        model: any model; returned unchanged if it already is of the class.
         variables: its variables.
         model_class: one of the three models.
         key: random key for new heads; None for `jax.random.key(0)`.
@@ -165,8 +165,8 @@ def change_heads(
     missing = set(model_class.head_names) - set(model.head_names)
     if dropped == {"head_dist"}:
         warnings.warn(
-            "The checkpoint has two heads, and the published accuracy is that of their average. The second head"
-            " (head_dist) was dropped: load both with LevitForImageClassificationWithTeacher, or merge them with"
+            "The second head of the checkpoint (head_dist) was dropped, but the published accuracy is that of the"
+            " average of both heads. Load both with LevitForImageClassificationWithTeacher, or merge them with"
             " levit_flax.merge_heads.",
             stacklevel=3,
         )
@@ -174,7 +174,7 @@ def change_heads(
     flat = {path: leaf for path, leaf in flatten_dict(variables, sep="/").items() if path.split("/")[1] not in dropped}
     if missing and model.config.num_labels:
         warnings.warn(
-            f"The checkpoint has no {' and no '.join(sorted(missing))}: these weights are newly initialized and must be"
+            f"The checkpoint has no {' and no '.join(sorted(missing))}: these heads are newly initialized and must be"
             " trained before use.",
             stacklevel=3,
         )
@@ -198,12 +198,12 @@ def push_to_hub(
     """Upload a model to the Hub, creating the repository if it does not exist.
 
     Args:
-        repo_id: the repository as "owner/name"; without an owner it is the token's.
+        repo_id: the repository as "owner/name"; without an owner, that of the token's user.
         model: the module.
         variables: its variables.
-        processor: uploaded with the model if given.
+        processor: image processor to upload with the model; None for none.
         token: access token with write permission; None for the one stored by `hf auth login` or in HF_TOKEN.
-        private: create the repository as private; no effect on one that exists.
+        private: create the repository as private; no effect if it exists.
         revision: the branch to upload to, which must exist; None for the main branch.
         commit_message: first line of the commit message.
 

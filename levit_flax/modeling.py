@@ -1,13 +1,12 @@
-"""The three LeViT models and their outputs.
+"""The three LeViT models.
 
-All of them are pure-functional Linen modules over the same parameter tree: `stem`, `stage_0/block_0/{attention,mlp}`,
-`downsample_0/{attention,mlp}`, `head`, `head_dist`. Images come in channels last.
+All three are Linen modules with the same parameter tree: `stem`, `stage_0/block_0/{attention,mlp}`,
+`downsample_0/{attention,mlp}`, `head`, `head_dist`. Images are channels last.
 
 Source: Graham et al. 2021, "LeViT: a Vision Transformer in ConvNet's Clothing for Faster Inference" (section 4);
 facebookresearch/LeViT levit.py; transformers modeling_levit.py.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,302 +15,68 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
-from flax import struct
 from flax.traverse_util import flatten_dict
 from flax.typing import Dtype, PrecisionLike
 
-from .attention import Attention, DownsamplingAttention
-from .configuration import MULTI_LABEL, REGRESSION, SINGLE_LABEL, LevitConfig
-from .layers import MLP, ConvNorm, Layer, NormLinear, at_least_float32, drop_path
+from .blocks import Downsample, Stage, Stem
+from .configuration import LevitConfig
+from .hub import COMMIT_MESSAGE
+from .image_processing import LevitImageProcessor
+from .layers import NormLinear, at_least_float32
+from .modeling_outputs import (
+    LevitForImageClassificationOutput,
+    LevitForImageClassificationWithTeacherOutput,
+    LevitModelOutput,
+    classification_loss,
+)
 
 Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}
 
 
-class ModelOutput:
-    """What the output classes share."""
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """Return the fields that are not None, in transformers' order.
-
-        Example:
-            >>> output = LevitModelOutput(last_hidden_state=jnp.ones((1, 4, 8)), pooler_output=jnp.ones((1, 8)))
-            >>> [value.shape for value in output.to_tuple()]
-            [(1, 4, 8), (1, 8)]
-        """
-        values = (getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
-        return tuple(value for value in values if value is not None)
-
-
-@struct.dataclass
-class LevitModelOutput(ModelOutput):
-    """Hold what `LevitModel` computes.
-
-    Attributes:
-        last_hidden_state: [B N C], the tokens of the last stage.
-        pooler_output: [B C], their mean.
-        hidden_states: the stem's tokens, then those after each stage and its downsampling, each [B N C]; or None.
-        attentions: one [B H Q K] per attention in order, downsampling included, rows summing to 1; or None.
-        features: the map [B H W C] of each stage before its downsampling; or None.
-
-    Example:
-        >>> model = LevitModel(LevitConfig(image_size=64))
-        >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-        >>> compute = lambda v, x: model.apply(v, x, output_attentions=True)
-        >>> output = jax.eval_shape(compute, variables, jnp.zeros((1, 64, 64, 3)))
-        >>> output.last_hidden_state.shape, len(output.attentions), output.attentions[0].shape, output.features
-        ((1, 1, 384), 14, (1, 4, 16, 16), None)
-    """
-
-    last_hidden_state: jax.Array
-    pooler_output: jax.Array
-    hidden_states: tuple[jax.Array, ...] | None = None
-    attentions: tuple[jax.Array, ...] | None = None
-    features: tuple[jax.Array, ...] | None = None
-
-
-@struct.dataclass
-class LevitForImageClassificationOutput(ModelOutput):
-    """Hold what `LevitForImageClassification` computes.
-
-    Attributes:
-        loss: the mean loss over the batch, a scalar; None without labels.
-        logits: [B num_labels], unbounded scores before softmax.
-        hidden_states: as in `LevitModelOutput`.
-        attentions: as in `LevitModelOutput`.
-        features: as in `LevitModelOutput`.
-
-    Example:
-        >>> output = LevitForImageClassificationOutput(logits=jnp.array([[0.0, 2.0, 1.0]]))
-        >>> [logits] = output.to_tuple()  # without labels there is no loss
-        >>> int(logits.argmax(-1)[0])
-        1
-    """
-
-    loss: jax.Array | None = None
-    logits: jax.Array | None = None
-    hidden_states: tuple[jax.Array, ...] | None = None
-    attentions: tuple[jax.Array, ...] | None = None
-    features: tuple[jax.Array, ...] | None = None
-
-
-@struct.dataclass
-class LevitForImageClassificationWithTeacherOutput(ModelOutput):
-    """Hold what `LevitForImageClassificationWithTeacher` computes.
-
-    Attributes:
-        logits: [B num_labels], the mean of the two heads' logits, which all published accuracies are for.
-        cls_logits: [B num_labels], of the head that learned the labels.
-        distillation_logits: [B num_labels], of the head that learned from the teacher.
-        hidden_states: as in `LevitModelOutput`.
-        attentions: as in `LevitModelOutput`.
-        features: as in `LevitModelOutput`.
-
-    Example:
-        >>> first, second = jnp.array([[0.0, 2.0]]), jnp.array([[4.0, 0.0]])
-        >>> output = LevitForImageClassificationWithTeacherOutput((first + second) / 2, first, second)
-        >>> logits, cls_logits, distillation_logits = output.to_tuple()
-        >>> logits.tolist()
-        [[2.0, 1.0]]
-    """
-
-    logits: jax.Array
-    cls_logits: jax.Array
-    distillation_logits: jax.Array
-    hidden_states: tuple[jax.Array, ...] | None = None
-    attentions: tuple[jax.Array, ...] | None = None
-    features: tuple[jax.Array, ...] | None = None
-
-
-class Stem(Layer):
-    """Turn an image into tokens by four strided convolutions (section 4.2 of the paper)."""
-
-    features: int
-    kernel_size: int
-    stride: int
-    padding: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Map [B H W C] to tokens [B N features], row by row."""
-        for i, share in enumerate((8, 4, 2, 1)):
-            if i:
-                x = nn.hard_swish(x)
-            conv = ConvNorm(
-                self.features // share, self.kernel_size, self.stride, self.padding, **self.shared, name=f"conv_{i}"
-            )
-            x = conv(x, train)
-        return x.reshape(x.shape[0], -1, x.shape[-1])
-
-
-class Block(Layer):
-    """Attend, then apply the MLP, each as a residual branch.
-
-    Attributes:
-        num_heads: as in `BiasedAttention`, and so are key_dim, attention_ratio and grid.
-        mlp_ratio: hidden channels of the MLP as a multiple of the width; 0 for no MLP.
-        drop_path_rate: probability in [0, 1) that a branch is dropped while training.
-    """
-
-    num_heads: int
-    key_dim: int
-    attention_ratio: int
-    grid: tuple[int, int]
-    mlp_ratio: int
-    drop_path_rate: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Map [B N C] to [B N C], and return the attention [B H N N] with it."""
-        branch, attention = Attention(
-            num_heads=self.num_heads,
-            key_dim=self.key_dim,
-            attention_ratio=self.attention_ratio,
-            grid=self.grid,
-            **self.shared,
-            name="attention",
-        )(x, train)
-        x = x + drop_path(self, branch, self.drop_path_rate, train)
-        if self.mlp_ratio:
-            branch = MLP(self.mlp_ratio * x.shape[-1], **self.shared, name="mlp")(x, train)
-            x = x + drop_path(self, branch, self.drop_path_rate, train)
-        return x, attention
-
-
-class Stage(Layer):
-    """Apply the blocks of one stage.
-
-    Attributes:
-        config: the architecture.
-        index: which of its stages.
-    """
-
-    config: LevitConfig
-    index: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, list[jax.Array]]:
-        """Map [B N C] to [B N C], and return the attention [B H N N] of each block with it."""
-        config, attentions = self.config, []
-        for i in range(config.depths[self.index]):
-            x, attention = Block(
-                num_heads=config.num_attention_heads[self.index],
-                key_dim=config.key_dim[self.index],
-                attention_ratio=config.attention_ratio[self.index],
-                grid=config.grids[self.index],
-                mlp_ratio=config.mlp_ratio[self.index],
-                drop_path_rate=config.drop_path_rate,
-                **self.shared,
-                name=f"block_{i}",
-            )(x, train)
-            attentions.append(attention)
-        return x, attentions
-
-
-class Downsample(Layer):
-    """Go from one stage to the next: attention onto the coarser grid, then an MLP as a residual branch.
-
-    Attributes:
-        config: the architecture.
-        index: which stage it leaves.
-    """
-
-    config: LevitConfig
-    index: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Map [B K C] to [B Q C'], and return the attention [B H Q K] with it."""
-        op = self.config.down_ops[self.index]
-        x, attention = DownsamplingAttention(
-            features=self.config.hidden_sizes[self.index + 1],
-            num_heads=op.num_attention_heads,
-            key_dim=op.key_dim,
-            attention_ratio=op.attention_ratio,
-            grid=self.config.grids[self.index],
-            stride=op.stride,
-            **self.shared,
-            name="attention",
-        )(x, train)
-        if op.mlp_ratio:
-            branch = MLP(op.mlp_ratio * x.shape[-1], **self.shared, name="mlp")(x, train)
-            x = x + drop_path(self, branch, self.config.drop_path_rate, train)
-        return x, attention
-
-
 def check_pixel_values(pixel_values: jax.Array, config: LevitConfig) -> None:
-    """Raise ValueError unless `pixel_values` is a float batch [B H W C] of the config's size and channels."""
+    """Raise ValueError unless `pixel_values` is a float batch [B H W C] of the config's image size and channels."""
     shape, channels = pixel_values.shape, config.num_channels
     expected = (*config.image_height_width, channels)
-    wanted = f"LeViT expects pixel_values [B H W C] = [B {' '.join(map(str, expected))}]"
+    wanted = f"expected float [B H W C] = [B {' '.join(map(str, expected))}]"
     if len(shape) != 4:
-        raise ValueError(f"{wanted}, but got {len(shape)} axes: {shape}. A single image needs a batch axis in front.")
+        raise ValueError(
+            f"pixel_values must have 4 axes: {wanted}, found {len(shape)} axes {shape}. Add a batch axis to a single"
+            " image with pixel_values[None]."
+        )
     if shape[1:] == (channels, *expected[:2]) and shape[1:] != expected:
         raise ValueError(
-            f"{wanted}, channels last, but got a channels-first batch {shape}: use"
+            f"pixel_values is channels first: {wanted}, channels last, found {shape}. Use"
             " jnp.transpose(pixel_values, (0, 2, 3, 1))."
         )
     if shape[3] != channels:
-        raise ValueError(f"{wanted}, but got {shape[3]} channels in {shape}: the config's num_channels is {channels}.")
+        raise ValueError(
+            f"pixel_values has the wrong number of channels: {wanted}, found {shape[3]} channels in {shape}. Convert"
+            f" the images, or change the config's num_channels, which is {channels}."
+        )
     if shape[1:] != expected:
         raise ValueError(
-            f"{wanted}, but got {shape[1]}x{shape[2]} pixels: resize the images with LevitImageProcessor, or give the"
-            f" model another image_size."
+            f"pixel_values has the wrong image size: {wanted}, found {shape[1]}x{shape[2]} pixels. Resize the images"
+            " with LevitImageProcessor, or the model with resize_image."
         )
     if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
         raise ValueError(
-            f"{wanted} in floating point, but got {pixel_values.dtype}: LevitImageProcessor rescales and normalizes"
-            " images."
+            f"pixel_values has the wrong dtype: {wanted}, found {pixel_values.dtype}. Rescale and normalize the images"
+            " with LevitImageProcessor."
         )
 
 
-def classification_loss(logits: jax.Array, labels: jax.Array, problem_type: str | None = None) -> jax.Array:
-    """Return the mean loss over a batch, as transformers computes it.
-
-    Args:
-        logits: [B num_labels].
-        labels: class indices [B] for single-label, 0 or 1 per class [B num_labels] for multi-label, and targets [B] or
-            [B num_labels] for regression.
-        problem_type: None infers regression from a single logit, single-label from integer labels, else multi-label.
-
-    Returns:
-        A scalar: squared error, cross entropy of the softmax, or binary cross entropy of the sigmoids.
-
-    Example:
-        >>> logits = jnp.array([[2.0, 0.0], [0.0, 2.0]])
-        >>> round(float(classification_loss(logits, jnp.array([0, 1]))), 4)  # in nats
-        0.1269
-        >>> round(float(classification_loss(logits, jnp.array([[1.0, 0.0], [0.0, 1.0]]))), 4)  # a sigmoid per class
-        0.41
-
-    Source: `ForSequenceClassificationLoss` in transformers loss/loss_utils.py, but nothing is written into the config.
-    """
-    if problem_type is None:
-        if logits.shape[-1] == 1:
-            problem_type = REGRESSION
-        elif jnp.issubdtype(labels.dtype, jnp.integer):
-            problem_type = SINGLE_LABEL
-        else:
-            problem_type = MULTI_LABEL
-    if problem_type == SINGLE_LABEL:
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels.reshape(-1)).mean()
-    labels = labels.reshape(logits.shape).astype(logits.dtype)
-    if problem_type == REGRESSION:
-        return jnp.square(logits - labels).mean()
-    return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
-
-
 class LevitBase(nn.Module):
-    """Hold the fields and the backbone that the three models share.
+    """The fields, methods and backbone that the three models share.
 
     Attributes:
         config: the architecture.
-        folded: the batch norms are folded into their neighbors; no batch statistics, and no training of them.
-        dtype: type of the computation; None for float32, or float64 where the parameters are. Batch norm and softmax
-            are computed in float32 at least.
-        param_dtype: type of the parameters that `init` makes.
+        folded: whether the batch norms are folded into the layers next to them. A folded model has no batch statistics
+            and cannot be trained.
+        dtype: dtype of the computation; None for float32, or float64 if `param_dtype` is float64. Batch norm and
+            softmax are always computed in float32 or float64.
+        param_dtype: dtype of the parameters that `init` creates.
         precision: precision of matrix products and convolutions, as in `jax.lax.Precision`; None for JAX's default,
-            which on GPU and TPU is below float32.
+            which is lower than float32 on GPU and TPU.
     """
 
     config: LevitConfig
@@ -323,20 +88,41 @@ class LevitBase(nn.Module):
     head_names: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **options: Any) -> "tuple[LevitBase, Variables]":
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        dtype: Any = None,
+        image_size: int | tuple[int, int] | None = None,
+        num_labels: int | None = None,
+        key: jax.Array | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> "tuple[LevitBase, Variables]":
         """Load a checkpoint as a model of this class.
 
+        Heads of the checkpoint that this class does not have are dropped. Heads that the checkpoint does not have are
+        newly initialized. Dropping `head_dist` or initializing a head issues a warning.
+
         Args:
-            source: as in `levit_flax.from_pretrained`.
-            **options: as in `levit_flax.from_pretrained`.
+            source: a directory, a Hub id such as "facebook/levit-128S", or "cifar10", the small model in the package.
+            dtype: dtype of the floating-point arrays; None keeps the checkpoint's.
+            image_size: input size in pixels, one side or (height, width); None keeps the checkpoint's.
+            num_labels: number of classes; None keeps the checkpoint's.
+            key: random key for newly initialized heads; None for `jax.random.key(0)`.
+            revision: branch, tag or commit of a Hub repository; None for its main branch.
+            token: access token for the Hub; None for the one stored by `hf auth login` or in HF_TOKEN.
+            cache_dir: directory for downloads; None for huggingface_hub's own cache.
+            local_files_only: do not access the network.
 
         Returns:
-            The module and its variables. Heads that the class has no place for are left out, and heads that the
-            checkpoint lacks are fresh; a warning says so.
+            The module and its variables, {"params": ..., "batch_stats": ...}, as JAX arrays.
 
         Raises:
-            ValueError: the files do not hold what they should.
-            OSError: there is no such source, or it cannot be read or fetched.
+            ValueError: a file is malformed, or weights do not fit the config; `ConversionError` for PyTorch weights.
+            OSError: the source does not exist, or cannot be read or downloaded.
 
         Example:
             >>> backbone, variables = LevitModel.from_pretrained("cifar10")
@@ -345,11 +131,42 @@ class LevitBase(nn.Module):
         """
         from .loading import change_heads, from_pretrained
 
-        return change_heads(*from_pretrained(source, **options), cls, options.get("key"))
+        model, variables = from_pretrained(
+            source,
+            dtype=dtype,
+            image_size=image_size,
+            num_labels=num_labels,
+            key=key,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        return change_heads(model, variables, cls, key)
 
     @nn.nowrap
-    def save_pretrained(self, directory: str | Path, variables: Mapping[str, Any], **options: Any) -> None:
-        """Write this model and its variables to a directory; the options are those of `levit_flax.save_pretrained`.
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        variables: Mapping[str, Any],
+        *,
+        processor: LevitImageProcessor | None = None,
+        overwrite: bool = False,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write this model and its variables to a directory; see `levit_flax.save_pretrained`.
+
+        Args:
+            directory: the directory to write; created if it does not exist.
+            variables: the model's variables.
+            processor: image processor to save with the model; None for none.
+            overwrite: replace the model in a directory that is not empty; other files in it are kept.
+            provenance: JSON values that describe the origin of the weights, stored in `config.json`.
+
+        Raises:
+            FileExistsError: the directory is not empty and `overwrite` is False.
+            ValueError: the variables do not fit the model.
+            OSError: the directory cannot be written.
 
         Example:
             >>> import tempfile
@@ -361,23 +178,58 @@ class LevitBase(nn.Module):
         """
         from .checkpoint import save_pretrained
 
-        save_pretrained(directory, self, variables, **options)
+        save_pretrained(directory, self, variables, processor, overwrite, provenance)
 
     @nn.nowrap
-    def push_to_hub(self, repo_id: str, variables: Mapping[str, Any], **options: Any) -> str:
-        """Upload this model and its variables to the Hub; the options are those of `levit_flax.push_to_hub`.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        variables: Mapping[str, Any],
+        *,
+        processor: LevitImageProcessor | None = None,
+        token: str | None = None,
+        private: bool = False,
+        revision: str | None = None,
+        commit_message: str = COMMIT_MESSAGE,
+    ) -> str:
+        """Upload this model and its variables to the Hub; see `levit_flax.push_to_hub`.
+
+        Args:
+            repo_id: the repository as "owner/name"; without an owner, that of the token's user.
+            variables: the model's variables.
+            processor: image processor to upload with the model; None for none.
+            token: access token with write permission; None for the one stored by `hf auth login` or in HF_TOKEN.
+            private: create the repository as private; no effect if it exists.
+            revision: the branch to upload to, which must exist; None for the main branch.
+            commit_message: first line of the commit message.
+
+        Returns:
+            The URL of the repository.
+
+        Raises:
+            ValueError: the variables do not fit the model.
+            HubError: the upload failed.
 
         Example:
             >>> backbone, variables = LevitModel.from_pretrained("cifar10")
-            >>> address = backbone.push_to_hub("someone/backbone", variables)  # with the token of `hf auth login`
+            >>> url = backbone.push_to_hub("someone/backbone", variables)  # with the token of `hf auth login`
         """
         from .loading import push_to_hub
 
-        return push_to_hub(repo_id, self, variables, **options)
+        return push_to_hub(
+            repo_id,
+            self,
+            variables,
+            processor,
+            token=token,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+        )
 
     @property
     def shared(self) -> dict[str, Any]:
-        """The fields that every layer takes, with the computation's type settled."""
+        """The fields that are passed on to every layer, with `dtype` resolved."""
         dtype = self.dtype or at_least_float32(self.param_dtype)
         return {
             "folded": self.folded,
@@ -394,11 +246,14 @@ class LevitBase(nn.Module):
         output_attentions: bool = False,
         output_features: bool = False,
     ) -> LevitModelOutput:
-        """Compute everything but the heads; the arguments are those of the models."""
+        """Compute the output of the model without heads; the arguments are those of `LevitModel`."""
         config, shared = self.config, self.shared
         check_pixel_values(pixel_values, config)
         if train and self.folded:
-            raise ValueError("A folded model has no batch norm left to train: train before fold_batch_norm.")
+            raise ValueError(
+                "A folded model cannot be trained: expected a model with folded=False, found folded=True. Train the"
+                " model before calling fold_batch_norm."
+            )
         stem = Stem(config.hidden_sizes[0], config.kernel_size, config.stride, config.padding, **shared, name="stem")
         x = stem(pixel_values.astype(shared["dtype"]), train)  # [B N C]
         hidden_states, attentions, features = [x], [], []
@@ -419,14 +274,14 @@ class LevitBase(nn.Module):
         )
 
     def apply_head(self, name: str, pooled: jax.Array, train: bool) -> jax.Array:
-        """Map pooled features [B C] to logits [B num_labels]; without classes, return them as they are."""
+        """Map pooled features [B C] to logits [B num_labels], or return them unchanged if there are no classes."""
         if self.config.num_labels == 0:
             return pooled
         return NormLinear(self.config.num_labels, **self.shared, name=name)(pooled, train)
 
 
 class LevitModel(LevitBase):
-    """Compute LeViT's features, without a classifier.
+    """LeViT without a classifier.
 
     Example:
         >>> model = LevitModel(LevitConfig(image_size=64))
@@ -439,31 +294,53 @@ class LevitModel(LevitBase):
 
     @nn.compact
     def __call__(
-        self, pixel_values: jax.Array, *, train: bool = False, return_dict: bool = True, **output_flags: bool
+        self,
+        pixel_values: jax.Array,
+        *,
+        train: bool = False,
+        return_dict: bool = True,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        output_features: bool = False,
     ) -> LevitModelOutput | tuple[Any, ...]:
         """Compute the features of a batch of images.
 
         Args:
-            pixel_values: float [B H W C], normalized as `LevitImageProcessor` does.
-            train: use and update batch statistics (`mutable=["batch_stats"]`), and drop residual branches (random
-                stream "drop_path", needed where the config's rate is above 0).
-            return_dict: False returns `.to_tuple()`.
-            **output_flags: `output_hidden_states`, `output_attentions` and `output_features` fill those fields.
+            pixel_values: float [B H W C], normalized as by `LevitImageProcessor`.
+            train: run in training mode: normalize with the statistics of the batch, update the running statistics, and
+                apply stochastic depth. Pass `mutable=["batch_stats"]` to `apply`, and, if the config's
+                `drop_path_rate` is above 0, `rngs={"drop_path": key}`. `apply` then returns the output together with
+                the new batch statistics.
+            return_dict: return an output object; False returns a tuple of its fields that are not None.
+            output_hidden_states: also return the tokens after the stem and after each stage.
+            output_attentions: also return the attention weights of every block and downsampling.
+            output_features: also return the feature map [B H W C] of each stage.
 
         Returns:
-            The features.
+            A `LevitModelOutput`, or a tuple.
 
         Raises:
-            ValueError: the batch does not fit the config; the message says how to mend it.
+            ValueError: the batch does not fit the config, or `train` is True and the model is folded.
+
+        Example:
+            >>> model = LevitModel(LevitConfig(image_size=32, drop_path_rate=0.1))
+            >>> pixel_values, key = jnp.zeros((2, 32, 32, 3)), jax.random.key(0)
+            >>> variables = jax.eval_shape(model.init, key, pixel_values)
+            >>> def step(variables, pixel_values, key):
+            ...     rngs = {"drop_path": key}
+            ...     return model.apply(variables, pixel_values, train=True, rngs=rngs, mutable=["batch_stats"])
+            >>> output, updates = jax.eval_shape(step, variables, pixel_values, key)
+            >>> output.pooler_output.shape, list(updates)
+            ((2, 384), ['batch_stats'])
         """
-        output = self.backbone(pixel_values, train, **output_flags)
+        output = self.backbone(pixel_values, train, output_hidden_states, output_attentions, output_features)
         return output if return_dict else output.to_tuple()
 
 
 class LevitForImageClassification(LevitBase):
-    """Classify images with one head.
+    """LeViT with one classifier head.
 
-    The published checkpoints have two heads: their accuracies belong to `LevitForImageClassificationWithTeacher`.
+    The published checkpoints have two heads. Their accuracies refer to `LevitForImageClassificationWithTeacher`.
 
     Example:
         >>> model = LevitForImageClassification(LevitConfig(image_size=32, num_labels=4))
@@ -483,24 +360,30 @@ class LevitForImageClassification(LevitBase):
         *,
         train: bool = False,
         return_dict: bool = True,
-        **output_flags: bool,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        output_features: bool = False,
     ) -> LevitForImageClassificationOutput | tuple[Any, ...]:
-        """Classify a batch of images, and compute the loss where labels are given.
+        """Classify a batch of images, and compute the loss if labels are given.
 
         Args:
-            pixel_values: as in `LevitModel`.
-            labels: as in `classification_loss`; the config's `problem_type` chooses the loss.
-            train: as in `LevitModel`.
-            return_dict: False returns `.to_tuple()`.
-            **output_flags: as in `LevitModel`.
+            pixel_values: float [B H W C], normalized as by `LevitImageProcessor`.
+            labels: class indices [B], or targets [B num_labels], as in `classification_loss`; None computes no loss.
+                The config's `problem_type` selects the loss.
+            train: run in training mode; pass `mutable=["batch_stats"]` and `rngs={"drop_path": key}` to `apply`, as
+                for `LevitModel`.
+            return_dict: return an output object; False returns a tuple of its fields that are not None.
+            output_hidden_states: also return the tokens after the stem and after each stage.
+            output_attentions: also return the attention weights of every block and downsampling.
+            output_features: also return the feature map [B H W C] of each stage.
 
         Returns:
-            The logits, and the loss where labels are given.
+            A `LevitForImageClassificationOutput`, or a tuple.
 
         Raises:
-            ValueError: the batch does not fit the config; the message says how to mend it.
+            ValueError: the batch does not fit the config, or `train` is True and the model is folded.
         """
-        features = self.backbone(pixel_values, train, **output_flags)
+        features = self.backbone(pixel_values, train, output_hidden_states, output_attentions, output_features)
         logits = self.apply_head("head", features.pooler_output, train)
         output = LevitForImageClassificationOutput(
             loss=None if labels is None else classification_loss(logits, labels, self.config.problem_type),
@@ -513,7 +396,7 @@ class LevitForImageClassification(LevitBase):
 
 
 class LevitForImageClassificationWithTeacher(LevitBase):
-    """Classify images with two heads, one taught by the labels and one by a teacher, and average them.
+    """LeViT with two classifier heads, one trained on labels and one on a teacher, whose logits are averaged.
 
     Example:
         >>> model, variables = LevitForImageClassificationWithTeacher.from_pretrained("cifar10")
@@ -526,23 +409,36 @@ class LevitForImageClassificationWithTeacher(LevitBase):
 
     @nn.compact
     def __call__(
-        self, pixel_values: jax.Array, *, train: bool = False, return_dict: bool = True, **output_flags: bool
+        self,
+        pixel_values: jax.Array,
+        *,
+        train: bool = False,
+        return_dict: bool = True,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        output_features: bool = False,
     ) -> LevitForImageClassificationWithTeacherOutput | tuple[Any, ...]:
         """Classify a batch of images.
 
+        The losses of the two heads depend on the teacher, so this model takes no labels. `levit_flax.training` computes
+        them.
+
         Args:
-            pixel_values: as in `LevitModel`.
-            train: as in `LevitModel`.
-            return_dict: False returns `.to_tuple()`.
-            **output_flags: as in `LevitModel`.
+            pixel_values: float [B H W C], normalized as by `LevitImageProcessor`.
+            train: run in training mode; pass `mutable=["batch_stats"]` and `rngs={"drop_path": key}` to `apply`, as
+                for `LevitModel`.
+            return_dict: return an output object; False returns a tuple of its fields that are not None.
+            output_hidden_states: also return the tokens after the stem and after each stage.
+            output_attentions: also return the attention weights of every block and downsampling.
+            output_features: also return the feature map [B H W C] of each stage.
 
         Returns:
-            The averaged logits and those of each head.
+            A `LevitForImageClassificationWithTeacherOutput`, or a tuple.
 
         Raises:
-            ValueError: the batch does not fit the config; the message says how to mend it.
+            ValueError: the batch does not fit the config, or `train` is True and the model is folded.
         """
-        features = self.backbone(pixel_values, train, **output_flags)
+        features = self.backbone(pixel_values, train, output_hidden_states, output_attentions, output_features)
         cls_logits = self.apply_head("head", features.pooler_output, train)
         distillation_logits = self.apply_head("head_dist", features.pooler_output, train)
         output = LevitForImageClassificationWithTeacherOutput(
@@ -564,11 +460,11 @@ MODEL_CLASSES: tuple[type[LevitBase], ...] = (
 
 
 def abstract_variables(model: LevitBase) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return shape and type of every variable of a model by its path, such as "params/stem/conv_0/conv/kernel".
+    """Return the shape and dtype of every variable by path, such as "params/stem/conv_0/conv/kernel".
 
-    Nothing is computed, and no memory is taken.
+    Nothing is computed or allocated.
     """
-    # Tracing takes half a second for a large model, and these fields have no part in its outcome.
+    # Tracing a large model takes half a second, so the fields that do not affect the shapes are left out of its cache.
     traced = _trace_variables(model.clone(dtype=None, param_dtype=jnp.float32, precision=None))
     return {
         path: jax.ShapeDtypeStruct(leaf.shape, model.param_dtype) if leaf.dtype == jnp.float32 else leaf
@@ -580,4 +476,7 @@ def abstract_variables(model: LevitBase) -> dict[str, jax.ShapeDtypeStruct]:
 def _trace_variables(model: LevitBase) -> dict[str, jax.ShapeDtypeStruct]:
     config = model.config
     pixel_values = jax.ShapeDtypeStruct((1, *config.image_height_width, config.num_channels), jnp.float32)
-    return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), pixel_values), sep="/")
+    traced: dict[str, jax.ShapeDtypeStruct] = flatten_dict(
+        jax.eval_shape(model.init, jax.random.key(0), pixel_values), sep="/"
+    )
+    return traced

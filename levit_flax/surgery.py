@@ -1,6 +1,6 @@
-"""Turn a model and its variables into another model and its variables.
+"""Pure functions from a model and its variables to another model and its variables.
 
-The functions are pure. Their arithmetic is float64 in NumPy, and every array comes back in the type that it came in.
+They compute in float64 with NumPy and return every array in its original dtype.
 """
 
 import dataclasses
@@ -19,21 +19,22 @@ Model = TypeVar("Model", bound=LevitBase)
 
 
 def fold_batch_norm(model: LevitBase, variables: Mapping[str, Any]) -> tuple[LevitBase, Variables]:
-    """Put every batch norm into the layer beside it.
+    """Fold every batch norm into the convolution or linear layer next to it.
 
-    In evaluation a batch norm multiplies and shifts each channel by constants, which the kernel and a bias of the
-    convolution or linear layer can do as well. The folded model computes the same, faster, and cannot be trained on.
+    In evaluation, a batch norm scales and shifts each channel by constants, which the kernel and bias of the layer next
+    to it can absorb. The folded model computes the same outputs faster, but can no longer be trained.
 
     Args:
-        model: a model that is not folded.
-        variables: {"params": ..., "batch_stats": ...}.
+        model: a model with `folded=False`.
+        variables: its variables, {"params": ..., "batch_stats": ...}.
 
     Returns:
-        The model with `folded=True`, and {"params": ...}: kernels of the same shapes, a bias [C] beside each, and
-        attention biases as they were. Arrays keep their type; narrow ones (float16) are rounded once more.
+        The model with `folded=True` and its variables, {"params": ...}. Kernels keep their shapes, every layer has a
+        bias [C], and attention biases are unchanged. Arrays keep their dtype, so float16 and bfloat16 weights are
+        rounded once more.
 
     Raises:
-        ValueError: the model is folded already.
+        ValueError: the model is already folded.
 
     Example:
         >>> from levit_flax import from_pretrained
@@ -44,40 +45,39 @@ def fold_batch_norm(model: LevitBase, variables: Mapping[str, Any]) -> tuple[Lev
     Source: `Conv2d_BN.fuse`, `Linear_BN.fuse` and `BN_Linear.fuse` in facebookresearch/LeViT levit.py.
     """
     if model.folded:
-        raise ValueError("The model's batch norms are folded already: expected a model with folded=False.")
+        raise ValueError("The model is already folded: expected a model with folded=False, found folded=True.")
     flat = flatten_dict(variables, sep="/")
     folded = {path: leaf for path, leaf in flat.items() if path.startswith("params/") and "/norm/" not in path}
     for path in [path for path in flat if path.endswith("/norm/scale")]:
         layer = path.removeprefix("params/").removesuffix("/norm/scale")
-        factor, shift = scale_and_shift(flat, layer)
+        factor, shift = _scale_and_shift(flat, layer)
         linear = f"params/{layer}/" + ("conv" if f"params/{layer}/conv/kernel" in flat else "linear")
         kernel, bias = flat[f"{linear}/kernel"], flat.get(f"{linear}/bias")
         wide = np.asarray(kernel, np.float64)
-        if bias is None:  # the norm comes after the layer
+        if bias is None:  # the norm follows the layer
             new_kernel, new_bias = wide * factor, shift
-        else:  # a head, whose norm comes before it
+        else:  # a head: the norm precedes the layer
             new_kernel, new_bias = factor[:, None] * wide, shift @ wide + np.asarray(bias, np.float64)
-        folded[f"{linear}/kernel"] = like(new_kernel, kernel)
-        folded[f"{linear}/bias"] = like(new_bias, kernel if bias is None else bias)
+        folded[f"{linear}/kernel"] = _like(new_kernel, kernel)
+        folded[f"{linear}/bias"] = _like(new_bias, kernel if bias is None else bias)
     return model.clone(folded=True), unflatten_dict(folded, sep="/")
 
 
 def merge_heads(model: LevitBase, variables: Mapping[str, Any]) -> tuple[LevitForImageClassification, Variables]:
-    """Turn the two heads of a distilled model into one whose logits are their average.
+    """Merge the two heads of a distilled model into one that returns their average logits.
 
-    The published accuracies are those of the average. Folded heads are averaged as they are. Otherwise the merged head
-    keeps the running statistics of the first one, with scale 1 and bias 0, and its linear layer takes in the rest, so
-    that it can go on training.
+    The merged head of a model that is not folded can still be trained: its batch norm has the running statistics of
+    `head`, scale 1 and bias 0, and its linear layer absorbs everything else.
 
     Args:
-        model: a model with two heads, folded or not.
+        model: a `LevitForImageClassificationWithTeacher`, folded or not.
         variables: its variables.
 
     Returns:
-        A `LevitForImageClassification` and its variables; arrays keep their type.
+        A `LevitForImageClassification` and its variables. Arrays keep their dtype.
 
     Raises:
-        ValueError: the model has no two heads.
+        ValueError: the model does not have two heads.
 
     Example:
         >>> from levit_flax import from_pretrained
@@ -85,55 +85,54 @@ def merge_heads(model: LevitBase, variables: Mapping[str, Any]) -> tuple[LevitFo
         >>> type(model).__name__, "head_dist" in variables["params"]
         ('LevitForImageClassification', False)
 
-    Source: Graham et al. 2021, "No classification token": at test time the outputs of both heads are averaged.
+    Source: Graham et al. 2021, "No classification token": at test time, the outputs of both heads are averaged.
     """
     if not isinstance(model, LevitForImageClassificationWithTeacher) or not model.config.num_labels:
         raise ValueError(
-            "The model has no two heads to merge: expected a LevitForImageClassificationWithTeacher with classes, found"
-            f" a {type(model).__name__}."
+            "The model does not have two heads to merge: expected a LevitForImageClassificationWithTeacher with"
+            f" classes, found a {type(model).__name__} with num_labels={model.config.num_labels}."
         )
     flat = flatten_dict(variables, sep="/")
     merged = {path: leaf for path, leaf in flat.items() if path.split("/")[1] != "head_dist"}
     kernels = [np.asarray(flat[f"params/{head}/linear/kernel"], np.float64) for head in model.head_names]
     biases = [np.asarray(flat[f"params/{head}/linear/bias"], np.float64) for head in model.head_names]
     if not model.folded:
-        # Both norms see the same vector, so the second is a multiple and a shift of what the first makes of it.
-        mean, deviation = statistics(flat, "head")
+        # Express both heads as functions of the input normalized with the first head's statistics.
+        mean, deviation = _statistics(flat, "head")
         for i, head in enumerate(model.head_names):
-            factor, shift = scale_and_shift(flat, head)
+            factor, shift = _scale_and_shift(flat, head)
             biases[i] = biases[i] + (shift + mean * factor) @ kernels[i]
             kernels[i] = (deviation * factor)[:, None] * kernels[i]
         scale, bias = flat["params/head/norm/scale"], flat["params/head/norm/bias"]
-        merged["params/head/norm/scale"] = like(np.ones(scale.shape), scale)
-        merged["params/head/norm/bias"] = like(np.zeros(bias.shape), bias)
+        merged["params/head/norm/scale"] = _like(np.ones(scale.shape), scale)
+        merged["params/head/norm/bias"] = _like(np.zeros(bias.shape), bias)
     for name, parts in (("kernel", kernels), ("bias", biases)):
         path = f"params/head/linear/{name}"
-        merged[path] = like((parts[0] + parts[1]) / 2, flat[path])
+        merged[path] = _like((parts[0] + parts[1]) / 2, flat[path])
     return as_class(model, LevitForImageClassification), unflatten_dict(merged, sep="/")
 
 
 def resize_image(
     model: LevitBase, variables: Mapping[str, Any], image_size: int | tuple[int, int]
 ) -> tuple[LevitBase, Variables]:
-    """Make a model for images of another size, square or not.
+    """Adapt a model to another image size by interpolating its attention biases.
 
-    Only the tables of attention biases depend on the size of the image: they hold a bias for every distance
-    (|dy|, |dx|) between two tokens. The new tables read the old ones where the same share of the image lies between
-    the tokens: a distance d on a grid of R' tokens stands at d * R / R' on the old grid of R, along each axis. Between
-    the old distances runs a cubic curve through them, even at zero, because the bias belongs to distances either way;
-    beyond the largest old distance the last bias is held.
+    Only the attention-bias tables depend on the image size. They contain one bias for every offset (|dy|, |dx|) between
+    two tokens. An offset d on the new grid of R' tokens corresponds to d * R / R' on the old grid of R tokens, along
+    each axis. The new tables sample the old ones there by cubic convolution. Biases are even in d, which gives the
+    values at negative offsets; beyond the largest old offset the last bias is repeated.
 
     Args:
         model: any model, folded or not.
         variables: its variables.
-        image_size: the new size in pixels, a side or (height, width). It need not be a multiple of 16: the stem rounds
-            up.
+        image_size: the new size in pixels, one side or (height, width). It does not have to be a multiple of 16,
+            because the stem rounds the number of tokens up.
 
     Returns:
-        The model with the new size in its config, and its variables; at the same size these are the same.
+        The model with the new size in its config, and its variables. At the same size both are equal to the old ones.
 
     Raises:
-        ValueError: the size is not legal; the message says how.
+        ValueError: the image size is invalid.
 
     Example:
         >>> from levit_flax import from_pretrained
@@ -142,7 +141,7 @@ def resize_image(
         ((6, 8), (48, 6))
 
     Source: Graham et al. 2021, "Attention bias instead of a positional embedding", for the tables; Keys 1981, "Cubic
-        convolution interpolation for digital image processing", for the curve.
+        convolution interpolation for digital image processing", for the interpolation.
     """
     size: Any = image_size
     config = dataclasses.replace(model.config, image_size=size)
@@ -150,35 +149,35 @@ def resize_image(
     for path, leaf in flatten_dict(variables, sep="/").items():
         if path.endswith("/attention_biases"):
             stage = int(path.split("/")[1].rpartition("_")[2])
-            leaf = resize_table(leaf, model.config.grids[stage], config.grids[stage])
+            leaf = _resize_table(leaf, model.config.grids[stage], config.grids[stage])
         resized[path] = leaf
     return model.clone(config=config), unflatten_dict(resized, sep="/")
 
 
-def resize_table(table: Any, old: Sequence[int], new: Sequence[int]) -> Any:
+def _resize_table(table: Any, old: Sequence[int], new: Sequence[int]) -> Any:
     """Interpolate a table of attention biases [N H] from one grid (height, width) of tokens to another."""
     if tuple(old) == tuple(new):
         return table
-    distances = np.asarray(table, np.float64).reshape(*old, -1)  # [|dy| |dx| H]
-    rows, columns = (cubic_weights(*sizes) for sizes in zip(old, new, strict=True))
-    resized = np.einsum("ya,xb,abh->yxh", rows, columns, distances)
-    return like(resized.reshape(-1, table.shape[-1]), table)
+    biases = np.asarray(table, np.float64).reshape(*old, -1)  # [|dy| |dx| H]
+    rows, columns = (_cubic_weights(*sizes) for sizes in zip(old, new, strict=True))
+    resized = np.einsum("ya,xb,abh->yxh", rows, columns, biases)
+    return _like(resized.reshape(-1, table.shape[-1]), table)
 
 
-def cubic_weights(old: int, new: int) -> np.ndarray:
-    """Return the weights [new old] with which each new distance reads the old ones, along one axis."""
+def _cubic_weights(old: int, new: int) -> np.ndarray:
+    """Return the weights [new old] that interpolate biases along one axis."""
     weights = np.zeros((new, old))
-    for distance in range(new):
-        place = min(distance * old / new, old - 1)
-        first = int(place) - 1
+    for offset in range(new):
+        position = min(offset * old / new, old - 1)
+        first = int(position) - 1
         for neighbor in range(first, first + 4):
-            held = min(abs(neighbor), old - 1)
-            weights[distance, held] += cubic(abs(place - neighbor))
+            source = min(abs(neighbor), old - 1)
+            weights[offset, source] += _cubic(abs(position - neighbor))
     return weights
 
 
-def cubic(x: float) -> float:
-    """Return Keys' kernel at a distance of `x` from the sample: 1 at 0, 0 at 1 and from 2 on."""
+def _cubic(x: float) -> float:
+    """Return Keys' interpolation kernel with a = -1/2 at a distance of `x` >= 0 from the sample."""
     if x < 1:
         return 1 - 2.5 * x**2 + 1.5 * x**3
     return 2 - 4 * x + 2.5 * x**2 - 0.5 * x**3 if x < 2 else 0.0
@@ -187,20 +186,19 @@ def cubic(x: float) -> float:
 def replace_head(
     model: LevitBase, variables: Mapping[str, Any], num_labels: int, key: jax.Array
 ) -> tuple[LevitBase, Variables]:
-    """Give a model fresh heads for another number of classes.
+    """Replace the heads of a model with newly initialized ones for another number of classes.
 
     Args:
-        model: a model with heads, not folded.
+        model: a model with one or two heads and `folded=False`.
         variables: its variables.
-        num_labels: the number of classes, 1 or more; they are named LABEL_0, LABEL_1, ...
+        num_labels: number of classes, at least 1. They are named LABEL_0, LABEL_1, ...
         key: random key for the new weights.
 
     Returns:
-        The model with the new classes in its config, and its variables: every head as `init` makes it, all else as it
-        was.
+        The model with the new classes in its config, and its variables. Only the heads differ.
 
     Raises:
-        ValueError: the model has no heads or is folded, or the number is not positive.
+        ValueError: the model has no heads or is folded, or `num_labels` is less than 1.
 
     Example:
         >>> from levit_flax import from_pretrained
@@ -210,25 +208,25 @@ def replace_head(
     """
     if model.folded or not model.head_names:
         raise ValueError(
-            "Fresh heads need a model with heads whose batch norms are not folded: expected a"
-            f" LevitForImageClassification, found a {'folded ' * model.folded}{type(model).__name__}."
+            "The heads of this model cannot be replaced: expected a model with heads and folded=False, found a"
+            f" {'folded ' * model.folded}{type(model).__name__}."
         )
     if num_labels < 1:
-        raise ValueError(f"num_labels must be at least 1, got {num_labels}.")
+        raise ValueError(f"num_labels must be at least 1, found {num_labels}.")
     labels: Any = {"num_labels": num_labels, "id2label": None}
     model = model.clone(config=dataclasses.replace(model.config, **labels))
     pooled = jnp.zeros((1, model.config.hidden_sizes[-1]), model.shared["dtype"])
-    fresh = dict(flatten_dict(variables, sep="/"))
+    flat = dict(flatten_dict(variables, sep="/"))
     for i, name in enumerate(model.head_names):
         head = NormLinear(num_labels, **model.shared)
-        made = head.init(jax.random.fold_in(key, i), pooled)
-        fresh = {path: leaf for path, leaf in fresh.items() if path.split("/")[1] != name}
-        fresh |= {
+        initialized = head.init(jax.random.fold_in(key, i), pooled)
+        flat = {path: leaf for path, leaf in flat.items() if path.split("/")[1] != name}
+        flat |= {
             f"{collection}/{name}/{path}": leaf
-            for collection, tree in made.items()
+            for collection, tree in initialized.items()
             for path, leaf in flatten_dict(tree, sep="/").items()
         }
-    return model, unflatten_dict(fresh, sep="/")
+    return model, unflatten_dict(flat, sep="/")
 
 
 def as_class(model: LevitBase, model_class: type[Model]) -> Model:
@@ -237,20 +235,20 @@ def as_class(model: LevitBase, model_class: type[Model]) -> Model:
     return model_class(model.config, **fields)
 
 
-def statistics(flat: Mapping[str, Any], layer: str) -> tuple[np.ndarray, np.ndarray]:
+def _statistics(flat: Mapping[str, Any], layer: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the running mean and standard deviation [C] of a layer's batch norm in float64."""
     mean, var = (np.asarray(flat[f"batch_stats/{layer}/norm/{name}"], np.float64) for name in ("mean", "var"))
     return mean, np.sqrt(var + BATCH_NORM_EPSILON)
 
 
-def scale_and_shift(flat: Mapping[str, Any], layer: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return what a layer's batch norm multiplies by and then adds in evaluation, [C] each, in float64."""
-    mean, deviation = statistics(flat, layer)
+def _scale_and_shift(flat: Mapping[str, Any], layer: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scale and shift [C] that a layer's batch norm applies in evaluation mode, in float64."""
+    mean, deviation = _statistics(flat, layer)
     factor = np.asarray(flat[f"params/{layer}/norm/scale"], np.float64) / deviation
     return factor, np.asarray(flat[f"params/{layer}/norm/bias"], np.float64) - mean * factor
 
 
-def like(array: np.ndarray, example: Any) -> Any:
-    """Return the array in the type of another one, and where that one lies."""
-    narrow = array.astype(example.dtype)
-    return jax.device_put(narrow, example.sharding) if isinstance(example, jax.Array) else narrow
+def _like(array: np.ndarray, example: Any) -> Any:
+    """Return the array with the dtype, and on the devices, of another array."""
+    converted = array.astype(example.dtype)
+    return jax.device_put(converted, example.sharding) if isinstance(example, jax.Array) else converted

@@ -70,7 +70,7 @@ def test_existing_work_is_kept_unless_told_otherwise(tmp_path):
     (directory / "notes.txt").write_text("mine")
     (directory / "model.safetensors").write_text("PyTorch's")
     before = (directory / "flax_model.safetensors").read_bytes()
-    with pytest.raises(FileExistsError, match=r"exists and is not empty.*--force \(overwrite=True\)"):
+    with pytest.raises(FileExistsError, match=r"is not empty: .* pass overwrite=True to replace"):
         lf.save_pretrained(directory, model, random_variables(model, seed=1))
     assert (directory / "flax_model.safetensors").read_bytes() == before
     lf.save_pretrained(directory, model, random_variables(model, seed=1), overwrite=True)
@@ -90,9 +90,9 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         lf.save_pretrained(tmp_path / "model", model, variables, Broken())
     assert os.listdir(tmp_path) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"Cannot write .*file/model: .* \(.*file\)\. Choose a place"):
+    with pytest.raises(OSError, match=r"Cannot write .*file/model: .* \(.*file\)\. Choose a writable location"):
         lf.save_pretrained(tmp_path / "file" / "model", model, variables)
-    with pytest.raises(FileExistsError, match="is a file: expected a directory to write"):
+    with pytest.raises(FileExistsError, match="is a file: expected a directory or an unused name"):
         lf.save_pretrained(tmp_path / "file", model, variables)
 
 
@@ -127,13 +127,15 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path):
     assert (done.returncode, done.stderr, left) == (0, "", "[]")
     assert len(sentences) == 2 * (1 + len(suffixes))
     for sentence in sentences:
-        assert re.fullmatch(rf"Cannot write {tmp_path}/.*model.*: .*\. Choose a place .*\.", sentence)
+        assert re.fullmatch(rf"Cannot write {tmp_path}/.*model.*: .*\. Choose a .*\.", sentence)
 
 
 def test_variables_must_fit_the_model(tmp_path):
     model, variables = small()
     del variables["params"]["head"]["linear"]["bias"]
-    with pytest.raises(ValueError, match=r"in 1 places: params/head/linear/bias \(expected \(5,\), found nothing\)"):
+    with pytest.raises(
+        ValueError, match=r": 1 of \d+ arrays differ, params/head/linear/bias \(expected \(5,\), found nothing\)"
+    ):
         lf.save_pretrained(tmp_path / "model", model, variables)
     assert os.listdir(tmp_path) == []
 
@@ -144,24 +146,24 @@ def test_damaged_directories(tmp_path):
     weights, config = tmp_path / "model" / "flax_model.safetensors", tmp_path / "model" / "config.json"
     content, settings = weights.read_bytes(), json.loads(config.read_text())
     weights.write_bytes(content[:-10])
-    with pytest.raises(ValueError, match=r"flax_model\.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"flax_model\.safetensors is not a complete safetensors file"):
         lf.from_pretrained(tmp_path / "model")
     weights.write_bytes(content)
     config.write_text(json.dumps({**settings, "num_attention_heads": [1, 1, 3]}))
-    with pytest.raises(ValueError, match=r"does not fit LevitForImageClassification in \d+ places"):
+    with pytest.raises(ValueError, match=r"does not fit LevitForImageClassification: \d+ of \d+ arrays differ"):
         lf.from_pretrained(tmp_path / "model")
     for broken in ("{", "[]", "[" * 100_000, json.dumps({**settings, "architectures": ["ResNet"]})):
         config.write_text(broken)
-        with pytest.raises(ValueError, match=r"config\.json is not the config of a saved LeViT model"):
+        with pytest.raises(ValueError, match=r"config\.json is not the config of a LeViT model"):
             lf.from_pretrained(tmp_path / "model")
     for change in ({"down_ops": 5}, {"id2label": 5}, {"stride": float("inf")}, {"levit_flax": 5}, {"depths": "x"}):
         config.write_text(json.dumps({**settings, **change}))
-        with pytest.raises(ValueError, match=r"config\.json is not the config of a saved LeViT model"):
+        with pytest.raises(ValueError, match=r"config\.json is not the config of a LeViT model"):
             lf.from_pretrained(tmp_path / "model")
     config.unlink()
     with pytest.raises(OSError, match=r"config\.json"):
         lf.from_pretrained(tmp_path / "model")
-    with pytest.raises(FileNotFoundError, match="There is no directory"):
+    with pytest.raises(FileNotFoundError, match="does not exist: expected a directory"):
         lf.from_pretrained(tmp_path / "nowhere")
 
 
@@ -187,7 +189,9 @@ def test_a_class_loads_its_own(two_heads):
 
 
 def test_one_head_of_two_is_announced(two_heads):
-    with pytest.warns(UserWarning, match=r"published accuracy is that of their average.*levit_flax\.merge_heads"):
+    with pytest.warns(
+        UserWarning, match=r"published accuracy is that of the average of both heads.*levit_flax\.merge_heads"
+    ):
         model, variables = lf.LevitForImageClassification.from_pretrained(two_heads)
     assert type(model) is lf.LevitForImageClassification and model.config.num_labels == 5
     whole = leaves(lf.from_pretrained(two_heads)[1])
@@ -204,7 +208,7 @@ def test_features_without_heads(two_heads):
 def test_a_head_that_is_lacking_is_fresh_and_announced(two_heads, tmp_path):
     model, variables = lf.merge_heads(*lf.from_pretrained(two_heads))
     model.save_pretrained(tmp_path / "one", variables)
-    with pytest.warns(UserWarning, match="has no head_dist: these weights are newly initialized"):
+    with pytest.warns(UserWarning, match="has no head_dist: these heads are newly initialized"):
         back, back_variables = lf.LevitForImageClassificationWithTeacher.from_pretrained(tmp_path / "one")
     check_variables(back, back_variables, "it")
     assert (
@@ -214,7 +218,7 @@ def test_a_head_that_is_lacking_is_fresh_and_announced(two_heads, tmp_path):
     lf.save_pretrained(tmp_path / "folded", *lf.fold_batch_norm(model, variables))
     with (
         pytest.warns(UserWarning, match="has no head_dist"),
-        pytest.raises(ValueError, match="Fresh heads need a model with heads whose batch norms are not folded"),
+        pytest.raises(ValueError, match="cannot be replaced: expected a model with heads and folded=False"),
     ):
         lf.LevitForImageClassificationWithTeacher.from_pretrained(tmp_path / "folded")
 

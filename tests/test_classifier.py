@@ -243,7 +243,7 @@ def test_broken_images_in_a_stream(classifier, tmp_path):
 
 def test_a_processor_of_another_size_is_named(classifier):
     other = lf.ImageClassifier(classifier.model, classifier.variables, lf.LevitImageProcessor(size=64, crop_size=64))
-    with pytest.raises(ValueError, match=r"makes \[H W C\] = \[64, 64, 3\] of it, but the model takes \[144, 144, 3\]"):
+    with pytest.raises(ValueError, match=r"expected \[H W C\] = \[144, 144, 3\], found \[64, 64, 3\]"):
         other(images(1))
 
 
@@ -270,5 +270,5 @@ def test_wrong_calls(classifier):
         classifier(images(1), top_k=0)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         lf.ImageClassifier(classifier.model, classifier.variables, batch_size=0)
-    with pytest.raises(ValueError, match="This model has no classifier"):
+    with pytest.raises(ValueError, match="The model has no classifier"):
         lf.ImageClassifier(lf.LevitModel(classifier.model.config), {})

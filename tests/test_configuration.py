@@ -25,9 +25,11 @@ def test_variants_are_the_published_ones():
     assert {config.id2label[281] for config in lf.VARIANTS.values()} == {"tabby, tabby cat"}
     assert {config.num_labels for config in lf.VARIANTS.values()} == {1000}
     assert lf.VARIANTS["levit-192"].down_ops == (("Subsample", 32, 6, 4, 2, 2), ("Subsample", 32, 9, 4, 2, 2))
-    with pytest.raises(KeyError, match="levit_conv_512_s8 is one of timm's untrained experiments"):
+    with pytest.raises(
+        KeyError, match="levit_conv_512_s8 is not a published LeViT variant but an experiment of timm's"
+    ):
         lf.VARIANTS["levit_conv_512_s8"]
-    with pytest.raises(KeyError, match="levit-512x is not a LeViT variant; the published ones are levit-128S, "):
+    with pytest.raises(KeyError, match="levit-512x is not a published LeViT variant: expected one of levit-128S, "):
         lf.VARIANTS["levit-512x"]
 
 
@@ -46,21 +48,24 @@ def test_configs_are_frozen_hashable_and_hold_tuples():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_channels": 0}, "num_channels must be an integer of at least 1, got 0"),
-        ({"num_channels": True}, "num_channels must be an integer of at least 1, got True"),
+        ({"num_channels": 0}, "num_channels must be an integer of at least 1, found 0"),
+        ({"num_channels": True}, "num_channels must be an integer of at least 1, found True"),
         ({"depths": (2, 3)}, "one entry per stage.*depths 2"),
-        ({"key_dim": 16}, "key_dim must be a sequence with one integer per stage, got 16"),
-        ({"key_dim": (16, 1.5, 16)}, r"key_dim\[1\] must be an integer of at least 1, got 1.5"),
-        ({"hidden_sizes": (4, 32, 48)}, r"hidden_sizes\[0\] must be 8 or more"),
-        ({"drop_path_rate": 1.0}, r"drop_path_rate must be a number in \[0, 1\), got 1.0"),
+        ({"key_dim": 16}, "key_dim must be a sequence with one integer per stage, found 16"),
+        ({"key_dim": (16, 1.5, 16)}, r"key_dim\[1\] must be an integer of at least 1, found 1.5"),
+        ({"hidden_sizes": (4, 32, 48)}, r"hidden_sizes\[0\] must be at least 8"),
+        ({"drop_path_rate": 1.0}, r"drop_path_rate must be a number in \[0, 1\), found 1.0"),
         ({"image_size": (1, 2, 3)}, r"image_size must be an integer or \(height, width\)"),
-        ({"patch_size": 8}, "patch_size 8 does not fit the stem: 224 pixels.*are 14 tokens, not 28"),
-        ({"num_labels": 3, "id2label": ("a", "b")}, "num_labels is 3, but id2label names 2 classes"),
-        ({"id2label": {0: "a", 2: "b"}}, r"id2label must name the classes 0 to 1 once each, got the indices \[0, 2\]"),
-        ({"problem_type": "segmentation"}, "problem_type must be one of regression, .* got 'segmentation'"),
-        ({"down_ops": (("Subsample", 16, 8, 4, 2, 2),)}, "down_ops must have 2 entries for 3 stages, got 1"),
-        ({"down_ops": (("Pool", 16, 8, 4, 2, 2),) * 2}, r"must be \('Subsample', 5 integers\), got \('Pool'"),
-        ({"key_dim": (512, 16, 16)}, "down_ops heads .* at least 1, got 0"),
+        ({"patch_size": 8}, "patch_size 8 does not fit the stem: .* reduce 224 pixels to 14 tokens, expected 28"),
+        ({"num_labels": 3, "id2label": ("a", "b")}, "num_labels and id2label differ: expected 3 class names, found 2"),
+        (
+            {"id2label": {0: "a", 2: "b"}},
+            r"id2label must name the classes 0 to 1 once each, found the indices \[0, 2\]",
+        ),
+        ({"problem_type": "segmentation"}, "problem_type must be one of regression, .* found 'segmentation'"),
+        ({"down_ops": (("Subsample", 16, 8, 4, 2, 2),)}, "down_ops must have 2 entries for 3 stages, found 1"),
+        ({"down_ops": (("Pool", 16, 8, 4, 2, 2),) * 2}, r"must be 'Subsample' and 5 integers, found \('Pool'"),
+        ({"key_dim": (512, 16, 16)}, "down_ops heads .* at least 1, found 0"),
     ],
 )
 def test_messages_name_the_field(fields, message):
@@ -94,7 +99,7 @@ def test_transformers_reads_and_writes_the_same(tmp_path):
 
 
 def test_unknown_keys_are_kept_and_warned_of():
-    with pytest.warns(UserWarning, match=re.escape("does not use: color, finetuned_by. They are kept")) as caught:
+    with pytest.warns(UserWarning, match=re.escape("does not use: color, finetuned_by. They have no effect")) as caught:
         config = lf.LevitConfig.from_dict({"color": {"b": 1, "a": [2]}, "finetuned_by": "me", "dtype": "float32"})
     assert len(caught) == 1
     hash(config)
@@ -102,9 +107,11 @@ def test_unknown_keys_are_kept_and_warned_of():
 
 
 def test_other_networks_are_refused():
-    with pytest.raises(ValueError, match="Expected a config with model_type 'levit', found 'resnet'"):
+    with pytest.raises(ValueError, match="The config has another model_type: expected 'levit', found 'resnet'"):
         lf.LevitConfig.from_dict({"model_type": "resnet"})
-    with pytest.raises(ValueError, match="The config asks for hidden_act='silu', which would be another network"):
+    with pytest.raises(
+        ValueError, match="The config describes another architecture: expected hidden_act='hardswish', found 'silu'"
+    ):
         lf.LevitConfig.from_dict({"hidden_act": "silu"})
     assert lf.LevitConfig.from_dict({"hidden_act": "hardswish"}) == lf.LevitConfig()
 

@@ -49,7 +49,9 @@ def test_rows_of_every_kind(column, kind, values, targets, problem_type):
 
 
 def test_rows_without_a_target():
-    with pytest.raises(DataError, match="the columns note, image, count: expected an image, and a class"):
+    with pytest.raises(
+        DataError, match=r"expected a column of images and one of classes, .* the columns note, image, count"
+    ):
         read_split(make("count", datasets.Value("int64"), [1, 2]), "the data", "train")
 
 
@@ -65,7 +67,9 @@ def test_splits_of_a_dataset(monkeypatch):
 
 def test_rows_without_a_class():
     for values, row in (([0, -1, 1], 1), ([0, 1, None], 2)):
-        with pytest.raises(DataError, match=rf"^the data, test: 1 of 3 rows .* the first of which is row {row}:"):
+        with pytest.raises(
+            DataError, match=rf"^the data, test has .* of 3 rows, found 1 rows .* the first of which is row {row}\."
+        ):
             read_split(make("label", CLASS, values), "the data", "test")
 
 

@@ -74,7 +74,9 @@ def test_classes_are_matched_by_name_or_by_order():
     labels = ["ant", "bee", "cat"]
     assert match_classes(["cat", "ant"], labels, "here") == [2, 0]
     assert match_classes(["n01", "n02", "n03"], labels, "here") == [0, 1, 2]
-    with pytest.raises(ValueError, match="here has 2 classes and the model 3, and yak is none of the model's"):
+    with pytest.raises(
+        ValueError, match=r"of here do not match .* its 3 classes in order, found 2 classes, .* does not have yak"
+    ):
         match_classes(["ant", "yak"], labels, "here")
 
 
@@ -105,7 +107,9 @@ def test_a_dataset_by_name(classifier, monkeypatch, folder):
     assert asked == [(("zoo/animals",), {"split": "validation"})] and data.targets.tolist() == list(range(7))
     assert evaluate(classifier, data).images == 7
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"no directory zoo/animals.*pip install 'levit-flax\[datasets\]'"):
+    with pytest.raises(
+        ImportError, match=r"directory zoo/animals does not exist.*pip install 'levit-flax\[datasets\]'"
+    ):
         read_data("zoo/animals", CLASSES)
 
 
@@ -202,7 +206,7 @@ def test_images_follow_the_image_size(capsys, classifier, folder, tmp_path):
 def test_nothing_to_count(capsys, classifier, tmp_path):
     with pytest.raises(ValueError, match="no images to evaluate: the data is empty"):
         evaluate(classifier, LabeledImages([], np.zeros(0, np.int32)))
-    with pytest.raises(ValueError, match="has no folders: expected one for each class"):
+    with pytest.raises(ValueError, match="has no folders: expected one folder of images per class"):
         read_data(tmp_path, CLASSES)
     (tmp_path / "ant").mkdir()
     with pytest.raises(ValueError, match="contains no images: expected at least one"):

@@ -100,7 +100,7 @@ def test_the_command(capsys, tmp_path):
     assert sorted(os.listdir(out)) == ["README.md", "model.json", "model.stablehlo"]
     first = (out / "model.stablehlo").read_bytes()
     assert main(["export", str(out), "-m", "cifar10", "--platforms", "cpu"]) == 1
-    assert "exists and is not empty" in capsys.readouterr().err
+    assert "is not empty" in capsys.readouterr().err
     assert main(["export", str(out), "-m", "cifar10", "--force", "--image-size", "96"]) == 0
     assert (out / "model.stablehlo").read_bytes() != first
     assert "[B 96 96 3]" in (out / "README.md").read_text()
@@ -129,6 +129,6 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="Unknown format: expected one of stablehlo, onnx, found 'tflite'"):
         export_model(tmp_path / "out", *arguments, format="tflite")
     features = lf.LevitModel(model.config)
-    with pytest.raises(ValueError, match="This model has no classifier"):
+    with pytest.raises(ValueError, match="The model has no classifier"):
         export_model(tmp_path / "out", features, random_variables(features), lf.LevitImageProcessor())
     assert not (tmp_path / "out").exists()

@@ -301,7 +301,7 @@ def test_sixteen_bits_are_scaled_to_eight(mode, from_file, tmp_path):
 
 
 def test_levels_beyond_sixteen_bits_are_refused():
-    with pytest.raises(ImageError, match="Expected a 16-bit image with levels 0 to 65535, found 0 to 70000"):
+    with pytest.raises(ImageError, match="not a 16-bit image: expected levels from 0 to 65535, found 0 to 70000"):
         values(Image.fromarray(np.array([[0, 70000]], dtype=np.int32)))
 
 
@@ -337,7 +337,7 @@ def test_channel_order_is_inferred_and_can_be_given():
     expected = values(Image.fromarray(levels))
     assert_same_bits(values(levels, input_data_format="channels_last"), expected)
     assert_same_bits(values(first, input_data_format="channels_first"), expected)
-    with pytest.warns(UserWarning, match=r"shape \(3, 50, 3\) can be read both ways and is taken as channels first"):
+    with pytest.warns(UserWarning, match=r"shape \(3, 50, 3\) is ambiguous, and channels first is assumed"):
         assert_same_bits(values(levels), values(levels, input_data_format="channels_first"))
     levels = random_levels()
     assert_same_bits(values(np.moveaxis(levels, -1, 0)), values(levels))
@@ -352,7 +352,7 @@ def test_floats_in_the_unit_range_are_read_as_levels():
 
 
 def test_rescaling_twice_is_warned_of():
-    with pytest.warns(UserWarning, match=r"values are in \[0, 1\] already.*do_rescale=False") as caught:
+    with pytest.warns(UserWarning, match=r"values are already in \[0, 1\].*do_rescale=False") as caught:
         values(random_levels() / 255)
     assert caught[0].filename == __file__
 
@@ -380,7 +380,7 @@ def test_torch_tensors_are_taken_and_given():
     found = LevitImageProcessor(size=16, crop_size=16)(tensor, return_tensors="pt")["pixel_values"]
     assert isinstance(found, torch.Tensor)
     assert_same_bits(found.numpy(), values(levels))
-    with pytest.raises(TypeError, match=r"This Tensor cannot be read as a NumPy array \(.*detach"):
+    with pytest.raises(TypeError, match=r"The Tensor cannot be converted to a NumPy array \(.*detach"):
         values(torch.ones(3, 8, 8, requires_grad=True))
 
 
@@ -477,7 +477,7 @@ def test_damaged_files_give_a_result_or_a_sentence(tmp_path):
                 try:
                     results += values(path).shape == (1, 16, 16, 3)
                 except ImageError as error:
-                    assert str(path) in str(error) or "would be resized" in str(error)
+                    assert str(path) in str(error) or "too large after resizing" in str(error)
                     refused += 1
     assert results > 20
     assert refused > 20
@@ -487,7 +487,7 @@ def test_damaged_files_give_a_result_or_a_sentence(tmp_path):
 
 
 def test_a_missing_path(tmp_path):
-    with pytest.raises(FileNotFoundError, match=re.escape(f"There is no image at {tmp_path / 'no.jpg'}.")):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"The image {tmp_path / 'no.jpg'} does not exist.")):
         values([make_image(), tmp_path / "no.jpg"])
 
 
@@ -498,9 +498,9 @@ def test_bad_files(tmp_path):
     whole = (tmp_path / "whole.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     for path, message in [
-        (tmp_path, f"Expected an image file, but {tmp_path} is a directory or a device."),
-        (tmp_path / "empty.jpg", f"Expected an image, but {tmp_path / 'empty.jpg'} is empty (0 bytes)."),
-        (tmp_path / "text.jpg", f"{tmp_path / 'text.jpg'} is not an image in a format that Pillow reads."),
+        (tmp_path, f"{tmp_path} is not a regular file: expected an image file, found a directory or a device."),
+        (tmp_path / "empty.jpg", f"{tmp_path / 'empty.jpg'} is empty: expected an image file, found 0 bytes."),
+        (tmp_path / "text.jpg", f"{tmp_path / 'text.jpg'} is not an image: expected a format that Pillow can read."),
         (
             tmp_path / "cut.jpg",
             f"{tmp_path / 'cut.jpg'} cannot be decoded and is probably damaged (image file is trunc",
@@ -521,7 +521,10 @@ def test_a_decompression_bomb(tmp_path, monkeypatch, limit, action):
     make_image().save(path)  # 2,000 pixels
     assert load_image(path).size == (50, 40)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    expected = f"^{re.escape(str(path))} has more pixels than the limit of {limit:,}; if it can be trusted, raise PIL"
+    expected = (
+        f"^{re.escape(str(path))} is too large: expected at most {limit:,} pixels, found more. "
+        "If you trust the file, raise PIL"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter(action)
         with pytest.raises(ImageError, match=expected):
@@ -532,7 +535,7 @@ def test_a_tiny_file_that_claims_to_be_huge(tmp_path):
     header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     chunks = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + struct.pack(">I", 9) + b"IDAT"
     (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
-    with pytest.raises(ImageError, match=r"huge.png has more pixels than the limit of 89,478,485"):
+    with pytest.raises(ImageError, match=r"huge.png is too large: expected at most 89,478,485 pixels"):
         load_image(tmp_path / "huge.png")
 
 
@@ -540,7 +543,7 @@ def test_a_strip_that_would_become_huge(monkeypatch):
     strip = Image.new("RGB", (1, 10_000))
     with pytest.raises(
         ImageError,
-        match=r"^An image of 1 x 10000 pixels would be resized to 256 x 2560000, more than the limit of 89,478,485",
+        match=r"^The image of 1 x 10000 pixels would be too large .* most 89,478,485 pixels, found 256 x 2560000\.",
     ):
         LevitImageProcessor()(strip)
     assert LevitImageProcessor(size=(256, 256))(strip)["pixel_values"][0].shape == (224, 224, 3)
@@ -554,32 +557,89 @@ FINE = random_levels(height=8, width=8)
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
-        ([], ImageError, "Expected at least one image, found an empty list or batch."),
-        (np.zeros((0, 8, 8, 3), np.uint8), ImageError, "Expected at least one image, found an empty list or batch."),
-        (None, TypeError, "Expected a path, a PIL image, an array or a list of these, found NoneType."),
-        ({"a": FINE}, TypeError, "Expected a path, a PIL image, an array or a list of these, found dict."),
-        ([FINE, 3], TypeError, "Expected a path, a PIL image, an array or a list of these, found int."),
-        (np.array(["a.jpg"]), TypeError, "Expected pixels as uint8 or float32, found an array of <U5."),
-        (FINE[0, 0], ImageError, "Expected an array of 3 dimensions, or of 4 for a batch, found shape (3,)."),
-        (FINE[None, None], ImageError, "Expected an array of 3 dimensions, or of 4 for a batch, found shape (1, 1, 8"),
+        ([], ImageError, "There are no images: expected at least one, found an empty list or batch."),
+        (
+            np.zeros((0, 8, 8, 3), np.uint8),
+            ImageError,
+            "There are no images: expected at least one, found an empty list or batch.",
+        ),
+        (
+            None,
+            TypeError,
+            "An image has the wrong type: expected a path, a PIL image, an array or a list of these, found NoneType.",
+        ),
+        (
+            {"a": FINE},
+            TypeError,
+            "An image has the wrong type: expected a path, a PIL image, an array or a list of these, found dict.",
+        ),
+        (
+            [FINE, 3],
+            TypeError,
+            "An image has the wrong type: expected a path, a PIL image, an array or a list of these, found int.",
+        ),
+        (np.array(["a.jpg"]), TypeError, "An image array has the wrong dtype: expected uint8 or float32, found <U5."),
+        (
+            FINE[0, 0],
+            ImageError,
+            "An image array has the wrong rank: expected 2 or 3 axes, or 4 for a batch, found shape (3,).",
+        ),
+        (
+            FINE[None, None],
+            ImageError,
+            "An image array has the wrong rank: expected 2 or 3 axes, or 4 for a batch, found shape (1, 1, 8",
+        ),
         (
             np.zeros((8, 8, 2), np.uint8),
             ImageError,
-            "Expected an image with 1, 3 or 4 channels first or last, found an array of shape (8, 8, 2).",
+            "An image array has the wrong number of channels: expected 1, 3 or 4 on the first or last axis, found "
+            "shape (8, 8, 2).",
         ),
-        (np.zeros((3, 0, 8), np.uint8), ImageError, "Expected an image with at least one pixel, found [H W C] shape"),
-        (Image.new("RGB", (0, 5)), ImageError, "Expected an image with at least one pixel, found one of size (0, 5)."),
-        (np.full((8, 8, 3), np.nan), ImageError, "Expected finite pixel values, found NaN or infinity in the image."),
-        (Image.new("F", (8, 8), np.inf), ImageError, "Expected finite pixel values, found NaN or infinity in the im"),
+        (
+            np.zeros((3, 0, 8), np.uint8),
+            ImageError,
+            "An image array is empty: expected at least one pixel, found [H W C] shape",
+        ),
+        (
+            Image.new("RGB", (0, 5)),
+            ImageError,
+            "The PIL image is empty: expected at least one pixel, found size (0, 5).",
+        ),
+        (
+            np.full((8, 8, 3), np.nan),
+            ImageError,
+            "The image is not valid: expected finite pixel values, found NaN or infinity.",
+        ),
+        (
+            Image.new("F", (8, 8), np.inf),
+            ImageError,
+            "The image is not valid: expected finite pixel values, found NaN or inf",
+        ),
         (
             np.full((8, 8, 3), 300),
             ImageError,
-            "Resizing expects whole levels 0 to 255 or values in [0, 1], found values from 300 to 300.",
+            "The pixel values are out of range: expected integers from 0 to 255 or values in [0, 1], found 300 to 300.",
         ),
-        (np.full((8, 8, 3), 7.5), ImageError, "Resizing expects whole levels 0 to 255 or values in [0, 1], found"),
-        (np.full((8, 8, 3), -0.5), ImageError, "Resizing expects whole levels 0 to 255 or values in [0, 1], found"),
-        (np.full((8, 8, 4), 7.0), ImageError, "Expected a transparent float image with values in [0, 1], found 7.0 "),
-        ([FINE, FINE * np.nan], ImageError, "Image 1 of the 2 (counted from 0): Expected finite pixel values"),
+        (
+            np.full((8, 8, 3), 7.5),
+            ImageError,
+            "The pixel values are out of range: expected integers from 0 to 255 or values in [0, 1], found",
+        ),
+        (
+            np.full((8, 8, 3), -0.5),
+            ImageError,
+            "The pixel values are out of range: expected integers from 0 to 255 or values in [0, 1], found",
+        ),
+        (
+            np.full((8, 8, 4), 7.0),
+            ImageError,
+            "A float image with an alpha channel is out of range: expected values in [0, 1], found 7.0 ",
+        ),
+        (
+            [FINE, FINE * np.nan],
+            ImageError,
+            "Image 1 of 2 (counted from 0): The image is not valid: expected finite pixel values",
+        ),
     ],
 )
 def test_bad_images(images, error, message):
@@ -588,15 +648,17 @@ def test_bad_images(images, error, message):
 
 
 def test_the_wrong_channel_order_is_refused():
-    with pytest.raises(ImageError, match=re.escape("with 1, 3 or 4 channels, found [H W C] shape (8, 3, 8).")):
+    with pytest.raises(ImageError, match=re.escape("channels: expected 1, 3 or 4, found [H W C] shape (8, 3, 8).")):
         values(FINE, input_data_format="channels_first")
-    with pytest.raises(ImageError, match=re.escape("Pillow resizes images of up to 4 channels, found [H W C] shape")):
+    with pytest.raises(
+        ImageError, match=re.escape("cannot be resized: expected at most 4 channels, found [H W C] shape")
+    ):
         values(FINE, input_data_format="channels_first", do_convert_rgb=False)
 
 
 def test_a_ragged_batch_cannot_be_stacked():
     expected = (
-        "Images of different shapes [(18, 22, 3), (20, 18, 3)] cannot become one array; crop them with "
+        "The images cannot be stacked: expected equal shapes, found [(18, 22, 3), (20, 18, 3)]. Crop them with "
         "do_center_crop=True, or pass return_tensors=None for a list."
     )
     images = [random_levels(), random_levels(height=56)]
@@ -637,7 +699,7 @@ CROPS = 'crop_size must be a positive integer, (height, width), {"height": h, "w
         ({"image_mean": [0.5, None, 0.5]}, "image_mean must be a finite number, found None."),
         (
             {"image_std": [0.5, 0, 0.5]},
-            "image_std must not be zero, because the pixels are divided by it; found [0.5, 0, ",
+            "image_std must not be zero, because pixels are divided by it, found [0.5, 0, ",
         ),
     ],
 )
@@ -652,8 +714,8 @@ def test_bad_settings(setting, message):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"image_mean": [0.5]}, "image_mean must be one number or one for each of the 3 channels, found 1."),
-        ({"image_std": [0.5] * 4}, "image_std must be one number or one for each of the 3 channels, found 4."),
+        ({"image_mean": [0.5]}, "image_mean must be one number, or one for each of the 3 channels, found 1."),
+        ({"image_std": [0.5] * 4}, "image_std must be one number, or one for each of the 3 channels, found 4."),
         ({"return_tensors": "tf"}, "return_tensors must be one of None, 'np', 'jax', 'pt', found 'tf'."),
         ({"data_format": "NHWC"}, "data_format must be one of 'channels_last', 'channels_first', found 'NHWC'."),
         ({"input_data_format": "x"}, "input_data_format must be one of None, 'channels_last', 'channels_first', found"),
@@ -673,7 +735,10 @@ def test_unknown_keywords():
 
 def test_torch_asked_for_where_there_is_none(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ImportError, match=r'^return_tensors="pt" needs PyTorch, which is not installed; use "jax"\.$'):
+    with pytest.raises(
+        ImportError,
+        match=r'^return_tensors="pt" requires PyTorch, which is not installed\. Install torch, or use "jax" or "np"\.$',
+    ):
         LevitImageProcessor()(FINE, return_tensors="pt")
 
 
@@ -772,9 +837,9 @@ def test_files_of_older_versions_are_read(settings):
     [
         (
             {"image_processor_type": "ViTImageProcessor"},
-            "Expected the settings of a LevitImageProcessor, found those of a V",
+            "The settings are of another processor: expected LevitImageProcessor, found V",
         ),
-        ({"do_pad": True}, "LevitImageProcessor works with do_pad=False only, found True."),
+        ({"do_pad": True}, "LevitImageProcessor does not support do_pad: expected False, found True."),
         ({"size": {"longest_edge": 9}}, "size must be a positive integer"),
     ],
 )
@@ -784,7 +849,7 @@ def test_settings_of_something_else_are_refused(settings, message):
 
 
 def test_unknown_settings_are_warned_of():
-    with pytest.warns(UserWarning, match=r"does not know these settings and leaves them: \['bar', 'foo'\]"):
+    with pytest.warns(UserWarning, match=r"ignores unknown settings: \['bar', 'foo'\]"):
         assert vars(LevitImageProcessor.from_dict({"foo": 1, "bar": 2})) == vars(LevitImageProcessor())
     with pytest.raises(TypeError, match="unexpected keyword argument 'foo'"):
         LevitImageProcessor.from_dict({}, foo=1)
@@ -792,13 +857,17 @@ def test_unknown_settings_are_warned_of():
 
 def test_bad_settings_files(tmp_path):
     path = tmp_path / PROCESSOR_FILE
-    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} does not hold {PROCESSOR_FILE}")):
+    with pytest.raises(
+        FileNotFoundError, match=re.escape(f"{tmp_path} is not a model directory: expected {PROCESSOR_FILE}")
+    ):
         LevitImageProcessor.from_pretrained(tmp_path)
     path.write_text("{")
     with pytest.raises(ValueError, match="^" + re.escape(f"{path} is not valid JSON (")):
         LevitImageProcessor.from_pretrained(tmp_path)
     path.write_text("[1]")
-    with pytest.raises(ValueError, match="^" + re.escape(f"Expected {path} to hold a JSON object, found a list.")):
+    with pytest.raises(
+        ValueError, match="^" + re.escape(f"{path} is malformed: expected a JSON object, found a list.")
+    ):
         LevitImageProcessor.from_pretrained(tmp_path)
 
 
@@ -806,13 +875,13 @@ def test_saving_replaces_nothing_unasked(tmp_path):
     path = tmp_path / PROCESSOR_FILE
     LevitImageProcessor(size=10).save_pretrained(tmp_path)
     before = path.read_text()
-    with pytest.raises(FileExistsError, match=re.escape(f"{path} exists already; pass overwrite=True to replace it.")):
+    with pytest.raises(FileExistsError, match=re.escape(f"{path} already exists. Pass overwrite=True to replace it.")):
         LevitImageProcessor().save_pretrained(tmp_path)
     assert path.read_text() == before
     LevitImageProcessor().save_pretrained(tmp_path, overwrite=True)
     assert json.loads(path.read_text()) == LevitImageProcessor().to_dict()
     with pytest.raises(
-        NotADirectoryError, match=re.escape(f"Expected a directory to write {PROCESSOR_FILE} into, but {path}")
+        NotADirectoryError, match=re.escape(f"{path} is a file: expected a directory for {PROCESSOR_FILE}.")
     ):
         LevitImageProcessor().save_pretrained(path)
 

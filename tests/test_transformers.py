@@ -114,7 +114,7 @@ def test_wrong_channels_are_named_by_both():
     reference, _, model, variables, _ = both(CLASSES[0])
     with pytest.raises(ValueError, match="channel dimension"):
         reference(torch.zeros(1, 4, 64, 64))
-    with pytest.raises(ValueError, match="num_channels is 3"):
+    with pytest.raises(ValueError, match="num_channels, which is 3"):
         model.apply(variables, np.zeros((1, 64, 64, 4), np.float32))
 
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from levit_flax.modeling import Block, Downsample, LevitBase, Stem, Variables
+from levit_flax.blocks import Block, Downsample, Stem
+from levit_flax.modeling import LevitBase, Variables
 
 from .conversion import Conversion
 from .errors import ConversionError

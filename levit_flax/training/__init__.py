@@ -1,6 +1,6 @@
-"""Fine-tuning and training from scratch: recipes, data, distillation, and a loop that survives being killed.
+"""Fine-tuning and training from scratch: recipes, data, distillation, and training runs that can be resumed.
 
-Needs `pip install 'levit-flax[train]'`: Grain reads the data, optax optimizes, Orbax keeps checkpoints.
+Needs `pip install 'levit-flax[train]'`: Grain reads the data, optax optimizes, Orbax saves checkpoints.
 """
 
 try:
@@ -8,10 +8,10 @@ try:
     from levit_flax.datasets import LabeledImages as LabeledImages
 
     from .data import read_images as read_images
+    from .finetuning import finetune as finetune
     from .loop import NotFiniteError as NotFiniteError
     from .loop import Progress as Progress
     from .loop import TrainingStopped as TrainingStopped
-    from .loop import finetune as finetune
     from .recipe import Recipe as Recipe
     from .recipe import RecipeError as RecipeError
     from .recipe import read_recipe as read_recipe

@@ -1,7 +1,7 @@
-"""Random changes to training images: those of one image by Pillow on the host, those of a batch on the device.
+"""Augmentation of training images: of single images with Pillow on the host, of batches on the device.
 
-Source: the transforms of timm (data/auto_augment.py, data/transforms.py, data/random_erasing.py, data/mixup.py), which
-facebookresearch/LeViT trains with.
+Source: timm (data/auto_augment.py, data/transforms.py, data/random_erasing.py, data/mixup.py), as used by
+facebookresearch/LeViT.
 """
 
 import math
@@ -24,13 +24,13 @@ RESAMPLINGS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling
 
 
 def augment(image: Image.Image, rng: np.random.Generator, recipe: Recipe, processor: LevitImageProcessor) -> np.ndarray:
-    """Crop, flip and change one image at random.
+    """Return a randomly cropped, flipped and altered image.
 
     Args:
-        image: of mode "RGB".
-        rng: the source of all randomness.
-        recipe: says what is done.
-        processor: gives the size, and resizes where the recipe has no random crop.
+        image: an image of mode "RGB".
+        rng: the random number generator.
+        recipe: the augmentation settings.
+        processor: sets the size, and resizes and crops if the recipe has no random crop.
 
     Returns:
         uint8 levels [H W 3] of the processor's crop size.
@@ -50,9 +50,9 @@ def augment(image: Image.Image, rng: np.random.Generator, recipe: Recipe, proces
 
 
 def crop_with_border(image: Image.Image, rng: np.random.Generator, border: int) -> Image.Image:
-    """Reflect a border around an image and cut its own size out at a random place."""
+    """Add a reflected border and return a random crop of the original size."""
     width, height = image.size
-    pad = min(border, width - 1, height - 1)  # a reflection needs something to reflect
+    pad = min(border, width - 1, height - 1)  # NumPy cannot reflect more than the image
     padded = np.pad(np.asarray(image), ((pad, pad), (pad, pad), (0, 0)), mode="reflect")
     top, left = rng.integers(0, 2 * pad + 1, 2)
     return Image.fromarray(padded[top : top + height, left : left + width])
@@ -61,17 +61,17 @@ def crop_with_border(image: Image.Image, rng: np.random.Generator, border: int) 
 def random_resized_crop(
     image: Image.Image, rng: np.random.Generator, recipe: Recipe, size: tuple[int, int]
 ) -> Image.Image:
-    """Cut out a random share of an image and resize it to `size` (width, height)."""
+    """Return a random crop resized to `size` (width, height)."""
     box = random_box(image.size, rng, recipe.crop_scale, recipe.crop_ratio)
-    return image.crop(box).resize(size, draw_resampling(rng, recipe))
+    return image.crop(box).resize(size, _draw_resampling(rng, recipe))
 
 
 def random_box(
     size: tuple[int, int], rng: np.random.Generator, scale: tuple[float, ...], ratio: tuple[float, ...]
 ) -> tuple[int, int, int, int]:
-    """Draw a box (left, top, right, bottom) with a share of the area and a ratio of the sides.
+    """Return a random box (left, top, right, bottom) with an area and an aspect ratio in the given ranges.
 
-    Where none of the draws fits into the image, it is the largest one in the middle with a legal ratio.
+    If no attempt fits into the image, return the largest centered box with an allowed ratio.
     """
     width, height = size
     for _ in range(CROP_ATTEMPTS):
@@ -87,14 +87,14 @@ def random_box(
     return left, top, left + w, top + h
 
 
-def draw_resampling(rng: np.random.Generator, recipe: Recipe) -> Image.Resampling:
-    """Return the filter that the recipe names, or one of them."""
+def _draw_resampling(rng: np.random.Generator, recipe: Recipe) -> Image.Resampling:
+    """Return the filter of the recipe, drawn at random for "random"."""
     name = str(rng.choice(list(RESAMPLINGS))) if recipe.interpolation == "random" else recipe.interpolation
     return RESAMPLINGS[name]
 
 
 def color_jitter(image: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
-    """Change brightness, contrast and saturation, in random order, each by a factor within 1 ± strength."""
+    """Scale brightness, contrast and saturation in random order, each by a factor in 1 ± strength."""
     for i in rng.permutation(3):
         enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[i]
         image = enhance(image).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
@@ -102,16 +102,16 @@ def color_jitter(image: Image.Image, rng: np.random.Generator, strength: float) 
 
 
 def rand_augment(image: Image.Image, rng: np.random.Generator, recipe: Recipe, fill: tuple[int, ...]) -> Image.Image:
-    """Apply operations of RandAugment, each drawn with replacement and left out every other time.
+    """Apply random operations of RandAugment, drawn with replacement; each is skipped with probability 1/2.
 
     Args:
-        image: of mode "RGB".
-        rng: the source of all randomness.
-        recipe: gives their number, strength, the strength's deviation and the interpolation.
-        fill: the color of what comes in from outside the image.
+        image: an image of mode "RGB".
+        rng: the random number generator.
+        recipe: sets the number of operations, their magnitude, its deviation and the interpolation.
+        fill: color of pixels from outside the image.
 
-    Source: Cubuk et al. 2020, "RandAugment"; the variant "rand-m9-mstd0.5-inc1" of timm, in which every operation
-        gets stronger with the magnitude.
+    Source: Cubuk et al. 2020, "RandAugment"; timm's variant "rand-m9-mstd0.5-inc1", in which a larger magnitude makes
+        every operation stronger.
     """
     for name in rng.choice(list(OPERATIONS), recipe.rand_augment):
         if rng.random() < 0.5:
@@ -119,7 +119,7 @@ def rand_augment(image: Image.Image, rng: np.random.Generator, recipe: Recipe, f
         magnitude = rng.normal(recipe.rand_augment_magnitude, recipe.rand_augment_deviation)
         strength = min(max(magnitude, 0.0), 10.0) / 10
         sign = int(rng.choice((-1, 1)))
-        image = OPERATIONS[name](image, strength, sign, fill, draw_resampling(rng, recipe))
+        image = OPERATIONS[name](image, strength, sign, fill, _draw_resampling(rng, recipe))
     return image
 
 
@@ -152,7 +152,7 @@ OPERATIONS: dict[str, Operation] = {
     "rotate": lambda image, strength, sign, fill, resample: image.rotate(
         sign * 30 * strength, resample=resample, fillcolor=fill
     ),
-    # One bit must stay: Pillow refuses none, and timm's image of none is black.
+    # At least one bit: Pillow does not accept zero, and timm's result would be black.
     "posterize": lambda image, strength, *_: ImageOps.posterize(image, max(1, 4 - int(4 * strength))),
     "solarize": lambda image, strength, *_: ImageOps.solarize(image, 256 - int(256 * strength)),
     "solarize_add": lambda image, strength, *_: _add_below_middle(image, int(110 * strength)),
@@ -168,12 +168,12 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def erase(key: jax.Array, pixel_values: jax.Array, probability: float) -> jax.Array:
-    """Replace a random rectangle by normal noise, in a random part of the images.
+    """Replace a random rectangle by normal noise, in randomly chosen images of a batch.
 
     Args:
-        key: random key.
+        key: PRNG key.
         pixel_values: normalized images, float [B H W C].
-        probability: of each image to be changed.
+        probability: probability that an image is changed.
 
     Source: Zhong et al. 2020, "Random Erasing Data Augmentation"; timm's "pixel" mode.
     """
@@ -199,16 +199,16 @@ def erase(key: jax.Array, pixel_values: jax.Array, probability: float) -> jax.Ar
 
 
 def mix(key: jax.Array, pixel_values: jax.Array, targets: jax.Array, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
-    """Mix a batch with itself in reverse order: by mixup, by cutmix, or not at all.
+    """Mix a batch with its reverse by mixup or cutmix, or return it unchanged.
 
     Args:
-        key: random key.
+        key: PRNG key.
         pixel_values: float [B H W C].
-        targets: [B L], mixed in the same proportion.
-        recipe: gives the probabilities and the parameters of the beta distributions.
+        targets: [B L]; mixed in the same proportion.
+        recipe: the probabilities and the parameters of the beta distributions.
 
     Returns:
-        The images and their targets.
+        The mixed images and targets.
 
     Source: Zhang et al. 2018, "mixup"; Yun et al. 2019, "CutMix"; timm's "batch" mode.
     """
@@ -227,12 +227,12 @@ def mix(key: jax.Array, pixel_values: jax.Array, targets: jax.Array, recipe: Rec
     high = jnp.clip(center + (extent + 1) // 2, 0, jnp.array([height, width]))
     rows, columns = jnp.arange(height), jnp.arange(width)
     inside = ((rows >= low[0]) & (rows < high[0]))[:, None] & ((columns >= low[1]) & (columns < high[1]))[None, :]
-    kept_by_cut = 1 - inside.mean()  # what was clipped at the border stays
+    kept_by_cut = 1 - inside.mean()  # the true share, after clipping at the border
 
     dtype = pixel_values.dtype
-    weights = jnp.where(cut, 1 - inside.astype(dtype), jnp.asarray(kept, dtype))  # [H W], of the image itself
+    weights = jnp.where(cut, 1 - inside.astype(dtype), jnp.asarray(kept, dtype))  # [H W], weight of the image itself
     weights = jnp.where(use, weights, 1)[None, :, :, None].astype(dtype)
     share = jnp.where(use, jnp.where(cut, kept_by_cut, kept), 1).astype(targets.dtype)
-    # Not weights * x + (1 - weights) * y, which would spread an infinity into what is not mixed.
+    # weights * x + (1 - weights) * y alone would turn an infinity in y into NaN where x is not mixed.
     mixed = jnp.where(weights == 1, pixel_values, weights * pixel_values + (1 - weights) * pixel_values[::-1])
     return mixed, share * targets + (1 - share) * targets[::-1]

@@ -1,4 +1,4 @@
-"""The states of a training on disk, through Orbax: written while it goes on, the best and the last kept."""
+"""Checkpoints of a training run, saved by Orbax in the background; the best and the last one are kept."""
 
 import logging
 import os
@@ -19,11 +19,11 @@ GOODNESS = "goodness"
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
     Attributes:
-        state: of the training.
-        progress: JSON-ready values that were saved with it.
+        state: the training state.
+        progress: JSON-ready values saved with it.
     """
 
     state: State
@@ -31,13 +31,13 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """Keep the best and the last state of a training.
+    """Save and restore the training state; the best and the last checkpoint are kept.
 
     Args:
-        directory: where to; made if it does not exist.
+        directory: directory of the checkpoints; created if it does not exist.
 
     Raises:
-        OSError: a checkpoint cannot be written; the message says which one is whole.
+        OSError: a checkpoint cannot be written. The message names the last complete one.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -51,38 +51,38 @@ class Checkpoints:
         )
         self.directory = directory
         self._quiet = ExitStack()
-        self._quiet.enter_context(quiet())
+        self._quiet.enter_context(_quiet())
         self._manager = ocp.CheckpointManager(directory, options=options)
 
     @property
     def latest(self) -> int | None:
-        """The step of the last checkpoint; None before the first."""
+        """The step of the last checkpoint; None if there is none."""
         step: int | None = self._manager.latest_step()
         return step
 
     def save(self, step: int, state: State, progress: dict[str, Any], goodness: float | None) -> None:
-        """Begin to save a checkpoint; it is written while the training goes on.
+        """Start saving a checkpoint; it is written in the background.
 
         Args:
-            step: its number.
-            state: of the training.
+            step: the number of steps done.
+            state: the training state.
             progress: JSON-ready values.
-            goodness: by which the best one is found, more is better; None where it was not measured.
+            goodness: compared to find the best checkpoint, higher is better; None if this state was not evaluated.
         """
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         with self.writing():
             self._manager.save(step, args=args, metrics=None if goodness is None else {GOODNESS: goodness}, force=True)
 
     def wait(self) -> None:
-        """Wait until all that was begun is written."""
+        """Wait until all checkpoints are written."""
         with self.writing():
             self._manager.wait_until_finished()
 
     def restore(self, example: State) -> Restored:
-        """Read the last checkpoint.
+        """Return the last checkpoint.
 
         Args:
-            example: a state of the same shapes, types and shardings.
+            example: a state with the same shapes, dtypes and shardings.
         """
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), example)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), progress=ocp.args.JsonRestore())
@@ -90,36 +90,37 @@ class Checkpoints:
         return Restored(restored["state"], restored["progress"])
 
     def close(self) -> None:
-        """Wait, and let go of the directory."""
+        """Wait until all checkpoints are written, and release the directory."""
         with self.writing():
             self._manager.close()
         self._quiet.close()
 
     @contextmanager
     def writing(self, failures: type[Exception] = Exception) -> Iterator[None]:
-        """Say what holds where something cannot be written; Orbax and its storage have many names for that."""
+        """Explain which checkpoint is still valid when a write fails; Orbax raises many types of errors for that."""
         try:
             yield
         except failures as error:
-            self._quiet.pop_all()  # for good: what failed goes on failing for a while
+            self._quiet.pop_all()  # stay quiet: background writes keep failing for a while
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-            steps = ocp.utils.checkpoint_steps(self.directory)  # the manager counts those that are being written, too
-            held = f"The last whole checkpoint is that of step {max(steps)}" if steps else "There is no checkpoint yet"
+            steps = ocp.utils.checkpoint_steps(self.directory)  # unlike the manager, counts only complete ones
+            kept = f"The last complete checkpoint is of step {max(steps)}" if steps else "There is no checkpoint yet"
             raise OSError(
-                f"Cannot save in {self.directory.parent}: {reason(error)}. {held}: make room and go on with --resume."
+                f"Cannot save in {self.directory.parent}: {_reason(error)}. {kept}. Free some space and continue with"
+                " resume=True."
             ) from error
 
 
-def reason(error: Exception) -> str:
-    """Return why something could not be written, without the pages that TensorStore says about it."""
+def _reason(error: Exception) -> str:
+    """Return the reason of a failed write, without TensorStore's long report."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     text = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or str(error).partition("\n")[0]
     return text.rstrip(".") or type(error).__name__
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what fails in the background from being printed, in hundreds of tracebacks: it is raised as well."""
+def _quiet() -> Iterator[None]:
+    """Do not print failures of background writes, hundreds of tracebacks; they are raised as well."""
     loggers = {name: logging.getLogger(name) for name in ("absl", "asyncio")}
     levels = {name: logger.level for name, logger in loggers.items()}
     print_unraisable = sys.unraisablehook

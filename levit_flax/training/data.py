@@ -1,7 +1,7 @@
-"""Labeled images for training: found, checked, shuffled, augmented and batched, the same way on every host.
+"""Find, check, shuffle, augment and batch the images of a training run, in the same way on every host.
 
-The order of the images and all randomness follow from the recipe's seed and the place in the training, never from
-threads, processes or hosts: whatever reads them, a step sees the same images.
+The order of the images and their augmentation depend only on the recipe's seed and the step. The number of threads,
+processes or hosts does not change the images of a step.
 """
 
 import multiprocessing
@@ -27,7 +27,7 @@ from .recipe import Recipe
 
 TRAIN_FOLDER = "train"
 VALIDATION_FOLDERS = ("validation", "val", "valid", "test")
-NAMED = 5  # unusable images that a message names
+LISTED = 5  # unusable images or classes named in an error message
 
 
 def read_images(
@@ -36,16 +36,19 @@ def read_images(
     """Find the images to train on and those to validate on.
 
     Args:
-        source: a directory with a folder for each class; one with `train` and `validation` (or `val`, `valid`, `test`)
-            that hold a folder for each class; or a Hugging Face dataset by name (needs `datasets`).
-        recipe: gives the share to hold back, and the seed, where there is no part for validation.
+        source: a directory with a folder for each class; a directory with the folders `train` and `validation` (or
+            `val`, `valid`, `test`) that each have a folder for each class; or the name of a Hugging Face dataset
+            (needs `datasets`).
+        recipe: its `validation_share` and `seed` select the validation images if the source has no validation part.
         skip: images to leave out: paths relative to the source, or rows of a dataset such as "train/17".
-        check: decode every image first, rather than only read its header.
+        check: decode every image. By default only the headers of image files are read.
+
+    Returns:
+        The training images and the validation images.
 
     Raises:
-        DataError: there are too few images or classes, the two parts differ in their classes, or images cannot be
-            used.
-        ImportError: a dataset is asked for, and `datasets` is not installed.
+        DataError: there are too few images or classes, the two parts have different classes, or an image is unusable.
+        ImportError: the source is not a directory, and `datasets` is not installed.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -66,31 +69,31 @@ def read_images(
 
 
 def find_images(source: str | Path, recipe: Recipe, skip: Collection[str]) -> tuple[LabeledImages, LabeledImages]:
-    """Do what `read_images` does, but for looking into the files."""
+    """Like `read_images`, but does not open the files."""
     directory = Path(source).expanduser()
-    parts = read_folders(directory, skip) if directory.is_dir() else read_dataset(str(source), skip)
+    parts = _read_folders(directory, skip) if directory.is_dir() else read_dataset(str(source), skip)
     train = parts[TRAIN_FOLDER]
     if train.labels and len(train.labels) < 2:
-        raise DataError(f"{train.where} has one class, {train.labels[0]}: expected two or more to tell apart.")
+        raise DataError(f"{train.where} has one class, {train.labels[0]}: expected two or more.")
     if len(parts) == 1:
-        train, validation = split(train, recipe)
+        train, validation = _split(train, recipe)
     else:
         validation = next(part for name, part in parts.items() if name != TRAIN_FOLDER)
         if validation.labels != train.labels:
             odd = sorted(set(train.labels) ^ set(validation.labels))
-            found = f"{', '.join(odd[:NAMED])} is in one only" if odd else "their order is another"
+            found = f"only one has {', '.join(odd[:LISTED])}" if odd else "their order differs"
             raise DataError(
-                f"{train.where} has {len(train.labels)} classes and {validation.where} {len(validation.labels)}:"
-                f" expected the same, but {found}."
+                f"{train.where} has {len(train.labels)} classes and {validation.where} has {len(validation.labels)}:"
+                f" expected the same classes, but {found}."
             )
     for part in (train, validation):
         if not len(part):
-            raise DataError(f"{part.where} has no images: expected one or more.")
+            raise DataError(f"{part.where} has no images: expected at least one.")
     return train, validation
 
 
-def read_folders(directory: Path, skip: Collection[str]) -> dict[str, LabeledImages]:
-    """Return the parts of a directory by name, of which one is "train"."""
+def _read_folders(directory: Path, skip: Collection[str]) -> dict[str, LabeledImages]:
+    """Return the training part of a directory, under the name "train", and its validation part if there is one."""
     if not (directory / TRAIN_FOLDER).is_dir():
         return {TRAIN_FOLDER: read_folder(directory, skip=skip)}
     other = next((name for name in VALIDATION_FOLDERS if (directory / name).is_dir()), None)
@@ -99,7 +102,7 @@ def read_folders(directory: Path, skip: Collection[str]) -> dict[str, LabeledIma
 
 
 def read_dataset(name: str, skip: Collection[str] = ()) -> dict[str, LabeledImages]:
-    """Return the parts of a Hugging Face dataset by name, of which one is "train"."""
+    """Like `_read_folders`, for a Hugging Face dataset."""
     found = load_dataset(name)
     if TRAIN_FOLDER not in found:
         raise DataError(f"The dataset {name} has the splits {', '.join(found)}: expected one named {TRAIN_FOLDER}.")
@@ -114,45 +117,46 @@ def read_dataset(name: str, skip: Collection[str] = ()) -> dict[str, LabeledImag
     }
 
 
-def split(images: LabeledImages, recipe: Recipe) -> tuple[LabeledImages, LabeledImages]:
-    """Hold back a share of the images, of each class where there are classes, for validation."""
+def _split(data: LabeledImages, recipe: Recipe) -> tuple[LabeledImages, LabeledImages]:
+    """Hold back `validation_share` of the images, of each class if there are classes, for validation."""
     if not recipe.validation_share:
         raise DataError(
-            f"{images.where} has no part for validation and validation_share is 0: expected one of the two."
+            f"{data.where} has no validation part and validation_share is 0. Add a validation part, or raise"
+            " validation_share."
         )
     rng = np.random.default_rng(recipe.seed)
-    single = images.targets.ndim == 1
-    groups = range(len(images.labels)) if single else [0]
+    single = data.targets.ndim == 1
+    groups = range(len(data.labels)) if single else [0]
     held = []
     for group in groups:
-        members = np.flatnonzero(images.targets == group) if single else np.arange(len(images))
+        members = np.flatnonzero(data.targets == group) if single else np.arange(len(data))
         if len(members) < 2:
-            of = f" of the class {images.labels[group]}" if single else ""
+            of = f" of the class {data.labels[group]}" if single else ""
             raise DataError(
-                f"{images.where} has {len(members)} image{of}: expected at least two, one to train on and one to"
-                " validate on."
+                f"{data.where} has {len(members)} image{of}: expected at least two, one for training and one for"
+                " validation."
             )
         share = min(max(1, round(recipe.validation_share * len(members))), len(members) - 1)
         held.append(rng.permutation(members)[:share])
     back = np.sort(np.concatenate(held))
-    rest = np.setdiff1d(np.arange(len(images)), back)
-    where = images.where
-    return images.select(rest, f"{where}, for training"), images.select(back, f"{where}, for validation")
+    rest = np.setdiff1d(np.arange(len(data)), back)
+    where = data.where
+    return data.select(rest, f"{where}, for training"), data.select(back, f"{where}, for validation")
 
 
 def leave_out(
     train: LabeledImages, validation: LabeledImages, root: Path, skip: Collection[str]
 ) -> tuple[LabeledImages, LabeledImages]:
-    """Leave images out of a training that has begun, while all others keep their places in it.
+    """Leave images out of a run that has started, without moving the other images to other steps.
 
     Args:
-        train: the images to train on; one that is left out gives its place to another one of its class.
-        validation: the images to validate on.
+        train: the training images; each skipped image is replaced by another image of its class.
+        validation: the validation images; skipped images are removed.
         root: the directory that paths are relative to.
         skip: the images to leave out, as in `read_images`.
 
     Raises:
-        DataError: a class would be left without images to train on, or nothing would be left to validate on.
+        DataError: a class would have no training image left, or there would be no validation image left.
     """
     kept, kept_back = (
         np.array([part.key(i, root) not in skip for i in range(len(part))]) for part in (train, validation)
@@ -163,46 +167,46 @@ def leave_out(
         others = np.flatnonzero(kept & (train.targets == train.targets[index])) if single else np.flatnonzero(kept)
         if not len(others):
             of = f" of the class {train.labels[train.targets[index]]}" if single else ""
-            raise DataError(f"{train.where} would have no image{of} left: leave out fewer.")
+            raise DataError(f"{train.where} would have no image{of} left. Skip fewer images.")
         places[index] = others[index % len(others)]
     if not kept_back.any():
-        raise DataError(f"{validation.where} would have no image left: leave out fewer.")
+        raise DataError(f"{validation.where} would have no image left. Skip fewer images.")
     return train.select(places, train.where), validation.select(np.flatnonzero(kept_back), validation.where)
 
 
-def check_images(images: LabeledImages, decode: bool) -> None:
-    """Raise DataError unless every file has an image's header or, where asked for, can be decoded."""
+def check_images(data: LabeledImages, decode: bool) -> None:
+    """Raise DataError unless every file has an image header, or with `decode`, unless every image can be decoded."""
 
     def fault(index: int) -> str | None:
         try:
             if decode:
-                images.load(index)
+                data.load(index)
             else:
-                check_header(images.images[index])
+                check_header(data.images[index])
         except (DataError, ImageError, OSError) as error:
             return str(error)
         return None
 
-    if not decode and not isinstance(images.images, list):
-        return  # the rows of a dataset have no headers
+    if not decode and not isinstance(data.images, list):
+        return  # a dataset has no files whose headers could be read
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        faults = [text for text in pool.map(fault, range(len(images))) if text]
+        faults = [text for text in pool.map(fault, range(len(data))) if text]
     if faults:
         raise DataError(
-            f"{len(faults)} of the {len(images)} images of {images.where} cannot be used:"
-            f" {'; '.join(faults[:NAMED])}. Mend or remove them, or list their paths in a file for --skip."
+            f"{len(faults)} of the {len(data)} images of {data.where} cannot be used:"
+            f" {'; '.join(faults[:LISTED])}. Repair, remove or skip them (skip=...)."
         )
 
 
 def read_skip_list(path: Path) -> frozenset[str]:
-    """Read the paths of images to leave out, one a line, relative to the data."""
+    """Return the paths in a skip list: one path per line, relative to the data directory."""
     lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
     return frozenset(line.strip() for line in lines if line.strip())
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Which of the rows of each batch a host reads."""
+    """The rows of each batch that a host reads: part `index` of `count` equal parts."""
 
     index: int = 0
     count: int = 1
@@ -210,12 +214,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """Every row that a host reads in a whole training, in order: a source for Grain.
+    """The rows that a host reads during a whole run, in order; a source for Grain.
 
-    A batch has `accumulation` parts, of which each host reads an equal range of rows.
+    A batch has `accumulation` parts. Each host reads an equal range of rows of each part.
     """
 
-    images: LabeledImages
+    data: LabeledImages
     recipe: Recipe
     processor: LevitImageProcessor
     teacher_logits: np.ndarray | None = None  # [N L]
@@ -223,37 +227,37 @@ class TrainingRows:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in one epoch; images that do not fill a batch are left out, others in each epoch."""
-        return len(self.images) // self.recipe.batch_size
+        """Steps in one epoch. Images that do not fill a batch are dropped, different ones in each epoch."""
+        return len(self.data) // self.recipe.batch_size
 
     @property
     def local_size(self) -> int:
-        """Rows of a batch that this host reads."""
+        """Number of rows of a batch that this host reads."""
         return self.recipe.batch_size // self.shard.count
 
     @cached_property
     def _order(self) -> Any:
-        # Grain adds the epoch to the seed: neighboring seeds would have most of their orders in common.
+        # Hashed, because Grain adds the epoch to the seed: seed 1 would repeat the orders of seed 0, one epoch earlier.
         [seed] = np.random.SeedSequence(self.recipe.seed).generate_state(1)
-        return grain.MapDataset.range(len(self.images)).shuffle(seed=int(seed))
+        return grain.MapDataset.range(len(self.data)).shuffle(seed=int(seed))
 
     def __len__(self) -> int:
         return self.recipe.epochs * self.steps_per_epoch * self.local_size
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         epoch, place = self.locate(row)
-        index = self._order[epoch * len(self.images) + place // self.recipe.repeats]
+        index = self._order[epoch * len(self.data) + place // self.recipe.repeats]
         rng = np.random.default_rng([self.recipe.seed, epoch, place])
         record = {
-            "pixels": augment(self.images.load(index), rng, self.recipe, self.processor),
-            "targets": self.images.targets[index],
+            "pixels": augment(self.data.load(index), rng, self.recipe, self.processor),
+            "targets": self.data.targets[index],
         }
         if self.teacher_logits is not None:
             record["teacher_logits"] = self.teacher_logits[index]
         return record
 
     def locate(self, row: int) -> tuple[int, int]:
-        """Return the epoch of a host's row, and its place among all rows of the epoch."""
+        """Return the epoch of one of the host's rows, and its index among all rows of the epoch."""
         step, row = divmod(row, self.local_size)
         epoch, step = divmod(step, self.steps_per_epoch)
         part_size = self.local_size // self.recipe.accumulation
@@ -263,15 +267,15 @@ class TrainingRows:
 
 
 def training_batches(rows: TrainingRows, threads: int, processes: int = 0, first: int = 0) -> Any:
-    """Return an iterator over a host's batches: dictionaries of arrays [A B ...], one for each step of the training.
+    """Return an iterator over a host's batches: dictionaries of arrays [A B ...], one for each step.
 
-    It is Grain's. The step is all of its state: Grain's own would bind a training to the number of its processes.
+    A run is resumed by its step alone. Grain's iterator state would fix the number of processes.
 
     Args:
-        rows: what to read.
-        threads: that decode and augment images, in each process.
-        processes: that do so beside this one; 0 for none.
-        first: the step to begin with.
+        rows: the rows to read.
+        threads: number of threads that decode and augment images, in each process.
+        processes: number of worker processes that decode and augment images; 0 decodes in this process.
+        first: the first step.
     """
     parts = rows.recipe.accumulation
 
@@ -279,20 +283,20 @@ def training_batches(rows: TrainingRows, threads: int, processes: int = 0, first
         return {name: array.reshape(parts, -1, *array.shape[1:]) for name, array in batch.items()}
 
     dataset = grain.MapDataset.source(rows).batch(rows.local_size, drop_remainder=True)[first:].map(in_parts)
-    # One thread makes one batch; twice as many batches wait as there are threads.
+    # Each thread prepares one batch at a time. The buffer holds two batches for each thread.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     batches = dataset.to_iter_dataset(options)
     if processes:
         from absl import flags
 
-        if not flags.FLAGS.is_parsed():  # Grain's processes read a flag of absl's, which this program does not use
+        if not flags.FLAGS.is_parsed():  # Grain's workers read an absl flag, and this program does not use absl
             flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=processes), follow_parent)
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=processes), _follow_parent)
     return iter(batches)
 
 
-def follow_parent(*_: int) -> None:
-    """Have this process end when the one that it reads images for does, and leave the signals to that one."""
+def _follow_parent(*_: int) -> None:
+    """Exit when the parent process exits, and ignore the signals that the parent handles."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -305,22 +309,22 @@ def follow_parent(*_: int) -> None:
 
 
 def evaluation_batches(
-    images: LabeledImages, processor: LevitImageProcessor, batch_size: int, shard: Shard = Shard()
+    data: LabeledImages, processor: LevitImageProcessor, batch_size: int, shard: Shard = Shard()
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield a host's part of every image in batches, the last one filled up with weight 0.
+    """Yield a host's rows of batches that cover every image once; the last batch is padded with rows of weight 0.
 
     Yields:
         pixels [1 B H W C], targets [1 B ...] and weights [1 B].
     """
     local = batch_size // shard.count
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(images), batch_size):
+        for start in range(0, len(data), batch_size):
             first = start + shard.index * local
             indices = np.arange(first, first + local)
-            kept = np.minimum(indices, len(images) - 1)
-            pixels = list(pool.map(lambda i: processor.resize_and_crop(images.load(i)), kept))
+            kept = np.minimum(indices, len(data) - 1)
+            pixels = list(pool.map(lambda i: processor.resize_and_crop(data.load(i)), kept))
             yield {
                 "pixels": np.stack(pixels)[None],
-                "targets": images.targets[kept][None],
-                "weights": (indices < len(images)).astype(np.float32)[None],
+                "targets": data.targets[kept][None],
+                "weights": (indices < len(data)).astype(np.float32)[None],
             }

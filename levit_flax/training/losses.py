@@ -1,4 +1,4 @@
-"""What training minimizes: the labels' loss by the kind of problem, and a teacher's.
+"""Loss functions of training: one for the labels of each problem type, and one for a teacher's logits.
 
 Source: facebookresearch/LeViT losses.py (`DistillationLoss`) and timm's SoftTargetCrossEntropy.
 """
@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from levit_flax.configuration import SINGLE_LABEL
-from levit_flax.modeling import classification_loss
+from levit_flax.modeling_outputs import classification_loss
 
 
 def soft_targets(labels: jax.Array, num_labels: int, smoothing: float, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Turn class indices [B] into targets [B num_labels] of which `smoothing` is spread over all classes."""
+    """Return targets [B num_labels] for class indices [B], with the share `smoothing` spread over all classes."""
     return jax.nn.one_hot(labels, num_labels, dtype=dtype) * (1 - smoothing) + smoothing / num_labels
 
 
@@ -21,11 +21,13 @@ def label_loss(logits: jax.Array, targets: jax.Array, problem_type: str) -> jax.
 
     Args:
         logits: [B L].
-        targets: [B L]: shares that sum to 1 for single-label, in [0, 1] each for multi-label, values for regression.
-        problem_type: one of `LevitConfig`'s.
+        targets: [B L]; probabilities that sum to 1 for single-label, values in [0, 1] for multi-label, any values for
+            regression.
+        problem_type: as in `LevitConfig`.
 
     Returns:
-        A scalar: cross entropy of the softmax, binary cross entropy of the sigmoids, or squared error.
+        A scalar: softmax cross entropy for single-label, sigmoid binary cross entropy for multi-label, mean squared
+        error for regression.
 
     Example:
         >>> loss = label_loss(jnp.zeros((1, 2)), jnp.array([[0.9, 0.1]]), SINGLE_LABEL)
@@ -38,15 +40,20 @@ def label_loss(logits: jax.Array, targets: jax.Array, problem_type: str) -> jax.
 
 
 def distillation_loss(logits: jax.Array, teacher_logits: jax.Array, kind: str, temperature: float = 1.0) -> jax.Array:
-    """Return the mean loss of the head that learns from a teacher.
+    """Return the mean loss of the distillation head against a teacher.
 
     Args:
-        logits: [B L], of `head_dist`.
-        teacher_logits: [B L]; no gradient flows into them.
-        kind: "hard" for the cross entropy with the teacher's likeliest class; "soft" for the Kullback-Leibler
-            divergence from its probabilities, times the temperature squared and, as in the reference, over the number
-            of logits rather than of images.
-        temperature: divides both logits of the soft loss.
+        logits: [B L], from `head_dist`.
+        teacher_logits: [B L]; no gradient flows through them.
+        kind: "hard" or "soft".
+        temperature: T of the soft loss.
+
+    With student logits s and teacher logits t, the losses are
+
+        hard: mean over B of cross_entropy(s, argmax(t))
+        soft: T^2 / (B L) * sum over B of KL(softmax(t / T) || softmax(s / T))
+
+    As in the reference, the soft loss is divided by the number of logits, not by the number of images.
 
     Source: Touvron et al. 2021, "Training data-efficient image transformers & distillation through attention".
     """

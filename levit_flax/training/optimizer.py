@@ -1,4 +1,4 @@
-"""AdamW as the reference uses it, in optax: no decay of biases, gradients clipped unit by unit, rates by pattern."""
+"""AdamW with adaptive gradient clipping, no weight decay of biases, and learning rates by parameter path."""
 
 import re
 from collections.abc import Mapping
@@ -11,20 +11,20 @@ from flax.traverse_util import flatten_dict
 
 from .recipe import Recipe, RecipeError
 
-CLIP_EPSILON = 1e-3  # the least norm that a unit's weights are taken to have
+CLIP_EPSILON = 1e-3  # lower bound of a unit's weight norm
 GRADIENT_EPSILON = 1e-6
 
 
 def match_patterns(table: Mapping[str, float], params: Mapping[str, Any], name: str) -> dict[str, float]:
-    """Return the value of the first pattern that matches each parameter's whole path.
+    """Return each parameter's value: that of the first pattern that matches its whole path.
 
     Args:
         table: values by regular expression.
-        params: the tree of parameters, or of anything with its structure.
-        name: what the table is called, for messages.
+        params: the parameters, or another tree of the same structure.
+        name: name of the table in messages.
 
     Raises:
-        RecipeError: a pattern is no regular expression or is never the first to match, or a parameter is not covered.
+        RecipeError: a pattern is not a regular expression, a pattern is never used, or a parameter matches no pattern.
 
     Example:
         >>> match_patterns({"stem/.*": 0.0, ".*": 1.0}, {"stem": {"kernel": 0}, "head": {"bias": 0}}, "learning_rates")
@@ -33,27 +33,31 @@ def match_patterns(table: Mapping[str, float], params: Mapping[str, Any], name: 
     try:
         patterns = {pattern: re.compile(pattern) for pattern in table}
     except re.error as error:
-        raise RecipeError(f"{name}: {error.pattern!r} is not a regular expression ({error}).") from None
+        raise RecipeError(f"{name}: {error.pattern!r} is not a valid regular expression ({error}).") from None
     values, used = {}, set()
     for path in flatten_dict(params, sep="/"):
         match = next((pattern for pattern, compiled in patterns.items() if compiled.fullmatch(path)), None)
         if match is None:
-            raise RecipeError(f'{name} does not cover {path}: every parameter needs a pattern; end with ".*".')
+            raise RecipeError(
+                f'{name} does not cover {path}: expected a pattern for every parameter. Add ".*" at the end.'
+            )
         values[path] = float(table[match])
         used.add(match)
     idle = [pattern for pattern in table if pattern not in used]
     if idle:
-        raise RecipeError(f"{name}: {idle[0]!r} matches no parameter that an earlier pattern leaves.")
+        raise RecipeError(
+            f"{name}: {idle[0]!r} matches no parameter, or only those of earlier patterns. Remove it, or move it up."
+        )
     return values
 
 
 def decays(path: str, parameter: Any) -> bool:
-    """Return whether weight decay applies: not to 1-D tensors, biases and attention biases."""
+    """Return whether weight decay applies to a parameter: not to 1-D tensors, biases and attention biases."""
     return parameter.ndim > 1 and not path.endswith(("/bias", "/attention_biases"))
 
 
 def learning_rate_schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
-    """Return the learning rate by step: a straight line up to the peak, then half a cosine down."""
+    """Return the learning rate schedule: linear warm-up to the peak, then cosine decay."""
     total, warmup = recipe.epochs * steps_per_epoch, round(recipe.warmup_epochs * steps_per_epoch)
     peak = recipe.peak_learning_rate
     cosine = optax.cosine_decay_schedule(peak, max(1, total - warmup), alpha=min(1.0, recipe.min_learning_rate / peak))
@@ -63,11 +67,11 @@ def learning_rate_schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedu
 
 
 def clip_adaptively(factor: float) -> optax.GradientTransformation:
-    """Shorten each unit's gradient to `factor` times the norm of its weights.
+    """Clip the norm of each unit's gradient to `factor` times the norm of the unit's weights.
 
-    A unit is what one output computes with: a column of a kernel [I O] or [H W I O], the biases of one head [N H]; of a
-    1-D tensor, the whole of it. The last axis counts the units in every layout here. (optax.adaptive_grad_clip takes a
-    tensor with axes of length 1, such as the attention biases of a single token, for one unit.)
+    The last axis counts the units: the outputs of a kernel [I O] or [H W I O], the heads of attention biases [N H]. A
+    1-D tensor is one unit. (optax.adaptive_grad_clip treats a tensor with an axis of length 1, such as the attention
+    biases of a single token, as one unit.)
 
     Source: Brock et al. 2021, "High-Performance Large-Scale Image Recognition Without Normalization"; timm's
         `adaptive_clip_grad`.
@@ -85,12 +89,12 @@ def clip_adaptively(factor: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(recipe: Recipe, factors: Mapping[str, float], steps_per_epoch: int) -> optax.GradientTransformation:
-    """Build the optimizer of a recipe, for a flat dictionary of the parameters that are trained.
+    """Return the optimizer of a recipe, for a flat dictionary of the trained parameters.
 
     Args:
-        recipe: gives every number.
-        factors: of the learning rate, by the parameter's path.
-        steps_per_epoch: steps of the optimizer in one pass over the data.
+        recipe: the hyperparameters.
+        factors: factor of the learning rate for each parameter path.
+        steps_per_epoch: number of steps in one epoch.
     """
 
     def scale_each(updates: Mapping[str, jax.Array], _: Any) -> dict[str, jax.Array]:

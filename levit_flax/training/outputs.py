@@ -1,4 +1,4 @@
-"""What a training leaves for people and programs: metrics, curves, TensorBoard, the model with its card, a report."""
+"""Results of a training run: metrics, curves, TensorBoard events, and the best model with its model card."""
 
 import csv
 import io
@@ -26,11 +26,11 @@ MODEL_DIRECTORY = "model"
 TORCH_DIRECTORY = "torch"
 TENSORBOARD_DIRECTORY = "tensorboard"
 
-History = list[dict[str, float]]  # one row for each evaluation: epoch, step, ...
+History = list[dict[str, float]]  # one row per evaluation: epoch, step, ...
 
 
 def write_history(directory: Path, history: History) -> None:
-    """Write the metrics of every evaluation so far, as CSV and as curves."""
+    """Write the metrics of all evaluations so far, as a CSV file and as a plot."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
     writer.writeheader()
@@ -43,8 +43,8 @@ def write_history(directory: Path, history: History) -> None:
 class TensorBoard:
     """Event files for TensorBoard, opened at the first evaluation of this process.
 
-    What a run that died had logged from that step on is dropped. Everything is written at once, not by tensorboardX's
-    thread, which a full disk kills without a word.
+    A restart event makes TensorBoard drop later events of a killed run. Events are written synchronously, because
+    tensorboardX's writer thread dies silently when the disk is full.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -56,20 +56,20 @@ class TensorBoard:
         step = int(row["step"])
         if self._writer is None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            # Named by the second, which a short run that goes on at once would share.
+            # The step in the name keeps files apart that are created within one second.
             self._writer = EventsWriter(str(self.directory / "events"), filename_suffix=f".{step}")
             self._add(step, session_log=SessionLog(status=SessionLog.START))
         for name in row.keys() - {"step"}:
             self._add(step, summary=scalar(name, row[name]))
         self._writer.flush()
 
-    def _add(self, step: int, **what: Any) -> None:
-        self._writer.write_event(Event(step=step, wall_time=time.time(), **what))
+    def _add(self, step: int, **content: Any) -> None:
+        self._writer.write_event(Event(step=step, wall_time=time.time(), **content))
 
     def close(self) -> None:
         """Close the files."""
         if self._writer is not None:
-            with suppress(OSError):  # there is something left to write only where that has failed before
+            with suppress(OSError):  # unwritten events are left only if writing them has failed before
                 self._writer.close()
 
 
@@ -79,21 +79,25 @@ def write_best(
     variables: Variables,
     processor: LevitImageProcessor,
     row: Mapping[str, float],
-    facts: Mapping[str, Any],
+    provenance: Mapping[str, Any],
 ) -> None:
-    """Write the model directory, its card and its metrics."""
+    """Write the model directory with a model card and the metrics of the evaluation `row`."""
     with files.staged_directory(directory / MODEL_DIRECTORY, True, checkpoint.OWN_FILES) as staging:
-        checkpoint.write_model(staging, model.clone(dtype=None), variables, processor, {"training": dict(facts)})
+        checkpoint.write_model(staging, model.clone(dtype=None), variables, processor, {"training": dict(provenance)})
         (staging / "metrics.json").write_text(json.dumps(dict(row), indent=2) + "\n", encoding="utf-8")
-        (staging / CARD_FILE).write_text(model_card(model, row, facts), encoding="utf-8")
+        (staging / CARD_FILE).write_text(model_card(model, row, provenance), encoding="utf-8")
 
 
-def model_card(model: LevitBase, row: Mapping[str, float], facts: Mapping[str, Any]) -> str:
-    """Return the model's README, with the Hub's front matter."""
+def model_card(model: LevitBase, row: Mapping[str, float], provenance: Mapping[str, Any]) -> str:
+    """Return the model card, with the front matter of the Hub."""
     labels = model.config.id2label
-    measured = "\n".join(f"| {name.replace('_', ' ')} | {value:.6g} |" for name, value in row.items())
-    about = "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items() if name != "recipe")
-    recipe = "\n".join(f"{key} = {json.dumps(value)}" for key, value in facts["recipe"].items() if value is not None)
+    metrics = "\n".join(f"| {name.replace('_', ' ')} | {value:.6g} |" for name, value in row.items())
+    settings = "\n".join(
+        f"- {name.replace('_', ' ')}: {value}" for name, value in provenance.items() if name != "recipe"
+    )
+    recipe = "\n".join(
+        f"{key} = {json.dumps(value)}" for key, value in provenance["recipe"].items() if value is not None
+    )
     return f"""---
 library_name: levit-flax
 pipeline_tag: image-classification
@@ -110,15 +114,15 @@ classifier = ImageClassifier.from_pretrained("{MODEL_DIRECTORY}")  # this direct
 classifier("image.jpg")
 ```
 
-Measured at the end of the epoch that it was taken from, on the images held back for validation:
+Metrics on the validation images, at the end of the epoch that these weights are from:
 
 | | |
 |---|---|
-{measured}
+{metrics}
 
-How it was trained:
+Training settings:
 
-{about}
+{settings}
 
 ```toml
 {recipe}
@@ -127,10 +131,10 @@ How it was trained:
 
 
 def best_row(history: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
-    """Return the best evaluation: of the highest accuracy, or where there is none, of the lowest loss."""
+    """Return the evaluation with the highest accuracy, or for regression, with the lowest loss."""
     return max(history, key=goodness)
 
 
 def goodness(row: Mapping[str, float]) -> float:
-    """Return the number by which evaluations are compared; more is better."""
+    """Return the number that evaluations are compared by; higher is better."""
     return row["validation_accuracy"] if "validation_accuracy" in row else -row["validation_loss"]

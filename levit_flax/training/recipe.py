@@ -1,4 +1,4 @@
-"""The recipe: every number that decides how a model is trained, in one frozen object and one plain file."""
+"""Recipes: all hyperparameters of a training run, in a frozen dataclass and in TOML files."""
 
 import dataclasses
 import math
@@ -36,7 +36,7 @@ BELOW_ONE = ("label_smoothing", "drop_path_rate", "ema_decay", "beta1", "beta2",
 
 
 class RecipeError(ValueError):
-    """A recipe cannot be used; the message says which key, what was found and what is expected.
+    """Raised when a recipe is invalid, or does not fit the data, the model or the devices.
 
     Example:
         >>> try:
@@ -49,66 +49,70 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model is trained. The defaults are the recipe "finetune", made for a few hundred images or more.
+    """Hyperparameters of a training run. The defaults are the recipe "finetune", for 500 or more images.
 
     Attributes:
-        epochs: passes over the training images.
-        batch_size: images in one step of the optimizer, over all devices and hosts.
-        accumulation: parts that a batch is computed in, one after the other, to save memory; batch norm sees the parts.
-        seed: decides the order of the images, their augmentation and stochastic depth.
-        validation_share: share of the images held back where the data has no validation part of its own, in (0, 1).
+        epochs: number of epochs.
+        batch_size: number of images per step, over all devices and hosts.
+        accumulation: number of equal parts in which each batch is processed one after the other, to save memory. Batch
+            norm statistics are computed per part.
+        seed: seed of the order of the images, augmentation and stochastic depth.
+        validation_share: share of the images used for validation if the data has no validation part, in (0, 1).
 
-        architecture: for training from scratch, a published variant's name or a table of `LevitConfig` fields.
-        heads: what becomes of two heads where there is no teacher: "merge" into one with their average as its logits,
-            keep the "first", or teach "both" by the labels. With a teacher there are always two.
-        image_size: side of the images in pixels; None for the checkpoint's.
-        drop_path_rate: probability in [0, 1) that a residual branch is dropped; None for the checkpoint's.
-        batch_norm: "train" its statistics, "freeze" them, or "freeze_with_parameters" where the learning rate is 0.
-        compute_dtype: type of the computation; parameters, batch norm and softmax stay in float32.
+        architecture: for training from scratch: the name of a published variant, or a table of `LevitConfig` fields.
+        heads: use of a checkpoint's two heads without a teacher: "merge" them into one whose logits are their average,
+            keep the "first", or train "both" on the labels. With a teacher, the model always has two heads.
+        image_size: height and width of the images in pixels; None keeps the checkpoint's.
+        drop_path_rate: probability in [0, 1) that a residual branch is dropped; None keeps the checkpoint's.
+        batch_norm: "train" updates the running statistics, "freeze" uses and keeps them, "freeze_with_parameters"
+            freezes those whose learning rate is 0.
+        compute_dtype: dtype of the computation. Parameters, batch norm and softmax are always float32.
 
-        learning_rate: at the peak of the schedule, for a batch of `learning_rate_batch`.
-        learning_rate_batch: the peak is scaled by batch_size over this; 0 for no scaling.
-        warmup_epochs: epochs of linear growth from `warmup_learning_rate`, counted within `epochs`.
-        warmup_learning_rate: where the growth starts, not scaled.
-        min_learning_rate: where the cosine ends, not scaled.
-        learning_rates: factors of the learning rate by regular expression over the paths of the parameters, such as
-            "stem/conv_0/conv/kernel"; the first that matches the whole path counts, and every parameter must be
-            covered. 0 freezes.
-        weight_decay: decoupled, not for 1-D tensors, biases and attention biases.
-        beta1: of AdamW.
-        beta2: of AdamW.
-        epsilon: of AdamW.
-        adaptive_clip: the largest norm of a unit's gradient over that of its weights; 0 for no clipping.
-        ema_decay: decay of the averaged weights, which are then the ones evaluated and saved; 0 for none. Early on it
-            is held at (1 + step) / (10 + step), so that short runs are not averaged with their start.
+        learning_rate: peak learning rate for batches of `learning_rate_batch` images.
+        learning_rate_batch: the peak is multiplied by batch_size / learning_rate_batch; 0 for no scaling.
+        warmup_epochs: epochs of linear warm-up from `warmup_learning_rate`, included in `epochs`.
+        warmup_learning_rate: learning rate at the first step, not scaled.
+        min_learning_rate: learning rate at the end of the cosine decay, not scaled.
+        learning_rates: factors of the learning rate by regular expression. The first expression that matches the whole
+            path of a parameter, such as "stem/conv_0/conv/kernel", applies. Every parameter must match one. A factor of
+            0 freezes a parameter.
+        weight_decay: decoupled weight decay; not applied to 1-D tensors, biases and attention biases.
+        beta1: AdamW's decay of the first moment.
+        beta2: AdamW's decay of the second moment.
+        epsilon: AdamW's term that avoids division by zero.
+        adaptive_clip: largest norm of a unit's gradient, relative to the norm of its weights; 0 for no clipping.
+        ema_decay: decay of the moving average of the weights; 0 for none. With averaging, the averaged weights are
+            evaluated and saved. The decay is at most (1 + step) / (10 + step), so that the initial weights do not
+            dominate short runs.
 
         label_smoothing: share of the target spread over all classes, in [0, 1).
-        distillation: "none", or learn from a teacher's likeliest class ("hard") or its probabilities ("soft").
-        distillation_alpha: weight of the teacher's loss against the labels', in [0, 1].
-        distillation_temperature: of the soft loss.
+        distillation: "none", or learn from a teacher's most likely class ("hard") or its probabilities ("soft").
+        distillation_alpha: weight of the teacher's loss in [0, 1]; the labels' loss has the weight 1 - alpha.
+        distillation_temperature: temperature of the soft loss.
 
-        crop_scale: smallest and largest share of the image's area in a random crop; () for no random crop, which
-            then is the evaluation's own.
+        crop_scale: smallest and largest area of a random crop, relative to the image; () uses the resizing and center
+            crop of evaluation instead.
         crop_ratio: smallest and largest ratio of width to height of a random crop.
-        crop_padding: pixels reflected around an image before its random crop, at its own size.
-        interpolation: "bicubic", "bilinear", or one of the two at "random", for random crops and RandAugment.
-        flip: probability of a mirrored image.
-        rand_augment: operations of RandAugment per image; 0 for none.
-        rand_augment_magnitude: their strength, in [0, 10].
-        rand_augment_deviation: standard deviation of the strength.
+        crop_padding: width in pixels of a reflected border from which a crop of the original size is cut first; 0 for
+            none.
+        interpolation: filter of random crops and RandAugment: "bicubic", "bilinear", or "random" for either one.
+        flip: probability of a horizontal flip.
+        rand_augment: number of RandAugment operations per image; 0 for none.
+        rand_augment_magnitude: magnitude of the operations, in [0, 10].
+        rand_augment_deviation: standard deviation of the magnitude.
         color_jitter: largest relative change of brightness, contrast and saturation; 0 for none.
         erase: probability that a rectangle of an image is replaced by noise.
-        mixup: parameter of the beta distribution of mixup; 0 for none.
-        cutmix: parameter of the beta distribution of cutmix; 0 for none.
+        mixup: alpha of mixup's beta distribution; 0 for no mixup.
+        cutmix: alpha of cutmix's beta distribution; 0 for no cutmix.
         mix_probability: probability that a batch is mixed.
-        mix_switch: where both are given, the probability that it is cutmix.
-        repeats: how often each image of an epoch is taken, each time augmented anew; an epoch then holds a share of
-            the images.
+        mix_switch: probability of cutmix if both are enabled.
+        repeats: number of times that each image of an epoch is used, each time augmented differently. An epoch keeps
+            its number of steps and uses fewer distinct images.
 
-        checkpoint_every: epochs between checkpoints, with an evaluation each.
+        checkpoint_every: number of epochs between checkpoints; each one includes an evaluation.
 
     Raises:
-        RecipeError: a value is out of its range.
+        RecipeError: a value has the wrong type or is out of range.
 
     Example:
         >>> Recipe(epochs=5, batch_size=32).learning_rate
@@ -169,7 +173,7 @@ class Recipe:
     repeats: int = 1
 
     def __post_init__(self) -> None:
-        """Check every value."""
+        """Convert and check every value."""
         kinds = typing.get_type_hints(type(self))
         for entry in dataclasses.fields(self):
             value = _as_kind(entry.name, getattr(self, entry.name), kinds[entry.name])
@@ -183,30 +187,32 @@ class Recipe:
             number = isinstance(factor, int | float) and not isinstance(factor, bool)
             if not (number and math.isfinite(factor) and factor >= 0):
                 raise RecipeError(
-                    f"learning_rates gives {pattern!r} the factor {factor!r}: expected a number that is not negative."
+                    f"learning_rates gives {pattern!r} the factor {factor!r}: expected a non-negative number."
                 )
         if self.batch_size % self.accumulation:
             raise RecipeError(
-                f"batch_size {self.batch_size} cannot be computed in {self.accumulation} equal parts (accumulation)."
+                f"batch_size is {self.batch_size}: expected a multiple of accumulation, {self.accumulation}."
             )
         for name in ("crop_scale", "crop_ratio"):
             span = getattr(self, name)
             if span and not (len(span) == 2 and 0 < span[0] <= span[1]):
-                raise RecipeError(f"{name} is {list(span)}: expected two positive numbers, the smaller one first.")
+                raise RecipeError(f"{name} is {list(span)}: expected two positive numbers in ascending order.")
         if self.warmup_epochs >= self.epochs:
-            raise RecipeError(f"warmup_epochs is {self.warmup_epochs}: expected fewer than the {self.epochs} epochs.")
+            raise RecipeError(f"warmup_epochs is {self.warmup_epochs}: expected less than epochs ({self.epochs}).")
 
     def _check_range(self, name: str, value: Any) -> None:
         if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
-            raise RecipeError(f"{name} is {value}: expected a number that is not negative.")
+            raise RecipeError(f"{name} is {value}: expected a non-negative number.")
         if name in POSITIVE and value <= 0:
             raise RecipeError(f"{name} is {value}: expected more than 0.")
-        if (name in SHARES and value > 1) or (name in BELOW_ONE and value is not None and value >= 1):
-            raise RecipeError(f"{name} is {value}: expected a share, 0 to 1.")
+        if name in BELOW_ONE and value is not None and value >= 1:
+            raise RecipeError(f"{name} is {value}: expected a number less than 1.")
+        if name in SHARES and value > 1:
+            raise RecipeError(f"{name} is {value}: expected a number from 0 to 1.")
 
     @property
     def peak_learning_rate(self) -> float:
-        """The learning rate at the end of the warm-up, scaled for the batch.
+        """Learning rate at the end of the warm-up, scaled for the batch size.
 
         Example:
             >>> Recipe(learning_rate=5e-4, learning_rate_batch=512, batch_size=1024).peak_learning_rate
@@ -217,7 +223,7 @@ class Recipe:
         return self.learning_rate * self.batch_size / self.learning_rate_batch
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values, JSON-ready.
+        """Return all values as a JSON-ready dictionary.
 
         Example:
             >>> Recipe(crop_scale=(0.5, 1.0)).to_dict()["crop_scale"]
@@ -228,15 +234,15 @@ class Recipe:
 
 
 def read_recipe(name: str | Path = "finetune", **changes: Any) -> Recipe:
-    """Read a recipe.
+    """Return a recipe from a TOML file, or one of the package's recipes.
 
     Args:
-        name: one of the package's recipes ("finetune", "small_images", "small_images_finish", "paper"), or a TOML file
-            with keys of `Recipe`.
-        **changes: values that replace the file's.
+        name: "finetune", "small_images", "small_images_finish", "paper", or the path of a TOML file with fields of
+            `Recipe`.
+        **changes: fields of `Recipe` that override the file.
 
     Raises:
-        RecipeError: there is no such recipe, it is not TOML, a key is none of `Recipe`'s, or a value is out of range.
+        RecipeError: the recipe does not exist, is not valid TOML, has an unknown key, or has an invalid value.
 
     Example:
         >>> read_recipe("small_images", epochs=10).epochs
@@ -249,11 +255,11 @@ def read_recipe(name: str | Path = "finetune", **changes: Any) -> Recipe:
     elif path.is_file():
         text = path.read_text(encoding="utf-8")
     else:
-        raise RecipeError(f"There is no recipe {name}: expected {', '.join(known)}, or a TOML file.")
+        raise RecipeError(f"There is no recipe {name}: expected {', '.join(known)}, or the path of a TOML file.")
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"The recipe {name} is not TOML: {error}.") from None
+        raise RecipeError(f"The recipe {name} is not valid TOML: {error}.") from None
     return make_recipe({**values, **changes}, f"The recipe {name}")
 
 
@@ -263,16 +269,16 @@ def recipe_names() -> list[str]:
 
 
 def make_recipe(values: Mapping[str, Any], where: str) -> Recipe:
-    """Make a recipe of a table, refusing keys that are none of `Recipe`'s."""
+    """Return a recipe with the values of a table, or raise RecipeError for an unknown key."""
     known = [entry.name for entry in dataclasses.fields(Recipe)]
     foreign = [key for key in values if key not in known]
     if foreign:
-        raise RecipeError(f"{where} has the unknown key {foreign[0]}: the keys are {', '.join(known)}.")
+        raise RecipeError(f"{where} has the unknown key {foreign[0]}: expected {', '.join(known)}.")
     return Recipe(**values)
 
 
 def parse_change(text: str) -> tuple[str, Any]:
-    """Read "key=value" as TOML does; a bare word is a string."""
+    """Return the key and the value of "key=value", in TOML syntax; an unquoted word is a string."""
     key, equals, value = text.partition("=")
     if not equals:
         raise RecipeError(f"Expected KEY=VALUE, such as epochs=10; found {text!r}.")
@@ -283,7 +289,7 @@ def parse_change(text: str) -> tuple[str, Any]:
 
 
 def _as_kind(name: str, value: Any, kind: Any) -> Any:
-    """Return the value as the type of its field, widening integers to floats and lists to tuples."""
+    """Return the value as the type of its field; integers become floats and lists become tuples if needed."""
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     for option in kinds:
         origin = typing.get_origin(option) or option

@@ -1,4 +1,4 @@
-"""What training carries from step to step, and the step itself: one pure function, jitted, its state donated."""
+"""The training state, and the training and evaluation steps as pure functions."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -25,14 +25,14 @@ from .recipe import Recipe
 
 @struct.dataclass
 class State:
-    """Everything that a step changes.
+    """The training state.
 
     Attributes:
-        step: int32, steps of the optimizer done.
-        variables: the model's, {"params": ..., "batch_stats": ...}.
-        average: the averaged variables, or None.
-        opt_state: the optimizer's.
-        broken: bool, whether a loss or a gradient was not finite. Neither that step nor those after it change anything.
+        step: int32, number of steps done.
+        variables: the model's variables, {"params": ..., "batch_stats": ...}.
+        average: the moving average of the variables, or None.
+        opt_state: the optimizer's state.
+        broken: bool, whether the loss or a gradient was NaN or infinite. That step and later ones are not applied.
     """
 
     step: jax.Array
@@ -44,12 +44,12 @@ class State:
 
 @struct.dataclass
 class Metrics:
-    """What a step saw, as scalars.
+    """The metrics of a step, as scalars.
 
     Attributes:
         loss: mean over the batch.
-        correct: number of images whose class was named, mixed ones by their larger part.
-        gradient: norm of all gradients together, before clipping.
+        correct: number of images classified correctly; a mixed image counts with the class of its larger share.
+        gradient: global norm of the gradients, before clipping.
     """
 
     loss: jax.Array
@@ -58,13 +58,12 @@ class Metrics:
 
 
 class Batch(NamedTuple):
-    """Images of one step.
+    """The images of one step, in A parts (`accumulation`).
 
     Attributes:
-        pixels: [A B H W C], uint8 levels, or floating-point values prepared by the processor; A parts of a batch
-            (`accumulation`).
+        pixels: [A B H W C], uint8 levels, or floating-point values normalized by the processor.
         targets: class indices [A B], or floating-point targets [A B L].
-        teacher_logits: [A B L] where they were stored; otherwise None.
+        teacher_logits: stored logits [A B L], or None.
     """
 
     pixels: Any
@@ -76,15 +75,16 @@ Teacher = Callable[[Any, jax.Array], jax.Array]  # (its variables, pixel_values 
 
 
 class Task:
-    """Bind a model to a recipe: makes the first state, and the functions that are jitted.
+    """The initial state and the steps of a recipe for one model.
 
     Args:
-        model: with one head, or two for distillation; not folded.
-        recipe: how it is trained.
-        processor: gives mean and standard deviation of the pixel values.
-        params: the tree of the model's parameters, or of their shapes.
-        steps_per_epoch: steps of the optimizer in one pass over the data.
-        teacher: gives the logits that `head_dist` learns from; None where the batches bring them or nothing distills.
+        model: a model with one head, or with two for distillation; not folded.
+        recipe: how to train.
+        processor: normalizes uint8 pixels.
+        params: the model's parameters, or their shapes.
+        steps_per_epoch: number of steps in one epoch.
+        teacher: returns the logits that `head_dist` learns from; None without distillation, or if the batches hold
+            them.
 
     Raises:
         RecipeError: `learning_rates` does not fit the parameters.
@@ -107,7 +107,7 @@ class Task:
 
     def init(self, variables: Variables) -> State:
         """Return the state before the first step."""
-        variables = jax.tree.map(jnp.copy, variables)  # the caller's own are not to be donated
+        variables = jax.tree.map(jnp.copy, variables)  # the state is donated, the caller's variables must not be
         flat = flatten_dict(variables["params"], sep="/")
         return State(
             step=jnp.zeros((), jnp.int32),
@@ -121,12 +121,12 @@ class Task:
         """Take one step of the optimizer.
 
         Args:
-            state: before the step; donated where this is jitted.
-            teacher_variables: the first argument of the teacher; None without one.
+            state: the state before the step.
+            teacher_variables: the first argument of `teacher`; None without a teacher.
             batch: the images.
 
         Returns:
-            The state after the step, and what the step saw.
+            The state after the step, and the metrics.
         """
         flat = flatten_dict(state.variables["params"], sep="/")
         trained = {path: flat[path] for path in self.trained}
@@ -141,7 +141,7 @@ class Task:
         parts = batch.targets.shape[0]
         key = jax.random.fold_in(jax.random.key(self.recipe.seed), state.step)
         keys = jax.random.split(key, parts)
-        statistics, totals = compute_parts(compute, state.variables["batch_stats"], batch, keys)
+        statistics, totals = _compute_parts(compute, state.variables["batch_stats"], batch, keys)
         gradients, loss = jax.tree.map(lambda x: x / parts, totals[:2])
 
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, trained)
@@ -187,11 +187,11 @@ class Task:
             loss = (1 - recipe.distillation_alpha) * loss + recipe.distillation_alpha * taught
         elif two_heads:
             loss = (loss + label_loss(heads[1], targets, self.problem_type)) / 2
-        correct = count_correct(sum(heads[1:], heads[0]), targets, self.problem_type)
+        correct = _count_correct(sum(heads[1:], heads[0]), targets, self.problem_type)
         return loss, (updates["batch_stats"], correct)
 
     def prepare(self, batch: Batch, smoothing: float | None = None) -> tuple[jax.Array, jax.Array]:
-        """Return the pixel values [B H W C] of a part of a batch and its targets [B L], smoothed as the recipe says."""
+        """Return pixel values [B H W C] and smoothed targets [B L] of a part; `smoothing` None is the recipe's."""
         wide = jnp.promote_types(jnp.float32, self.model.param_dtype)
         pixels = batch.pixels
         pixel_values = normalize(pixels, self.processor, wide) if pixels.dtype == jnp.uint8 else pixels
@@ -202,7 +202,7 @@ class Task:
         return pixel_values.astype(wide), targets.astype(wide)
 
     def _freeze_statistics(self, method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        """Have batch norms use their running statistics, where the recipe freezes them."""
+        """Make batch norms use their running statistics if the recipe freezes them."""
         module = context.module
         if not isinstance(module, BatchNorm) or self.recipe.batch_norm == "train":
             return method(*args, **kwargs)
@@ -218,29 +218,29 @@ class Task:
         def blend(old: jax.Array, new: jax.Array) -> jax.Array:
             if jnp.issubdtype(new.dtype, jnp.integer):
                 return new
-            # Not decay * old + (1 - decay) * new, whose rounding changes what is frozen.
+            # The rounding of decay * old + (1 - decay) * new would change frozen parameters.
             return (old + (1 - decay) * (new - old)).astype(old.dtype)
 
         return jax.tree.map(blend, state.average, variables)
 
     def evaluate_step(self, variables: Variables, batch: Batch, weights: jax.Array) -> dict[str, jax.Array]:
-        """Return the totals of one batch in evaluation: "loss", "correct" and "images".
+        """Return the sums "loss", "correct" and "images" over one validation batch.
 
         Args:
-            variables: the model's.
+            variables: the model's variables.
             batch: the images, with A = 1.
-            weights: [1 B], 1 for an image that counts and 0 for what fills the batch up.
+            weights: [1 B], 1 for an image and 0 for padding.
         """
         pixel_values, targets = self.prepare(jax.tree.map(lambda x: x[0], batch), smoothing=0.0)
         output: Any = self.model.apply(variables, pixel_values)
         logits = output.logits.astype(targets.dtype)
         losses = jax.vmap(lambda row, target: label_loss(row[None], target[None], self.problem_type))(logits, targets)
-        hits = count_correct(logits, targets, self.problem_type, weights[0])
+        hits = _count_correct(logits, targets, self.problem_type, weights[0])
         return {"loss": jnp.sum(losses * weights[0]), "correct": hits, "images": weights.sum()}
 
 
-def compute_parts(compute: Any, statistics: Any, batch: Batch, keys: jax.Array) -> tuple[Any, Any]:
-    """Add up what `compute(statistics, part, key)` returns for each part of a batch, and hand the statistics on."""
+def _compute_parts(compute: Any, statistics: Any, batch: Batch, keys: jax.Array) -> tuple[Any, Any]:
+    """Sum the results of `compute(statistics, part, key)` over the parts, passing the statistics from part to part."""
     first = jax.tree.map(lambda x: x[0], (batch, keys))
     if len(keys) == 1:
         result: tuple[Any, Any] = compute(statistics, *first)
@@ -255,8 +255,8 @@ def compute_parts(compute: Any, statistics: Any, batch: Batch, keys: jax.Array) 
     return jax.lax.scan(add, (statistics, zeros), (batch, keys))[0]
 
 
-def count_correct(logits: jax.Array, targets: jax.Array, problem_type: str, weights: Any = 1.0) -> jax.Array:
-    """Return how many images are right: the likeliest class, or all of an image's labels; 0 for regression."""
+def _count_correct(logits: jax.Array, targets: jax.Array, problem_type: str, weights: Any = 1.0) -> jax.Array:
+    """Return the number of images whose class, or all of whose labels, are predicted correctly; 0 for regression."""
     if problem_type == SINGLE_LABEL:
         right = logits.argmax(-1) == targets.argmax(-1)
     elif problem_type == MULTI_LABEL:

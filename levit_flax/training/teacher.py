@@ -1,4 +1,4 @@
-"""The teacher of a distilled model: a model, a function, or logits that were stored before.
+"""The teacher of a distilled model: a model, a function, or stored logits.
 
 Source: Touvron et al. 2021, "Training data-efficient image transformers & distillation through attention".
 """
@@ -27,10 +27,10 @@ STORED_SUFFIX = ".npz"
 
 
 class TeacherSource(NamedTuple):
-    """What training asks for the teacher's logits: a function and its variables, or what was stored for each image.
+    """The source of the teacher's logits: a function with its variables, or an array.
 
     Attributes:
-        function: (variables, pixel_values [B H W C] as the student sees them) -> logits [B L]; or None.
+        function: (variables, pixel_values [B H W C] normalized for the student) -> logits [B L]; or None.
         variables: the function's first argument.
         logits: [N L], one row for each training image; or None.
     """
@@ -45,66 +45,65 @@ def make_teacher(
     recipe: Recipe,
     config: LevitConfig,
     processor: LevitImageProcessor,
-    images: LabeledImages,
+    train: LabeledImages,
     root: Path,
     options: HubOptions = DEFAULTS,
 ) -> TeacherSource:
-    """Prepare the teacher.
+    """Load and check the teacher.
 
     Args:
-        teacher: a checkpoint, as in `levit_flax.from_pretrained`; an .npz file of `store_logits`; or a function from
-            pixel values [B H W C], normalized for the student, to logits [B L] in the order of its classes.
-        recipe: says how the student learns from it.
-        config: the student's.
-        processor: the student's.
-        images: the ones to train on.
-        root: the directory that stored logits name the images relative to.
+        teacher: as in `finetune`.
+        recipe: how to train.
+        config: the student's config.
+        processor: the student's processor.
+        train: the training images.
+        root: the directory that the paths of stored logits are relative to.
         options: how to access the Hub.
 
     Raises:
-        RecipeError: the recipe distills and there is no teacher, or the other way round; it mixes images that
-            logits were stored for; or the images do not have one class each.
-        ValueError: the teacher does not know the student's classes.
+        RecipeError: the recipe needs a teacher and there is none, or the other way round; the recipe mixes images and
+            the logits are stored; or the problem is not single-label.
+        ValueError: the teacher does not have all of the student's classes.
     """
-    check_teacher(teacher, recipe, images)
+    check_teacher(teacher, recipe, train)
     if teacher is None:
         return TeacherSource()
     if callable(teacher):
-        return TeacherSource(check_width(teacher, config.num_labels))
+        return TeacherSource(_check_width(teacher, config.num_labels))
     if Path(teacher).suffix == STORED_SUFFIX:
-        return TeacherSource(logits=read_logits(Path(teacher), images, root, config))
-    return load_teacher(teacher, config, processor, options)
+        return TeacherSource(logits=_read_logits(Path(teacher), train, root, config))
+    return _load_teacher(teacher, config, processor, options)
 
 
 def check_teacher(
-    teacher: str | Path | Callable[[jax.Array], jax.Array] | None, recipe: Recipe, images: LabeledImages
+    teacher: str | Path | Callable[[jax.Array], jax.Array] | None, recipe: Recipe, train: LabeledImages
 ) -> None:
-    """Raise RecipeError where a recipe, a teacher and the images do not fit each other; nothing is read."""
+    """Raise RecipeError unless the recipe, the teacher and the images fit each other; reads no files."""
     if (teacher is None) == (recipe.distillation != "none"):
-        expected = "a teacher (--teacher)" if teacher is None else 'distillation="hard" or "soft"'
+        expected = "a teacher (teacher=...)" if teacher is None else 'distillation = "hard" or "soft"'
         raise RecipeError(
             f"distillation is {recipe.distillation!r} and there is {'no' if teacher is None else 'a'} teacher: expected"
             f" {expected}."
         )
-    if teacher is not None and images.problem_type != SINGLE_LABEL:
+    if teacher is not None and train.problem_type != SINGLE_LABEL:
         raise RecipeError(
-            f"A teacher's answer is one class, but {images.where} is for {images.problem_type}: expected"
-            ' distillation = "none", or images of one class each.'
+            f"Distillation needs images with one class each, but {train.where} is for {train.problem_type}: expected"
+            ' distillation = "none".'
         )
     stored = isinstance(teacher, str | Path) and Path(teacher).suffix == STORED_SUFFIX
     if stored and (recipe.mixup or recipe.cutmix):
         raise RecipeError(
-            f"{teacher} holds logits of whole images, and the recipe mixes images: expected mixup = 0 and cutmix = 0."
+            f"{teacher} has logits of unmixed images, but the recipe mixes images: expected mixup = 0 and cutmix = 0."
         )
 
 
-def load_teacher(
+def _load_teacher(
     source: str | Path, config: LevitConfig, processor: LevitImageProcessor, options: HubOptions
 ) -> TeacherSource:
-    """Load a model as a teacher; it sees the student's images, resized and normalized as it was trained with."""
+    """Load a model as a teacher. The student's images are resized and normalized for it."""
     model, variables, own_processor, _ = loading.load_model(source, options, dtype="float32")
     model, variables = prepare(model, variables)
-    order = match_labels(model.config.id2label, config.id2label, str(source))
+    order = _match_labels(model.config.id2label, config.id2label, str(source))
     mean, std, own_mean, own_std = (
         np.asarray(value, np.float32).reshape(1, 1, 1, -1)
         for of in (processor, own_processor)
@@ -113,7 +112,7 @@ def load_teacher(
     size = model.config.image_height_width
 
     def teach(variables: Any, pixel_values: jax.Array) -> jax.Array:
-        # As one multiplication and one addition, which are the identity for equal processors.
+        # One multiplication and one addition, so that nothing is rounded if both processors are equal.
         pixel_values = pixel_values * (std / own_std) + (mean - own_mean) / own_std
         if pixel_values.shape[1:3] != size:
             shape = (pixel_values.shape[0], *size, pixel_values.shape[3])
@@ -124,46 +123,47 @@ def load_teacher(
     return TeacherSource(teach, variables)
 
 
-def check_width(function: Callable[[jax.Array], jax.Array], width: int) -> Teacher:
-    """Return a function from pixel values [B H W C] to logits [B width] as a teacher without variables."""
+def _check_width(function: Callable[[jax.Array], jax.Array], width: int) -> Teacher:
+    """Return a function from pixel values [B H W C] to logits [B width] as a teacher that checks the shape."""
 
     def teach(_: Any, pixel_values: jax.Array) -> jax.Array:
         logits = function(pixel_values)
         expected = (pixel_values.shape[0], width)
         if logits.shape != expected:
             raise ValueError(
-                f"The teacher's logits have the shape {logits.shape}: expected {expected}, a row for each image and a"
-                " column for each of the student's classes, in their order."
+                f"The teacher's logits have the shape {logits.shape}: expected {expected}, one row per image and one"
+                " column per class of the student, in the student's order."
             )
         return logits
 
     return teach
 
 
-def match_labels(own: Sequence[str], wanted: Sequence[str], where: str) -> list[int]:
-    """Return the teacher's index of each class of the student."""
+def _match_labels(own: Sequence[str], wanted: Sequence[str], where: str) -> list[int]:
+    """Return the teacher's index of each of the student's classes."""
     indices = {label: i for i, label in enumerate(own)}
     missing = [label for label in wanted if label not in indices]
     if missing:
         raise ValueError(
-            f"The teacher {where} has {len(own)} classes, and {missing[0]} is none of them: expected one that knows the"
-            f" student's {len(wanted)} classes by name."
+            f"The teacher {where} has {len(own)} classes, and {missing[0]} is not one of them: expected a teacher with"
+            f" the names of all {len(wanted)} classes of the student."
         )
     return [indices[label] for label in wanted]
 
 
 def store_logits(path: str | Path, classifier: ImageClassifier, data: str | Path, files: Sequence[str | Path]) -> None:
-    """Store a classifier's logits for images, for `finetune` to learn from.
+    """Write a classifier's logits for images to a file that `finetune` accepts as a teacher.
 
     Args:
-        path: the .npz file to write: "files", paths relative to `data`; "labels", the classes; "logits" [N L].
+        path: the .npz file to write. It holds "files", paths relative to `data`; "labels", the class names; and
+            "logits" [N L].
         classifier: the teacher.
-        data: the directory that training will be given.
-        files: the images, below `data`.
+        data: the directory that will be passed to `finetune`.
+        files: paths of the N images, inside `data`.
 
     Raises:
-        ImageError: an image cannot be used.
-        OSError: a file cannot be read, or the result not be written.
+        ImageError: an image cannot be decoded.
+        OSError: a file cannot be read or written.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -190,14 +190,16 @@ def store_logits(path: str | Path, classifier: ImageClassifier, data: str | Path
     write_atomically(Path(path), write)
 
 
-def read_logits(path: Path, images: LabeledImages, root: Path, config: LevitConfig) -> np.ndarray:
-    """Return the stored logits [N L] of the training images, in the order of the student's classes.
+def _read_logits(path: Path, train: LabeledImages, root: Path, config: LevitConfig) -> np.ndarray:
+    """Return stored logits [N L] of the training images, in the order of the student's classes.
 
     Raises:
-        ValueError: the file is not one of `store_logits`, or lacks an image or a class.
+        ValueError: the file was not written by `store_logits`, or an image or a class is missing.
     """
-    if not isinstance(images.images, list):
-        raise ValueError(f"{path} names images by their paths, which those of {images.where} do not have.")
+    if not isinstance(train.images, list):
+        raise ValueError(
+            f"{path} stores logits by image path, but the images of {train.where} are not files: expected a directory."
+        )
     try:
         with np.load(path) as stored:
             files, labels, logits = (stored[name] for name in ("files", "labels", "logits"))
@@ -205,16 +207,16 @@ def read_logits(path: Path, images: LabeledImages, root: Path, config: LevitConf
             raise ValueError(f"{len(files)} files and {len(labels)} labels, but logits of the shape {logits.shape}")
     except OSError:
         raise
-    except Exception as error:  # a damaged archive raises whatever its reader stumbles over
+    except Exception as error:  # the reader of a damaged archive may raise any error
         raise ValueError(f"{path} is not a file of stored logits: {error}") from None
     rows = {name: row for row, name in enumerate(files.tolist())}
-    names = [Path(image).relative_to(root).as_posix() for image in images.images]
+    names = [Path(image).relative_to(root).as_posix() for image in train.images]
     missing = [name for name in names if name not in rows]
     if missing:
         raise ValueError(
-            f"{path} has no logits for {len(missing)} of the {len(names)} training images, the first of which is"
-            f" {missing[0]}: store them for all."
+            f"{path} has no logits for {len(missing)} of the {len(names)} training images, such as {missing[0]}. Store"
+            " the logits of all images."
         )
-    order = match_labels(labels.tolist(), config.id2label, str(path))
+    order = _match_labels(labels.tolist(), config.id2label, str(path))
     found: np.ndarray = logits[[rows[name] for name in names]][:, order]
     return found

@@ -37,7 +37,7 @@ OBJECT = re.compile(r"^::: (\S+)$", re.MULTILINE)  # as mkdocstrings marks them
 # The modules whose examples run, and what those of a package, a module or a function need.
 MODULES = [
     *("configuration", "modeling", "checkpoint", "loading", "surgery", "image_processing", "classifier", "datasets"),
-    "memory",
+    *("memory", "modeling_outputs"),
     *("evaluation", "visualize", "export", "convert.conversion", "convert.writing", "convert.errors"),
     *("training.recipe", "training.data", "training.losses", "training.optimizer", "training.teacher", "training.loop"),
 ]

@@ -167,7 +167,7 @@ def test_the_part_for_validation_has_four_names(tmp_path):
         assert listed(validation, tmp_path)[0] == (f"{part}/ant/{part}.png", "ant") and len(validation) == 3
     (tmp_path / "validation" / "dog").mkdir()
     touch(tmp_path, "validation/dog/1.png")
-    with pytest.raises(DataError, match=r"train has 3 classes and .*validation 4: .* but dog is in one only"):
+    with pytest.raises(DataError, match=r"train has 3 classes and .*validation has 4: .* but only one has dog"):
         find_images(tmp_path, tiny_recipe(), ())
 
 
@@ -203,7 +203,9 @@ def test_a_skip_list(tmp_path):
     found = [name for part in find_images(tmp_path, tiny_recipe(), skip) for name, _ in listed(part, tmp_path)]
     assert found == [name for name in names if name not in ("train/ant/1 x.png", "val/cat/0 x.png")]
     everything = {name for name in names if name.startswith("train/bee")}
-    with pytest.raises(DataError, match="train/bee holds no images: fill the folder of the class, or remove it"):
+    with pytest.raises(
+        DataError, match=r"train/bee has no images: expected at least one per class\. Add images, or remove the folder"
+    ):
         find_images(tmp_path, tiny_recipe(), everything)
 
 
@@ -356,7 +358,7 @@ def test_two_heads_become_what_the_recipe_says(two_heads, folder):
 @pytest.mark.parametrize("changes", [{"heads": "both"}, {"distillation": "hard"}])
 def test_a_head_that_is_lacking_is_announced(one_head, folder, changes):
     train, _ = find_images(folder, tiny_recipe(), ())
-    with pytest.warns(UserWarning, match="The checkpoint has no head_dist: these weights are newly initialized"):
+    with pytest.warns(UserWarning, match="The checkpoint has no head_dist: these heads are newly initialized"):
         student = student_of(one_head, train, **changes)
     _, before = lf.from_pretrained(one_head)
     after = student.variables["params"]
@@ -367,7 +369,7 @@ def test_a_head_that_is_lacking_is_announced(one_head, folder, changes):
 @pytest.mark.parametrize("names", [("ant", "bee"), ("ant", "bee", "dog"), ("ant", "bee", "cat", "dog")])
 def test_other_classes_are_announced(two_heads, tmp_path, names):
     train, _ = find_images(write_images(tmp_path / "data", 2, names), tiny_recipe(), ())
-    said = rf"The model's 3 classes are not the {len(names)} of .*data, for training: its heads are fresh\.$"
+    said = rf"3 classes are not the {len(names)} classes of .*data, for training: its heads are newly initialized\.$"
     with pytest.warns(UserWarning, match=said) as caught:
         student = student_of(two_heads, train, heads="both")
     assert len(caught) == 1
@@ -449,7 +451,7 @@ def test_other_problems_from_the_dataset_to_the_model(two_heads, tmp_path, monke
     whole = {"train": part(targets[:27], images[:27]), "test": part(targets[27:], images[27:])}
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"zoo/answers": datasets.DatasetDict(whole)}[name])
     recipe = tiny_recipe(**{**QUICK, "epochs": 3, "batch_size": 9, "learning_rate": 0.1})
-    with pytest.warns(UserWarning, match=f"3 classes are not the {targets.shape[1]} of zoo/answers, train"):
+    with pytest.warns(UserWarning, match=f"3 classes are not the {targets.shape[1]} classes of zoo/answers, train"):
         report = finetune("zoo/answers", tmp_path / "run", model=two_heads, recipe=recipe)
 
     classifier = lf.ImageClassifier.from_pretrained(tmp_path / "run" / "model")
@@ -472,7 +474,7 @@ def test_other_problems_from_the_dataset_to_the_model(two_heads, tmp_path, monke
     assert losses[-1] < 0.97 * losses[0]
 
     taught = tiny_recipe(**{**QUICK, "distillation": "hard"})
-    with pytest.raises(RecipeError, match="A teacher's answer is one class"):
+    with pytest.raises(RecipeError, match="Distillation needs images with one class each"):
         finetune("zoo/answers", tmp_path / "taught", model=two_heads, recipe=taught, teacher=lambda x: x)
 
 
@@ -487,7 +489,9 @@ def test_a_checkpoint_of_another_problem_learns_one_class(folder, tmp_path, prob
 
 def test_regression_of_as_many_numbers_as_there_were_classes(one_head):
     images = LabeledImages([], np.zeros((0, 3), np.float32), (), "the data", "regression")
-    with pytest.warns(UserWarning, match="3 classes are not the 3 of the data: its heads are fresh"):
+    with pytest.warns(
+        UserWarning, match="3 classes are not the 3 classes of the data: its heads are newly initialized"
+    ):
         model = student_of(one_head, images).model
     assert (model.config.problem_type, model.config.num_labels) == ("regression", 3)
 
@@ -540,7 +544,7 @@ def test_every_kind_of_teacher_teaches_the_same(two_heads, teacher, stored, fold
 
 def test_a_function_of_other_classes(two_heads, folder, tmp_path):
     recipe = tiny_recipe(**DISTILLED, distillation="soft")
-    with pytest.raises(ValueError, match=r"logits have the shape \(27, 10\): expected \(27, 3\), a row for each"):
+    with pytest.raises(ValueError, match=r"logits have the shape \(27, 10\): expected \(27, 3\), one row per image"):
         finetune(folder, tmp_path / "run", model=two_heads, recipe=recipe, teacher=lambda x: jnp.zeros((len(x), 10)))
 
 
@@ -656,15 +660,15 @@ def with_other_classes(directory):
 
 
 BAD_DATA = {
-    "empty": (Path.mkdir, "{data} has no folders: expected one for each class, with the class's images in it."),
+    "empty": (Path.mkdir, "{data} has no folders: expected one folder of images per class."),
     "an empty class": (
         with_an_empty_class,
-        "{data}/dog holds no images: fill the folder of the class, or remove it.",
+        "{data}/dog has no images: expected at least one per class. Add images, or remove the folder.",
     ),
-    "one class": (images_of(10), "{data} has one class, ant: expected two or more to tell apart."),
+    "one class": (images_of(10), "{data} has one class, ant: expected two or more."),
     "one image in a class": (
         images_of(30, 30, 1),
-        "{data} has 1 image of the class cat: expected at least two, one to train on and one to validate on.",
+        "{data} has 1 image of the class cat: expected at least two, one for training and one for validation.",
     ),
     "too few images": (
         images_of(10, 10, 9),
@@ -673,7 +677,7 @@ BAD_DATA = {
     "headers of no image": (with_a_text, "2 of the 27 images of {data}, for training cannot be used: "),
     "other classes to validate on": (
         with_other_classes,
-        "{data}/train has 3 classes and {data}/val 3: expected the same, but cat, yak is in one only.",
+        "{data}/train has 3 classes and {data}/val has 3: expected the same classes, but only one has cat, yak.",
     ),
 }
 
@@ -701,10 +705,10 @@ def test_unusable_images_are_named(capsys, arguments, tmp_path):
 
 BAD_RECIPES = {
     "batch_size=28": "batch_size is 28, but .*, for training has 27 images: expected 27 or less",
-    "batch_norm=train; batch_size=1": "A batch of one image cannot be trained on, since the head's batch norm",
-    "batch_norm=train; accumulation=27": "A batch of one image cannot be trained on",
-    "accumulation=2": "batch_size 27 cannot be computed in 2 equal parts",
-    "epoch=3": "has the unknown key epoch: the keys are epochs, batch_size,",
+    "batch_norm=train; batch_size=1": "The batch norm of the head cannot be trained on batches of one image: expected",
+    "batch_norm=train; accumulation=27": "The batch norm of the head cannot be trained on batches of one image",
+    "accumulation=2": "batch_size is 27: expected a multiple of accumulation, 2",
+    "epoch=3": "has the unknown key epoch: expected epochs, batch_size,",
     "epochs=many": "epochs is 'many': expected int",
     "epochs=2.5": "epochs is 2.5: expected int",
     "flip=true": "flip is True: expected float",
@@ -714,11 +718,11 @@ BAD_RECIPES = {
     "epochs=0": "epochs is 0: expected more than 0",
     "heads=three": "heads is 'three': expected one of merge, first, both",
     "epochs": "Expected KEY=VALUE, such as epochs=10; found 'epochs'",
-    'learning_rates={"head/.*"=1.0}': r'learning_rates does not cover .*: every parameter needs a pattern; end with "',
-    'learning_rates={".*"=1.0,"head/.*"=2.0}': r"learning_rates: 'head/\.\*' matches no parameter that an earlier",
-    'learning_rates={"("=1.0}': r"learning_rates: '\(' is not a regular expression",
-    "validation_share=0.0": "has no part for validation and validation_share is 0: expected one of the two",
-    "image_size=-3": "image_size is -3: expected a number that is not negative",
+    'learning_rates={"head/.*"=1.0}': r"learning_rates does not cover .*: expected a pattern for every parameter\.",
+    'learning_rates={".*"=1.0,"head/.*"=2.0}': r"learning_rates: 'head/\.\*' matches no parameter, or only those of",
+    'learning_rates={"("=1.0}': r"learning_rates: '\(' is not a valid regular expression",
+    "validation_share=0.0": "has no validation part and validation_share is 0. Add a validation part",
+    "image_size=-3": "image_size is -3: expected a non-negative number",
     "distillation=hard": r"distillation is 'hard' and there is no teacher: expected a teacher \(--teacher\)",
 }
 
@@ -734,15 +738,15 @@ def test_recipes_that_cannot_be_read(capsys, folder, tmp_path):
     (tmp_path / "broken.toml").write_text("epochs = = 3\n")
     output = tmp_path / "run"
     said = refused(capsys, output, "finetune", folder, "--recipe", tmp_path / "broken.toml")
-    assert said.startswith(f"The recipe {tmp_path}/broken.toml is not TOML: ") and "line 1" in said
+    assert said.startswith(f"The recipe {tmp_path}/broken.toml is not valid TOML: ") and "line 1" in said
     said = refused(capsys, output, "finetune", folder, "--recipe", "finetone")
-    assert (
-        said
-        == "There is no recipe finetone: expected finetune, paper, small_images, small_images_finish, or a TOML file."
+    assert said == (
+        "There is no recipe finetone: expected finetune, paper, small_images, small_images_finish, or the path of a"
+        " TOML file."
     )
     said = refused(capsys, output, "finetune", folder, "--set", "batch_size=8")
     assert said.startswith(
-        "There is no model to train: expected --model with a checkpoint, or a recipe's architecture."
+        "There is no model to train: expected a checkpoint (--model), or a recipe with an architecture."
     )
     said = refused(capsys, output, "finetune", folder, "--set", "batch_size=8", "--set", "architecture=levit-1")
     assert said.startswith("architecture is 'levit-1': expected one of levit-128S, ")
@@ -765,14 +769,14 @@ def test_a_teacher_of_other_classes(capsys, arguments, folder, tmp_path):
     arguments = [*arguments[:3], save(tmp_path / "student", TWO_HEADS)]
     said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, *distills, "--teacher", other)
     assert said == (
-        f"The teacher {other} has 4 classes, and cat is none of them: expected one that knows the student's 3 classes"
-        " by name."
+        f"The teacher {other} has 4 classes, and cat is not one of them: expected a teacher with the names of all 3"
+        " classes of the student."
     )
 
 
 def test_a_teacher_that_is_not_asked_for(capsys, arguments, folder, teacher, tmp_path):
     said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, "--teacher", teacher)
-    assert said == 'distillation is \'none\' and there is a teacher: expected distillation="hard" or "soft".'
+    assert said == 'distillation is \'none\' and there is a teacher: expected distillation = "hard" or "soft".'
 
 
 def loaded(stored):
@@ -784,11 +788,11 @@ NOT_STORED = "is not a file of stored logits: "
 BAD_STORED = {
     "images that are missing": (
         lambda a: {"files": a["files"][:20], "logits": a["logits"][:20]},
-        r"has no logits for \d+ of the 27 training images, the first of which is ant/\d\.png: store them for all\.",
+        r"has no logits for \d+ of the 27 training images, such as ant/\d\.png. Store the logits of all images\.",
     ),
     "a class that is missing": (
         lambda a: {"labels": a["labels"][:2], "logits": a["logits"][:, :2]},
-        "has 2 classes, and bee is none of them",
+        "has 2 classes, and bee is not one of them",
     ),
     "no names": (lambda a: {"files": None}, NOT_STORED),
     "fewer columns than classes": (lambda a: {"logits": a["logits"][:, :2]}, NOT_STORED),
@@ -831,9 +835,9 @@ def test_stored_logits_that_do_not_fit(capsys, arguments, folder, two_heads, sto
 def test_outputs_that_are_files(capsys, arguments, folder, tmp_path):
     (tmp_path / "file").write_text("mine")
     said = refused(capsys, tmp_path / "file", "finetune", folder, *arguments)
-    assert said == f"{tmp_path}/file is a file: expected a directory to write, or a name that is free."
+    assert said == f"{tmp_path}/file is a file: expected a directory, or a path that does not exist."
     said = refused(capsys, tmp_path / "file" / "deeper", "finetune", folder, *arguments)
-    assert said.startswith(f"Cannot write {tmp_path}/file/deeper: ") and said.endswith("that you may write to.")
+    assert said.startswith(f"Cannot write {tmp_path}/file/deeper: ") and said.endswith("with enough space.")
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"
 
 
@@ -842,14 +846,23 @@ def test_outputs_that_hold_something_else(capsys, arguments, folder, tmp_path):
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     for more in ((), ("--force",), ("--resume",)):
         said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, *more)
-        assert said == f"{tmp_path}/run holds something else than a training: choose another name."
+        assert said == f"{tmp_path}/run is not empty and holds no training run. Choose another directory."
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"data": 1}'])
+def test_damaged_run_file_is_named(capsys, arguments, folder, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(content)
+    said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, "--resume")
+    assert said.startswith(f"{tmp_path}/run/run.json does not hold the settings of a training run: ")
+    assert said.endswith(". Start the run again with --force.")
 
 
 def test_outputs_that_hold_a_training(capsys, exported, folder, one_head, tmp_path):
     output, begun = exported
     begun = begun[:-1]
     said = refused(capsys, output, *begun)
-    assert said.startswith(f"{output} holds a training: go on with it by --resume (resume=True), begin anew by --force")
+    assert said.startswith(f"{output} already holds a training run. Resume it with --resume, replace it with --force")
     other = shutil.copytree(folder, tmp_path / "data")
     (other / "ant" / "0.png").rename(other / "ant" / "zero.png")
     for changed, sentence in {
@@ -859,8 +872,8 @@ def test_outputs_that_hold_a_training(capsys, exported, folder, one_head, tmp_pa
         ("--teacher", str(one_head)): f"teacher (was '{begun[7]}', is '{one_head}')",
     }.items():
         said = refused(capsys, output, *begun, *changed, "--resume")
-        assert said.startswith(f"{output} was begun with something else: ") and sentence in said, said
-        assert said.endswith("Resume with the same, or begin anew with --force.")
+        assert said.startswith(f"{output} was started with other settings: ") and sentence in said, said
+        assert said.endswith("Resume with the same settings, or start again with --force.")
     said = refused(capsys, output, "finetune", other, *begun[2:], "--resume")
-    assert "data.sha256 (was '" in said and said.startswith(f"{output} was begun with something else: ")
+    assert "data.sha256 (was '" in said and said.startswith(f"{output} was started with other settings: ")
     assert json.loads((output / "run.json").read_text())["data"]["training_images"] == 27

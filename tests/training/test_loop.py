@@ -36,7 +36,17 @@ from training_runs import (  # noqa: E402
 import levit_flax as lf  # noqa: E402
 from levit_flax import evaluation  # noqa: E402
 from levit_flax.cli import main  # noqa: E402
-from levit_flax.training import DataError, LabeledImages, NotFiniteError, RecipeError, finetune, loop, outputs  # noqa: E402
+from levit_flax.training import (  # noqa: E402
+    DataError,
+    LabeledImages,
+    NotFiniteError,
+    RecipeError,
+    finetune,
+    loop,
+    outputs,
+    plan,
+)
+from levit_flax.training.data import TrainingRows, find_images, leave_out, training_batches  # noqa: E402
 
 compiled, standard_promotion = training_runs.compiled, training_runs.standard_promotion
 
@@ -68,27 +78,27 @@ def _shared_steps(compiled):
 
     That is most of their time.
     """
-    make_student, runs, students = loop.make_student, {}, {}
+    make_student, sessions, students = plan.make_student, {}, {}
 
     class Figure:
         def savefig(self, file, format):
             file.write_bytes(b"")
 
-    class Run(loop.Run):
-        def __init__(self, output, recipe, student, *others):
-            super().__init__(output, recipe, student, *others)
-            key = f"{recipe} {student.model} {self.rows.steps_per_epoch}"
-            self.train_step, self.evaluate_step = runs.setdefault(key, (self.train_step, self.evaluate_step))
+    class Session(loop.Session):
+        def __init__(self, plan, show):
+            super().__init__(plan, show)
+            key = f"{plan.recipe} {plan.student.model} {self.rows.steps_per_epoch}"
+            self.train_step, self.evaluate_step = sessions.setdefault(key, (self.train_step, self.evaluate_step))
 
-    def make_student_once(source, recipe, images, options):
-        key = f"{source} {recipe} {images.labels}"
+    def make_student_once(source, recipe, train, options):
+        key = f"{source} {recipe} {train.labels}"
         if key not in students:
-            students[key] = make_student(source, recipe, images, options)
+            students[key] = make_student(source, recipe, train, options)
         return students[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "Run", Run)
-        patch.setattr(loop, "make_student", make_student_once)
+        patch.setattr(loop, "Session", Session)
+        patch.setattr(plan, "make_student", make_student_once)
         patch.setattr(outputs, "draw_curves", lambda history: Figure())
         yield
 
@@ -132,7 +142,7 @@ def test_the_best_model_is_what_was_measured(whole, folder):
     assert f"| validation loss | {report['best']['validation_loss']:.6g} |" in card
     classifier = lf.ImageClassifier.from_pretrained(output / "model")
     assert classifier.model.config.id2label == CLASSES
-    _, held_back = loop.find_images(folder, tiny_recipe(), ())
+    _, held_back = find_images(folder, tiny_recipe(), ())
     result = evaluation.evaluate(classifier, LabeledImages(held_back.images, held_back.targets))
     assert result.images == len(held_back) == 3
     assert result.top1 == report["best"]["validation_accuracy"]
@@ -203,17 +213,17 @@ def train():
         os.close(tell)
         return child, os.fdopen(told)
 
-    class Run(loop.Run):
-        def next_batch(self, checkpoints, state, step):
-            os.write(tell, f"batch {step}\\n".encode())
+    class Session(loop.Session):
+        def next_batch(self):
+            os.write(tell, f"batch {self.step}\\n".encode())
             time.sleep(0.1)  # or saves would take all the time
-            return super().next_batch(checkpoints, state, step)
+            return super().next_batch()
 
-        def save(self, checkpoints, state, step):
-            super().save(checkpoints, state, step)  # which first waits for the save before this one
-            os.write(tell, f"saving {step}\\n".encode())
+        def save(self):
+            super().save()  # which first waits for the save before this one
+            os.write(tell, f"saving {self.step}\\n".encode())
 
-    loop.Run = Run
+    loop.Session = Session
     finetune(folder, output, recipe=recipe, resume=True, processes=processes)
     os._exit(0)
 
@@ -308,20 +318,20 @@ def test_signals_save_and_leave(whole, folder, toml, tmp_path, capsys, monkeypat
     """In the middle of an epoch, twice, through the command."""
     step_of = {signal.SIGTERM: 4, signal.SIGINT: 11}
     arguments = ["finetune", folder, "--recipe", toml, "--output", tmp_path / "run", "--processes", processes]
-    took = loop.Run.next_batch
+    took = loop.Session.next_batch
     sent = None
 
-    def next_batch(self, checkpoints, state, step):
-        if sent and step == step_of[sent] - 1:
+    def next_batch(self):
+        if sent and self.step == step_of[sent] - 1:
             os.kill(os.getpid(), sent)
-        return took(self, checkpoints, state, step)
+        return took(self)
 
-    monkeypatch.setattr(loop.Run, "next_batch", next_batch)
+    monkeypatch.setattr(loop.Session, "next_batch", next_batch)
     handlers = {number: signal.getsignal(number) for number in step_of}
     for sent, step in step_of.items():
         status, out, err = run(capsys, *arguments, "--resume")
         assert status == 128 + sent and out == ""
-        assert err.splitlines()[-1] == f"Stopped at step {step} of 18. The state is saved: go on with --resume."
+        assert err.splitlines()[-1] == f"Stopped at step {step} of 18. The state is saved. Continue with --resume."
         assert "Traceback" not in err and max(checkpoint_steps(tmp_path / "run")) == step
         assert multiprocessing.active_children() == []
     sent = None
@@ -333,12 +343,12 @@ def test_signals_save_and_leave(whole, folder, toml, tmp_path, capsys, monkeypat
 @pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_number_of_data_processes_may_change(folder, slow):
     """What a step sees is a matter of its number alone."""
-    train, _ = loop.find_images(folder, tiny_recipe(), ())
-    rows = loop.TrainingRows(train, tiny_recipe(), lf.LevitImageProcessor(size=28, crop_size=32))
-    expected = [batch["pixels"] for batch in loop.training_batches(rows, 2)]
+    train, _ = find_images(folder, tiny_recipe(), ())
+    rows = TrainingRows(train, tiny_recipe(), lf.LevitImageProcessor(size=28, crop_size=32))
+    expected = [batch["pixels"] for batch in training_batches(rows, 2)]
     assert len(expected) == STEPS and expected[0].shape == (1, 8, 32, 32, 3)
     for first, processes in ((17, 0), (4, 0), (5, 1)) + ((0, 2),) * slow:
-        batches = loop.training_batches(rows, 1, processes, first)
+        batches = training_batches(rows, 1, processes, first)
         found = [next(batches)["pixels"] for _ in expected[first : first + 3]]
         batches.close()
         np.testing.assert_array_equal(found, expected[first : first + 3])
@@ -354,15 +364,15 @@ outputs.draw_curves = lambda history: type("Figure", (), {"savefig": lambda self
 
 limit, at = int(sys.argv[1]), int(sys.argv[2])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-save = loop.Run.save
+save = loop.Session.save
 
-def save_on_a_full_disk(self, checkpoints, state, step):
-    if step == at:
-        checkpoints.wait()
+def save_on_a_full_disk(self):
+    if self.step == at:
+        self.checkpoints.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    save(self, checkpoints, state, step)
+    save(self)
 
-loop.Run.save = save_on_a_full_disk
+loop.Session.save = save_on_a_full_disk
 sys.exit(main(sys.argv[3:]))
 """
 
@@ -370,9 +380,9 @@ sys.exit(main(sys.argv[3:]))
 @pytest.mark.parametrize(
     ("limit", "at", "last"),
     [
-        (20_000, 9, "The last whole checkpoint is that of step 6"),
+        (20_000, 9, "The last complete checkpoint is of step 6"),
         pytest.param(100, 3, "There is no checkpoint yet", marks=pytest.mark.slow),
-        pytest.param(20_000, 18, "The last whole checkpoint is that of step 15", marks=pytest.mark.slow),
+        pytest.param(20_000, 18, "The last complete checkpoint is of step 15", marks=pytest.mark.slow),
     ],
 )
 def test_a_full_disk_is_a_sentence(whole, folder, toml, compiled, tmp_path, limit, at, last):
@@ -382,7 +392,9 @@ def test_a_full_disk_is_a_sentence(whole, folder, toml, compiled, tmp_path, limi
     out, err = process.communicate()
     said = [line for line in err.splitlines() if not line.startswith("epoch ")]
     assert (process.returncode, out) == (1, "")
-    assert said == [f"error: Cannot save in {output}: File too large. {last}: make room and go on with --resume."]
+    assert said == [
+        f"error: Cannot save in {output}: File too large. {last}. Free some space and continue with --resume."
+    ]
     if at > 3:
         assert max(checkpoint_steps(output)) == at - 3
         assert all(np.isfinite(leaf).all() for leaf in final_state(output).values())
@@ -396,20 +408,20 @@ def test_a_image_that_cannot_be_decoded(folder, toml, tmp_path, capsys):
     """It is named when it is reached; the state is saved; with --skip the training goes on, and with it mended too."""
     data, output = tmp_path / "data", tmp_path / "run"
     shutil.copytree(folder, data)
-    train, held_back = loop.find_images(data, tiny_recipe(), ())
+    train, held_back = find_images(data, tiny_recipe(), ())
     broken, broken_back = train.images[10], held_back.images[1]
     mended = {path: truncate(path) for path in (broken, broken_back)}
     arguments = ["finetune", data, "--recipe", toml, "--output", output]
 
     status, out, err = run(capsys, *arguments, "--check-data")
     assert (status, out) == (1, "") and f"1 of the 27 images of {data}, for training cannot be used" in err
-    assert str(broken) in err and "list their paths in a file for --skip" in err and checkpoint_steps(output) == []
+    assert str(broken) in err and "Repair, remove or skip them (--skip)." in err and checkpoint_steps(output) == []
 
     status, out, err = run(capsys, *arguments)
     sentence = err.splitlines()[-1]
     assert (status, out) == (1, "") and sentence.startswith(f"error: {broken} cannot be used: ")
     [step] = checkpoint_steps(output)
-    assert f"The state after step {step} of 18 is saved: mend the image, or list its path" in sentence
+    assert f"The state after step {step} of 18 is saved. Repair the image or skip it (--skip)" in sentence
     assert 0 <= step < STEPS_PER_EPOCH and "Traceback" not in err
 
     # Of the validation, at the end of the epoch, by name again.
@@ -430,7 +442,7 @@ def test_mended_images_leave_no_trace(whole, folder, tmp_path):
     """Stopped by images of both parts, mended, and gone on with: the same bits."""
     data, output = tmp_path / "data", tmp_path / "run"
     shutil.copytree(folder, data)
-    train, held_back = loop.find_images(data, tiny_recipe(), ())
+    train, held_back = find_images(data, tiny_recipe(), ())
     mended = {path: truncate(path) for path in (train.images[20], held_back.images[0])}
     for path, content in mended.items():
         with pytest.raises(DataError, match=f"{path.name} cannot be used: .* is saved"):
@@ -442,19 +454,19 @@ def test_mended_images_leave_no_trace(whole, folder, tmp_path):
 
 def test_what_is_skipped_later_moves_nothing_else(folder):
     recipe = tiny_recipe()
-    train, held_back = loop.find_images(folder, recipe, ())
+    train, held_back = find_images(folder, recipe, ())
     gone, gone_back = train.images[3], held_back.images[2]
     skip = {path.relative_to(folder).as_posix() for path in (gone, gone_back)}
-    later, later_back = loop.leave_out(train, held_back, folder, skip)
+    later, later_back = leave_out(train, held_back, folder, skip)
     [changed] = [i for i in range(27) if later.images[i] != train.images[i]]
     assert changed == 3 and later.images[3].parent == gone.parent and later.images[3] != gone
     np.testing.assert_array_equal(later.targets, train.targets)
     assert later_back.images == held_back.images[:2] and later_back.targets.tolist() == [0, 1]
     everything = {path.relative_to(folder).as_posix() for path in train.images if path.parent.name == "bee"}
-    with pytest.raises(DataError, match="would have no image of the class bee left: leave out fewer"):
-        loop.leave_out(train, held_back, folder, everything)
+    with pytest.raises(DataError, match=r"would have no image of the class bee left\. Skip fewer"):
+        leave_out(train, held_back, folder, everything)
     with pytest.raises(DataError, match="for validation would have no image left"):
-        loop.leave_out(train, held_back, folder, {path.relative_to(folder).as_posix() for path in held_back.images})
+        leave_out(train, held_back, folder, {path.relative_to(folder).as_posix() for path in held_back.images})
 
 
 def test_a_loss_that_is_not_finite(whole, folder, tmp_path, monkeypatch):
@@ -468,20 +480,23 @@ def test_a_loss_that_is_not_finite(whole, folder, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         finetune(folder, output, recipe=tiny_recipe(), show=interrupt)
     before = {name: (output / "model" / name).read_bytes() for name in os.listdir(output / "model")}
-    restore = loop.Run.restore
+    restore = loop.Session.restore
 
-    def restore_nonsense(self, checkpoints):
-        state = restore(self, checkpoints)
-        params = jax.tree.map(lambda x: x * np.float32("inf"), state.variables["params"])
-        return state.replace(variables={**state.variables, "params": params})
+    def restore_nonsense(self):
+        restore(self)
+        variables = self.state.variables
+        params = jax.tree.map(lambda x: x * np.float32("inf"), variables["params"])
+        self.state = self.state.replace(variables={**variables, "params": params})
 
-    monkeypatch.setattr(loop.Run, "restore", restore_nonsense)
+    monkeypatch.setattr(loop.Session, "restore", restore_nonsense)
     with pytest.raises(NotFiniteError, match=r"Step 7 of 18 \(epoch 3\) has the loss (nan|inf)") as caught:
         finetune(folder, output, recipe=tiny_recipe(), resume=True)
-    assert "at the learning rate 0.00" in str(caught.value) and "Expected finite numbers: lower" in str(caught.value)
+    assert "at the learning rate 0.00" in str(
+        caught.value
+    ) and ": expected finite numbers. The step was not applied. Lower" in str(caught.value)
     assert max(checkpoint_steps(output)) == 6
     assert {name: (output / "model" / name).read_bytes() for name in os.listdir(output / "model")} == before
-    monkeypatch.setattr(loop.Run, "restore", restore)
+    monkeypatch.setattr(loop.Session, "restore", restore)
     finetune(folder, output, recipe=tiny_recipe(), resume=True)
     assert_same_run(output, whole[0])
 
@@ -491,7 +506,7 @@ def test_a_learning_rate_beyond_all_bounds(folder, toml, tmp_path, capsys):
     arguments = ["finetune", folder, "--recipe", toml, "--output", tmp_path / "run", "--set", "learning_rate=1e30"]
     status, out, err = run(capsys, *arguments)
     assert (status, out) == (1, "") and "Traceback" not in err
-    assert err.splitlines()[-1].startswith("error: Step ") and "lower learning_rate" in err
+    assert err.splitlines()[-1].startswith("error: Step ") and "Lower learning_rate" in err
     assert checkpoint_steps(tmp_path / "run") == [] and not (tmp_path / "run" / "model").exists()
 
 
@@ -505,10 +520,10 @@ if int(count) > 1:
 jax.config.update("jax_enable_x64", dtype == "float64")
 
 from levit_flax import checkpoint
-from levit_flax.training import finetune, loop, outputs
+from levit_flax.training import finetune, loop, outputs, plan
 from training_runs import tiny_recipe
 
-make_student, add, losses = loop.make_student, loop.Totals.add, []
+make_student, add, losses = plan.make_student, loop.Totals.add, []
 
 def make_student_of_dtype(*arguments, **options):
     student = make_student(*arguments, **options)
@@ -523,7 +538,7 @@ def stop(now):
     if now.step == int(stop_at) and index == "0":
         os.kill(os.getpid(), signal.SIGTERM)
 
-loop.make_student, loop.Totals.add = make_student_of_dtype, note_loss
+plan.make_student, loop.Totals.add = make_student_of_dtype, note_loss
 outputs.draw_curves = lambda history: type("Figure", (), {"savefig": lambda self, file, format: None})()
 recipe = tiny_recipe(
     epochs=2, batch_size=16, accumulation=int(accumulation), adaptive_clip=0.02, rand_augment=1, erase=0.5, mixup=0.8,
@@ -641,11 +656,11 @@ def test_hosts_that_cannot_begin_together(folder, toml, compiled, tmp_path):
 
     (tmp_path / "empty").mkdir()
     first, second = said_by_two([folder, tmp_path / "empty"])
-    assert "error: Host 1 cannot begin; what it prints says why." in first
+    assert "error: Host 1 cannot start training. See its output for the reason." in first
     assert f"error: {tmp_path}/empty has no folders" in second
     (tmp_path / "skip").write_text("ant/1.png\n")
     for said in said_by_two([folder, folder], (), ("--skip", tmp_path / "skip")):
-        assert "error: The hosts were not asked for the same, or do not see the same images" in said
+        assert "error: The hosts have different settings or see different images" in said
 
 
 def test_processes_that_know_of_no_other(folder, toml, tmp_path, capsys):
@@ -656,13 +671,13 @@ def test_processes_that_know_of_no_other(folder, toml, tmp_path, capsys):
 
 def test_a_run_does_not_remove_what_it_begins_from(whole, folder, tmp_path):
     shutil.copytree(whole[0], tmp_path / "run")
-    with pytest.raises(FileExistsError, match=r"run/model lies in .*run, which would be emptied"):
+    with pytest.raises(FileExistsError, match=r"run/model is inside .*run, which overwrite=True would empty"):
         finetune(folder, tmp_path / "run", recipe=tiny_recipe(), model=tmp_path / "run" / "model", overwrite=True)
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 
 def test_a_revision_belongs_to_a_run(whole, folder):
-    with pytest.raises(RecipeError, match=r"begun with something else: revision .was None, is 'other'."):
+    with pytest.raises(RecipeError, match=r"started with other settings: revision .was None, is 'other'."):
         finetune(folder, whole[0], recipe=tiny_recipe(), resume=True, revision="other")
 
 
@@ -670,13 +685,13 @@ def test_too_little_memory_is_a_sentence(folder, tmp_path, monkeypatch):
     def train(self):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte.")
 
-    monkeypatch.setattr(loop.Run, "train", train)
-    with pytest.raises(RecipeError, match="not enough memory for batches of 8 in 1 parts: lower batch_size"):
+    monkeypatch.setattr(loop.Session, "run", train)
+    with pytest.raises(RecipeError, match=r"not have enough memory for batches of 8 images in 1 parts\. Lower"):
         finetune(folder, tmp_path / "run", recipe=tiny_recipe())
 
 
 def test_a_batch_of_one_needs_frozen_batch_norms(folder):
-    images = loop.find_images(folder, tiny_recipe(), ())[0]
-    loop.check_batch(tiny_recipe(batch_size=1, batch_norm="freeze"), images)
+    images = find_images(folder, tiny_recipe(), ())[0]
+    plan.check_batch(tiny_recipe(batch_size=1, batch_norm="freeze"), images)
     with pytest.raises(RecipeError, match="of at least 2, or batch_norm"):
-        loop.check_batch(tiny_recipe(batch_size=1, batch_norm="freeze_with_parameters"), images)
+        plan.check_batch(tiny_recipe(batch_size=1, batch_norm="freeze_with_parameters"), images)

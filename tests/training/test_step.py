@@ -541,12 +541,15 @@ def test_small_epochs_round_the_warmup():
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"head/.*": 1.0}, r'learning_rates does not cover .*/attention_biases: every parameter .* end with "\.\*"'),
+        (
+            {"head/.*": 1.0},
+            r'learning_rates does not cover .*/attention_biases: expected a pattern for every parameter\. Add "\.\*"',
+        ),
         (
             {".*": 1.0, "head/.*": 2.0},
-            r"learning_rates: 'head/\.\*' matches no parameter that an earlier pattern leaves",
+            r"learning_rates: 'head/\.\*' matches no parameter, or only those of earlier patterns",
         ),
-        ({"(": 1.0, ".*": 1.0}, r"learning_rates: '\(' is not a regular expression \(missing \)"),
+        ({"(": 1.0, ".*": 1.0}, r"learning_rates: '\(' is not a valid regular expression \(missing \)"),
         ({"head": 0.0, ".*": 1.0}, r"learning_rates: 'head' matches no parameter"),  # the whole path must match
     ],
 )
@@ -558,7 +561,7 @@ def test_tables_that_do_not_fit_are_refused(table, message):
 
 @pytest.mark.parametrize("factor", [-0.1, float("nan"), "fast", True])
 def test_factors_that_are_no_numbers_are_refused(factor):
-    with pytest.raises(RecipeError, match=r"learning_rates gives '\.\*' the factor .*: expected a number"):
+    with pytest.raises(RecipeError, match=r"learning_rates gives '\.\*' the factor .*: expected a non-negative number"):
         Recipe(learning_rates={".*": factor})
 
 

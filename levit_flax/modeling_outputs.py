@@ -1,0 +1,157 @@
+"""The outputs of the three LeViT models, and the loss of a classifier.
+
+Axes: B batch, H and W height and width, C channels, N tokens. In attention, H is the number of heads, and Q and K are
+the numbers of queries and keys.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from .configuration import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+
+
+class ModelOutput:
+    """The base class of the model outputs."""
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return the fields that are not None, in transformers' order.
+
+        Example:
+            >>> tokens = jnp.ones((1, 4, 8))
+            >>> output = LevitModelOutput(last_hidden_state=tokens, pooler_output=tokens.mean(1))
+            >>> [value.shape for value in output.to_tuple()]
+            [(1, 4, 8), (1, 8)]
+        """
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
+        return tuple(value for value in values if value is not None)
+
+
+@struct.dataclass
+class LevitModelOutput(ModelOutput):
+    """Output of `LevitModel`.
+
+    All arrays are in the model's computation dtype.
+
+    Attributes:
+        last_hidden_state: [B N C], the tokens of the last stage.
+        pooler_output: [B C], the mean of these tokens.
+        hidden_states: the tokens after the stem, then after each stage and its downsampling, each [B N C]; None unless
+            `output_hidden_states=True`.
+        attentions: the attention weights [B H Q K] of every block and downsampling, in order. The weights of each
+            query sum to 1. None unless `output_attentions=True`.
+        features: the feature map [B H W C] of each stage before its downsampling; None unless `output_features=True`.
+
+    Example:
+        >>> from levit_flax import LevitConfig, LevitModel
+        >>> model = LevitModel(LevitConfig(image_size=64))
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+        >>> compute = lambda v, x: model.apply(v, x, output_attentions=True)
+        >>> output = jax.eval_shape(compute, variables, jnp.zeros((1, 64, 64, 3)))
+        >>> output.last_hidden_state.shape, len(output.attentions), output.attentions[0].shape, output.features
+        ((1, 1, 384), 14, (1, 4, 16, 16), None)
+    """
+
+    last_hidden_state: jax.Array
+    pooler_output: jax.Array
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+    features: tuple[jax.Array, ...] | None = None
+
+
+@struct.dataclass
+class LevitForImageClassificationOutput(ModelOutput):
+    """Output of `LevitForImageClassification`.
+
+    Attributes:
+        loss: the mean loss over the batch, a scalar; None if no labels were passed.
+        logits: [B num_labels], the unnormalized scores of the classes.
+        hidden_states: as in `LevitModelOutput`.
+        attentions: as in `LevitModelOutput`.
+        features: as in `LevitModelOutput`.
+
+    Example:
+        >>> output = LevitForImageClassificationOutput(logits=jnp.array([[0.0, 2.0, 1.0]]))
+        >>> [logits] = output.to_tuple()  # without labels there is no loss
+        >>> int(logits.argmax(-1)[0])
+        1
+    """
+
+    loss: jax.Array | None = None
+    logits: jax.Array | None = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+    features: tuple[jax.Array, ...] | None = None
+
+
+@struct.dataclass
+class LevitForImageClassificationWithTeacherOutput(ModelOutput):
+    """Output of `LevitForImageClassificationWithTeacher`.
+
+    Attributes:
+        logits: [B num_labels], the mean of the two heads' logits. All published accuracies refer to these.
+        cls_logits: [B num_labels], the logits of the head trained on the labels.
+        distillation_logits: [B num_labels], the logits of the head trained on the teacher's predictions.
+        hidden_states: as in `LevitModelOutput`.
+        attentions: as in `LevitModelOutput`.
+        features: as in `LevitModelOutput`.
+
+    Example:
+        >>> first, second = jnp.array([[0.0, 2.0]]), jnp.array([[4.0, 0.0]])
+        >>> output = LevitForImageClassificationWithTeacherOutput((first + second) / 2, first, second)
+        >>> logits, cls_logits, distillation_logits = output.to_tuple()
+        >>> logits.tolist()
+        [[2.0, 1.0]]
+    """
+
+    logits: jax.Array
+    cls_logits: jax.Array
+    distillation_logits: jax.Array
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+    features: tuple[jax.Array, ...] | None = None
+
+
+def classification_loss(logits: jax.Array, labels: jax.Array, problem_type: str | None = None) -> jax.Array:
+    """Return the mean loss over a batch, as transformers computes it.
+
+    Args:
+        logits: float [B L] for L classes.
+        labels: class indices [B] for single-label classification, 0 or 1 per class [B L] for multi-label
+            classification, or targets [B] or [B L] for regression.
+        problem_type: "single_label_classification", "multi_label_classification" or "regression". None infers it:
+            regression if L is 1, single-label if the labels are integers, multi-label otherwise.
+
+    Returns:
+        A scalar: softmax cross entropy for single-label, mean sigmoid binary cross entropy for multi-label, mean
+        squared error for regression.
+
+    Example:
+        >>> logits = jnp.array([[2.0, 0.0], [0.0, 2.0]])
+        >>> round(float(classification_loss(logits, jnp.array([0, 1]))), 4)  # in nats
+        0.1269
+        >>> round(float(classification_loss(logits, jnp.array([[1.0, 0.0], [0.0, 1.0]]))), 4)  # a sigmoid per class
+        0.41
+
+    Source: `ForSequenceClassificationLoss` in transformers loss/loss_utils.py, except that an inferred problem type
+        is not stored in the config.
+    """
+    if problem_type is None:
+        if logits.shape[-1] == 1:
+            problem_type = REGRESSION
+        elif jnp.issubdtype(labels.dtype, jnp.integer):
+            problem_type = SINGLE_LABEL
+        else:
+            problem_type = MULTI_LABEL
+    loss: jax.Array
+    if problem_type == SINGLE_LABEL:
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels.reshape(-1))
+    elif problem_type == REGRESSION:
+        loss = jnp.square(logits - labels.reshape(logits.shape).astype(logits.dtype))
+    else:
+        loss = optax.sigmoid_binary_cross_entropy(logits, labels.reshape(logits.shape).astype(logits.dtype))
+    return loss.mean()

@@ -1,0 +1,54 @@
+"""Checks that all hosts of a training run make together, so that no host waits for one that has failed."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from .recipe import RecipeError
+
+T = TypeVar("T")
+
+
+def together(work: Callable[[], T], only_first: bool = False) -> T:
+    """Call `work` on every host and return its result, or raise on all hosts if it fails on one.
+
+    Args:
+        work: the function to call.
+        only_first: call it on host 0 only, while the others wait; they get None.
+
+    Raises:
+        ValueError, OSError, ImportError: the error of this host.
+        OSError: another host failed.
+    """
+    error, result = None, None
+    if not only_first or jax.process_index() == 0:
+        try:
+            result = work()
+        except (ValueError, OSError, ImportError) as found:
+            error = found
+    failed = [error is not None]
+    if jax.process_count() > 1:
+        failed = list(multihost_utils.process_allgather(np.array(failed)).ravel())
+    if error:
+        raise error
+    if any(failed):
+        raise OSError(f"Host {failed.index(True)} cannot start training. See its output for the reason.")
+    return cast(T, result)
+
+
+def agree(settings: Any) -> None:
+    """Raise RecipeError unless all hosts have the same JSON-ready settings."""
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
+    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    if (digests != digests[0]).any():
+        raise RecipeError(
+            "The hosts have different settings or see different images: expected the same command, and the same data at"
+            f" the same path, on all {jax.process_count()} hosts."
+        )

@@ -1,0 +1,146 @@
+"""The plan of a training run: everything that can be checked before the first step is checked here."""
+
+import dataclasses
+from collections.abc import Callable, Collection
+from pathlib import Path, PurePath
+from typing import Any
+
+import jax
+
+from levit_flax.datasets import LabeledImages
+from levit_flax.hub import HubOptions
+from levit_flax.visualize import new_figure
+
+from .data import check_images, find_images, leave_out
+from .hosts import agree, together
+from .optimizer import match_patterns
+from .recipe import Recipe, RecipeError, read_recipe
+from .run_directory import RunSettings, check_output, check_same, check_sources, fingerprint, read_run
+from .student import Student, align_classes, make_student
+from .teacher import TeacherSource, check_teacher, make_teacher
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPlan:
+    """A training run that has passed all checks.
+
+    Attributes:
+        output: absolute path of the run directory.
+        recipe: how to train.
+        settings: recorded in the run directory and compared when the run is resumed.
+        student: the model to train.
+        teacher: the source of the teacher's logits.
+        train: the images to train on, with targets in the order of the student's classes.
+        validation: the images to validate on, likewise.
+        threads: threads that decode and augment images, in each process.
+        processes: worker processes that decode and augment images; 0 decodes in this process.
+        export_torch: PyTorch layout in which to write the best model as well, or None.
+        resumed: whether the run directory already holds this run.
+    """
+
+    output: Path
+    recipe: Recipe
+    settings: RunSettings
+    student: Student
+    teacher: TeacherSource
+    train: LabeledImages
+    validation: LabeledImages
+    threads: int
+    processes: int
+    export_torch: str | None
+    resumed: bool
+
+
+def make_plan(
+    source: str | Path,
+    output: str | Path,
+    *,
+    model: str | Path | None,
+    recipe: Recipe | str | Path,
+    teacher: str | Path | Callable[[jax.Array], jax.Array] | None,
+    resume: bool,
+    overwrite: bool,
+    skip: Collection[Any],
+    check_data: bool,
+    export_torch: str | None,
+    threads: int,
+    processes: int,
+    options: HubOptions,
+) -> TrainingPlan:
+    """Check the arguments of `finetune` on all hosts, load the models and list the images.
+
+    Creates the run directory but writes nothing to it.
+    """
+    output = Path(output).expanduser().absolute()
+    recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
+    skipped = frozenset(PurePath(entry).as_posix() for entry in skip)
+    new_figure(1, 1)  # raises now, not after the first epoch, if Matplotlib is missing
+    together(lambda: check_output(output, resume, overwrite), only_first=True)
+
+    def find() -> tuple[RunSettings | None, LabeledImages, LabeledImages]:
+        if overwrite:
+            check_sources(output, model, teacher)
+        previous = read_run(output) if resume else None
+        return previous, *find_images(source, recipe, frozenset(previous.skip) if previous else skipped)
+
+    previous, train, validation = together(find)
+    settings = RunSettings(
+        recipe=recipe.to_dict(),
+        model=str(model) if model is not None else None,
+        revision=options.revision,
+        teacher=str(teacher) if isinstance(teacher, str | Path) else bool(teacher),
+        data=fingerprint(train, validation),
+        skip=tuple(sorted(skipped)),
+    )
+    agree([settings.to_dict(), previous and previous.to_dict()])
+
+    def load() -> tuple[Student, TeacherSource, LabeledImages, LabeledImages]:
+        if previous:
+            check_same(output, previous, settings)
+        check_batch(recipe, train)
+        check_teacher(teacher, recipe, train)
+        root = Path(source).expanduser()
+        parts = leave_out(train, validation, root, skipped) if previous else (train, validation)
+        for part in parts:
+            check_images(part, decode=check_data)
+        student = _load_student(model, recipe, parts[0], export_torch, options)
+        config, of_teacher = student.model.config, dataclasses.replace(options, revision=None)
+        aligned = (align_classes(parts[0], config), align_classes(parts[1], config))
+        return student, make_teacher(teacher, recipe, config, student.processor, aligned[0], root, of_teacher), *aligned
+
+    loaded = together(load)
+    return TrainingPlan(output, recipe, settings, *loaded, threads, processes, export_torch, resumed=bool(previous))
+
+
+def check_batch(recipe: Recipe, data: LabeledImages) -> None:
+    """Raise RecipeError unless the images fill a batch that the devices can share equally."""
+    part, devices, count = recipe.batch_size // recipe.accumulation, jax.device_count(), len(data)
+    if recipe.batch_size > count:
+        raise RecipeError(
+            f"batch_size is {recipe.batch_size}, but {data.where} has {count} images: expected {count} or less."
+        )
+    if part < 2 and recipe.batch_norm != "freeze":
+        raise RecipeError(
+            "The batch norm of the head cannot be trained on batches of one image: expected batch_size / accumulation"
+            ' of at least 2, or batch_norm = "freeze".'
+        )
+    if part % devices:
+        raise RecipeError(
+            f"batch_size / accumulation is {part}: expected a multiple of the number of devices, {devices}."
+        )
+
+
+def _load_student(
+    model: str | Path | None, recipe: Recipe, train: LabeledImages, export_torch: str | None, options: HubOptions
+) -> Student:
+    """Load the model to train, and check the recipe and the PyTorch layout against it."""
+    student = make_student(model, recipe, train, options)
+    match_patterns(recipe.learning_rates, student.variables["params"], "learning_rates")
+    if export_torch:
+        # Imported here because only export_torch needs the converter.
+        from levit_flax.convert.writing import check_layout, check_transformers_size
+
+        check_layout(student.model, export_torch)
+        if export_torch == "hf":
+            check_transformers_size(student.model.config)
+    return student

@@ -1,0 +1,195 @@
+"""The directory of a training run: who may write to it, and the settings that the run was started with.
+
+It holds `checkpoints/` for resuming, `model/` with the best model so far, `metrics.csv`, `curves.png`, `tensorboard/`,
+`run.json` with the settings, and at the end `report.json`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from levit_flax import files
+from levit_flax.datasets import LabeledImages
+
+from .outputs import (
+    CURVES_FILE,
+    METRICS_FILE,
+    MODEL_DIRECTORY,
+    REPORT_FILE,
+    TENSORBOARD_DIRECTORY,
+    TORCH_DIRECTORY,
+)
+from .recipe import RecipeError
+
+_RUN_FILE = "run.json"
+CHECKPOINT_DIRECTORY = "checkpoints"
+
+# A run writes only these names, and overwrite=True removes only these.
+_OWN_NAMES = (
+    _RUN_FILE,
+    REPORT_FILE,
+    METRICS_FILE,
+    CURVES_FILE,
+    CHECKPOINT_DIRECTORY,
+    MODEL_DIRECTORY,
+    TORCH_DIRECTORY,
+    TENSORBOARD_DIRECTORY,
+)
+_LISTED_DIFFERENCES = 5  # in an error message
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFingerprint:
+    """Identifies the images of a run.
+
+    Attributes:
+        training_images: number of images.
+        validation_images: number of images.
+        classes: number of classes; 0 for regression.
+        sha256: digest of file names and targets.
+    """
+
+    training_images: int
+    validation_images: int
+    classes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """The settings a run was started with; all except `skip` must be the same to resume it.
+
+    Attributes:
+        recipe: `Recipe.to_dict()`.
+        model: path or Hub id of the checkpoint to start from; None for training from scratch.
+        revision: of `model` on the Hub.
+        teacher: path or Hub id; True for a function, False without a teacher.
+        data: identifies the images.
+        skip: images left out when the run was started, sorted.
+    """
+
+    recipe: Mapping[str, Any]
+    model: str | None
+    revision: str | None
+    teacher: str | bool
+    data: DataFingerprint
+    skip: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings, JSON-ready."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RunSettings":
+        """Return the settings that `to_dict` was called on."""
+        return cls(**{**values, "data": DataFingerprint(**values["data"]), "skip": tuple(values["skip"])})
+
+    def provenance(self) -> dict[str, Any]:
+        """Return the settings that identify the run, JSON-ready: all except `skip`."""
+        values = self.to_dict()
+        del values["skip"]
+        return values
+
+    def differences(self, other: "RunSettings") -> Iterator[tuple[str, Any, Any]]:
+        """Yield (dotted name, own value, other value) of each difference in the settings that identify a run."""
+        own, others = (json.loads(json.dumps(settings.provenance())) for settings in (self, other))
+        yield from _differences(own, others)
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield name, old, new
+
+
+def fingerprint(train: LabeledImages, validation: LabeledImages) -> DataFingerprint:
+    """Return the fingerprint of the images of a run."""
+    digest = hashlib.sha256()
+    for data in (train, validation):
+        for index in range(len(data)) if isinstance(data.images, list) else ():
+            path = Path(data.images[index])
+            digest.update(f"{path.parent.name}/{path.name}\n".encode())
+        digest.update(data.targets.tobytes())
+    return DataFingerprint(len(train), len(validation), len(train.labels), digest.hexdigest())
+
+
+def check_output(output: Path, resume: bool, overwrite: bool) -> None:
+    """Create the directory of a run.
+
+    Raises:
+        FileExistsError: it holds other files, or a run and neither `resume` nor `overwrite` is set.
+        OSError: it cannot be written.
+    """
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"{output} is a file: expected a directory, or a path that does not exist.")
+    names = [entry.name for entry in output.iterdir()] if output.is_dir() else []
+    # A run that was killed at its start may leave a temporary file, which does not count.
+    occupied = any(not name.startswith(f".{_RUN_FILE}.") for name in names)
+    if occupied and not (output / _RUN_FILE).is_file():
+        raise FileExistsError(f"{output} is not empty and holds no training run. Choose another directory.")
+    if occupied and not resume and not overwrite:
+        raise FileExistsError(
+            f"{output} already holds a training run. Resume it with resume=True, replace it with overwrite=True, or"
+            " choose another directory."
+        )
+    files.make_directory(output)
+    try:
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise files.cannot_write(output, error) from None
+
+
+def check_sources(output: Path, *sources: Any) -> None:
+    """Raise FileExistsError if `overwrite=True` would remove one of the models to start from."""
+    for source in sources:
+        if isinstance(source, str | Path) and output in Path(source).expanduser().absolute().parents:
+            raise FileExistsError(
+                f"{source} is inside {output}, which overwrite=True would empty before training. Choose another"
+                " directory for the new run, or move the model."
+            )
+
+
+def read_run(output: Path) -> RunSettings | None:
+    """Return the settings of the run in a directory, or None if there is no run."""
+    path = output / _RUN_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        return RunSettings.from_dict(json.loads(text))
+    except (ValueError, TypeError, KeyError):
+        keys = ", ".join(field.name for field in dataclasses.fields(RunSettings))
+        raise ValueError(
+            f"{path} does not hold the settings of a training run: expected a JSON object with the keys {keys}. Start"
+            " the run again with overwrite=True."
+        ) from None
+
+
+def check_same(output: Path, old: RunSettings, new: RunSettings) -> None:
+    """Raise RecipeError if the settings of a run differ from the ones it was started with."""
+    found = [f"{name} (was {before!r}, is {after!r})" for name, before, after in old.differences(new)]
+    if found:
+        raise RecipeError(
+            f"{output} was started with other settings: {'; '.join(found[:_LISTED_DIFFERENCES])}. Resume with the same"
+            " settings, or start again with overwrite=True."
+        )
+
+
+def prepare_output(output: Path, settings: RunSettings, resumed: bool) -> None:
+    """Remove temporary files of a killed run. For a new run, also remove an older run and write the settings."""
+    for entry in output.iterdir():
+        temporary = entry.name.startswith(tuple(f".{name}." for name in _OWN_NAMES))
+        old = not resumed and entry.name in _OWN_NAMES and entry.name != _RUN_FILE
+        if temporary or old:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    if not resumed:
+        files.write_text(output / _RUN_FILE, json.dumps(settings.to_dict(), indent=2) + "\n")
