@@ -1,35 +1,39 @@
-# `make demo` and `make test` do all the set-up in .venv, from a fresh clone on.
+# `make demo` and `make test` need nothing but Python: they create .venv and install into it.
+PYTHON ?= $$(sh tools/newest_python.sh)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+COVERAGE := # --cov measures it
 
 .PHONY: help demo test test-all lint format docs notebooks clean
 
 help:
-	@echo "make demo      convert the embedded model, prove it right, name photographs"
-	@echo "make test      run the tests (ten minutes); make test-all runs all of them"
-	@echo "make lint      check style and types; make format mends style"
+	@echo "make demo      convert the embedded model, verify it against PyTorch's logits, classify photographs"
+	@echo "make test      run the fast tests (ten minutes); make test-all runs all tests"
+	@echo "make lint      check style, types, imports and lengths; make format fixes the style"
 	@echo "make docs      build the documentation into site/"
-	@echo "make notebooks run the notebooks of the documentation and keep what they show"
-	@echo "make clean     remove the environment and what was built"
+	@echo "make notebooks run the notebooks of the documentation and store their outputs"
+	@echo "make clean     remove the environment and all build outputs"
 
 demo: $(STAMPS)/demo
 	$(BIN)/levit-flax demo
 
 test: $(STAMPS)/test
-	$(PYTEST) -m "not slow and not measurement and not network" $(PARALLEL)
+	$(PYTEST) -m "not slow and not measurement and not network" $(PARALLEL) $(COVERAGE)
 
-# The measurements come last and alone.
+# Measurements need an idle machine, so they run last and one at a time.
 test-all: $(STAMPS)/test
-	($(PYTEST) -m "not measurement" $(PARALLEL) && $(PYTEST) -m measurement) | tee tests/last_full_run.txt; \
-		test $${PIPESTATUS[0]} -eq 0
+	$(PYTEST) -m "not measurement" $(PARALLEL)
+	$(PYTEST) -m measurement
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/check_lengths.py levit_flax benchmarks tools
 
 format: $(STAMPS)/dev
 	$(BIN)/ruff check --fix .
@@ -44,14 +48,12 @@ notebooks: $(STAMPS)/test
 clean:
 	rm -rf $(VENV) build dist site *.egg-info
 
-test-all: SHELL := /bin/bash
-
-# A stamp is written only after its installation ended well, and anew when pyproject.toml changes.
+# A stamp is written after its installation has succeeded, and again when pyproject.toml changes.
 $(STAMPS)/%: pyproject.toml $(STAMPS)/python
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
 
 $(STAMPS)/python:
-	"$$(sh tools/newest_python.sh)" -m venv --clear $(VENV)
+	"$(PYTHON)" -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@mkdir -p $(STAMPS) && touch $@

@@ -1,12 +1,12 @@
-"""What another image size, and computing in a narrower type, cost the embedded model's accuracy.
+"""Measure the accuracy of the embedded model at other image sizes and in narrower dtypes.
 
-It is evaluated at a quarter below and above the size that it was trained at: as it is after `resize_image`, and after
-an epoch of fine-tuning there. And it is evaluated in bfloat16 and float16 against float32. The images are the test
-half that its card speaks of.
+The model is evaluated at 75 % and 125 % of the image size that it was trained at: once directly after `resize_image`,
+and once after an epoch of fine-tuning at the new size. It is also evaluated in bfloat16 and float16 and compared with
+float32. The images are the test half of CIFAR-10 that the model card names.
 
-    python benchmarks/accuracy.py DATA [--out FILE]     # DATA/train and DATA/test hold a folder for each class
+    python benchmarks/accuracy.py DATA [--out FILE]     # DATA/train and DATA/test hold one folder per class
 
-Needs `pip install -e '.[train]'`.
+Requires `pip install -e '.[train]'`.
 """
 
 import argparse
@@ -22,25 +22,27 @@ from levit_flax.evaluation import evaluate, read_data
 from levit_flax.training import finetune, read_recipe
 from machine import describe_machine
 
-SHARES = (0.75, 1.0, 1.25)  # of the size that the model was trained at
+SHARES = (0.75, 1.0, 1.25)  # of the image size that the model was trained at
 DTYPES = ("float32", "bfloat16", "float16")
 BATCH = 64
-WARM_UP, LEARNING_RATE = 0.1, 3e-4  # gentle: the model knows its task, and has only to get used to other distances
+WARM_UP, LEARNING_RATE = 0.1, 3e-4  # low, because the model only has to adapt to other token distances
 
 
 def main() -> None:
-    """Evaluate, print, and write the numbers."""
+    """Evaluate, then print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "accuracy.json")
-    parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning at the other sizes; 0 for none")
+    parser.add_argument(
+        "--epochs", type=int, default=1, help="epochs of fine-tuning at the other image sizes; 0 skips it"
+    )
     arguments = parser.parse_args()
     loaded = lf.ImageClassifier.from_pretrained("cifar10")
     data = read_data(arguments.data / "test", loaded.model.config.id2label)
     own = loaded.model.config.image_size
     result = {
-        "what": "the embedded model at other image sizes and in other types",
-        "images": len(data.labels),
+        "description": "accuracy of the embedded model at other image sizes and in other dtypes",
+        "images": len(data),
         "machine": describe_machine(("optax", "grain")),
         "image_size": own,
         "image_sizes": {},
@@ -73,7 +75,7 @@ def main() -> None:
         reference = named if reference is None else reference
         agreement = float((named == reference).mean())
         result["types"][name] = {
-            "top1": float((named == np.array(data.labels)).mean()),
+            "top1": float((named == data.targets).mean()),
             "agreement_with_float32": agreement,
         }
         print(f"{name:9}  top-1 {result['types'][name]['top1']:.2%}  agrees with float32 on {agreement:.2%}")

@@ -1,8 +1,8 @@
-"""Time and peak memory of a conversion, apart from the imports.
+"""Measure the time and the peak memory of a conversion, without the imports.
 
-For every variant a safetensors file with random weights is converted as by `levit-flax convert --no-verify`: read,
-check, turn into the Flax tree, prove by the way back to the file's bytes, write. Every run is a process of its own,
-which imports first and is measured from there on.
+For each variant, a safetensors file with random weights is converted as by `levit-flax convert --no-verify`: read,
+checked, converted to the Flax tree, converted back and compared with the file, and written. Each run is a separate
+process that is measured after its imports.
 
     python benchmarks/conversion.py [--variants levit-128S ...] [--runs 5] [--layout hf] [--out FILE]
 """
@@ -23,7 +23,7 @@ import json, resource, sys, time
 from pathlib import Path
 from levit_flax.convert import workflow
 
-def megabytes():  # the most that was resident so far, mapped files included
+def megabytes():  # peak resident memory so far, including mapped files
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 imports = megabytes()
@@ -52,7 +52,7 @@ convert.save_torch(Path(sys.argv[2]), model, unflatten_dict(variables, sep="/"),
 
 
 def main() -> None:
-    """Measure, print a table, and write the numbers."""
+    """Measure, then print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     names = ["levit-128S", "levit-128", "levit-192", "levit-256", "levit-384"]
     parser.add_argument("--variants", nargs="+", default=names, choices=names)
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "conversion.json")
     arguments = parser.parse_args()
     rows = {}
-    print(f"{'variant':12}{'file MiB':>10}{'seconds':>10}{'(spread)':>16}{'peak MiB':>10}{'of the file':>13}")
+    print(f"{'variant':12}{'file MiB':>10}{'seconds':>10}{'(range)':>16}{'peak MiB':>10}{'peak/file':>13}")
     for name in arguments.variants:
         rows[name] = row = measure(name, arguments.layout, arguments.runs)
         print(
@@ -69,7 +69,7 @@ def main() -> None:
             f"{'{:.2f} to {:.2f}'.format(*row['seconds_spread']):>16}{row['peak_mib']:10.1f}{row['peak_of_file']:13.2f}"
         )
     result = {
-        "what": "levit-flax convert --no-verify, after imports",
+        "description": "levit-flax convert --no-verify, after imports",
         "layout": arguments.layout,
         "runs": arguments.runs,
         "machine": describe_machine(),
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def measure(name: str, layout: str, runs: int) -> dict[str, object]:
-    """Return medians over several processes."""
+    """Return the medians of several processes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         python("-c", WRITE, name, str(path), layout)
@@ -98,7 +98,7 @@ def measure(name: str, layout: str, runs: int) -> dict[str, object]:
 
 
 def python(*arguments: str) -> str:
-    """Run this interpreter and return what it printed."""
+    """Run this interpreter and return its output."""
     return subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True).stdout
 
 

@@ -1,13 +1,13 @@
-"""What a teacher is worth to a small student on a short budget.
+"""Measure how much a teacher improves a small student on a small training budget.
 
-A student with two heads is trained from scratch on a share of CIFAR-10's training images, three times without a
-teacher (both heads learn the labels) and three times with one, each with the same seeds, images, steps and
-augmentation. What is compared is the accuracy on the test half after the last epoch.
+A student with two heads is trained from scratch on a subset of CIFAR-10, with and without a teacher. Without a
+teacher, both heads learn the labels. Each pair of runs has the same seed, images, steps and augmentation. The
+accuracies on the test half after the last epoch are compared.
 
     python benchmarks/distillation.py DATA --teacher DIR [--kind hard] [--epochs 8] [--share 0.2] [--out FILE]
 
-DATA holds `train` and `test` with a folder for each class; DIR is a model directory, such as `levit-flax finetune DATA
---recipe small_images` makes.
+DATA holds `train` and `test` with one folder per class. DIR is a model directory, such as the output of `levit-flax
+finetune DATA --recipe small_images`.
 """
 
 import argparse
@@ -34,14 +34,14 @@ STUDENTS = {
 
 
 def main() -> None:
-    """Train the students, print, and write the numbers."""
+    """Train the students, then print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--student", choices=list(STUDENTS), default="small")
     parser.add_argument("--kind", choices=("hard", "soft"), default="hard")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--share", type=float, default=0.2, help="of the training images")
+    parser.add_argument("--share", type=float, default=0.2, help="fraction of the training images")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "distillation.json")
     arguments = parser.parse_args()
@@ -78,7 +78,7 @@ def main() -> None:
     alone, taught = accuracies.values()
     gains = [with_teacher - without for without, with_teacher in zip(alone, taught, strict=True)]
     result = {
-        "what": "top-1 on CIFAR-10's test half of a student trained from scratch, without a teacher and with one",
+        "description": "top-1 accuracy on CIFAR-10 of a student trained from scratch, without and with a teacher",
         "machine": describe_machine(("optax", "grain")),
         "teacher_top1": taught_by,
         "student": STUDENTS[arguments.student],

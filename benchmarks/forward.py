@@ -1,8 +1,7 @@
-"""What `latency.py` and `throughput.py` share: every peer in turn, on the same weights and images.
+"""Run every peer on the same weights and images. Shared by `latency.py` and `throughput.py`.
 
-Each measurement is a process of its own. A peer builds its model, then for each batch size computes once (which
-compiles, and is told apart), computes for a while to warm up, and is measured. After all rounds its logits are compared
-with ours.
+Each measurement is a separate process. For each batch size, it times the first call, which compiles, then warms up,
+then measures. After all rounds, the logits of each peer are compared with those of levit-flax.
 """
 
 import argparse
@@ -20,14 +19,17 @@ from peers import OURS, PACKAGES, PEERS, Case, Runner, load_config, write_models
 
 VARIANTS = ("levit-128S", "levit-128", "levit-192", "levit-256", "levit-384")
 BATCHES = {"cpu": (1, 4, 16, 64), "cuda": (1, 64, 256, 1024, 2048)}
-WARM_UP = 0.25  # of the seconds measured
-TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1}  # of the largest logit; GPUs multiply float32 in TF32 by default
+WARM_UP = 0.25  # relative to the measured time
+TOLERANCE = {
+    "float32": 2e-3,
+    "bfloat16": 0.1,
+}  # relative to the largest logit; GPUs multiply float32 in TF32 by default
 
-Measure = Callable[[Runner, Any, float], list[float]]  # (runner, what it was put, seconds) -> milliseconds a batch
+Measure = Callable[[Runner, Any, float], list[float]]  # (runner, inputs, seconds) -> milliseconds per batch
 
 
 def work(arguments: argparse.Namespace, measure: Measure) -> dict[str, Any]:
-    """Measure one peer on one variant, in this process."""
+    """Measure one peer on one variant in this process."""
     begin = time.perf_counter()
     case = Case(arguments.directory, arguments.dtype, arguments.device)
     runner = PEERS[arguments.worker](case)
@@ -36,29 +38,29 @@ def work(arguments: argparse.Namespace, measure: Measure) -> dict[str, Any]:
     for batch in arguments.batches:
         pixels = np.random.default_rng(batch).standard_normal((batch, height, width, 3), np.float32)
         begin = time.perf_counter()
-        given = runner.put(pixels)
-        logits = runner.fetch(runner.call(given))
+        inputs = runner.put(pixels)
+        logits = runner.fetch(runner.call(inputs))
         first = time.perf_counter() - begin
-        measure(runner, given, WARM_UP * arguments.seconds)
-        milliseconds = measure(runner, given, arguments.seconds)
+        measure(runner, inputs, WARM_UP * arguments.seconds)
+        milliseconds = measure(runner, inputs, arguments.seconds)
         found[batch] = {"milliseconds": milliseconds, "first_call_seconds": first}
         np.save(logits_file(arguments.directory, arguments.worker, batch), logits)
     return {"build_seconds": built, "batches": found}
 
 
 def logits_file(directory: Path, peer: str, batch: int) -> Path:
-    """Return where a peer leaves its logits."""
+    """Return the path of a peer's logits."""
     return directory / f"{peer} {batch}.npy"
 
 
 def difference(directory: Path, peer: str, batch: int) -> float:
-    """Return by how much a peer's logits differ from ours, as a share of the largest."""
+    """Return the largest difference between a peer's logits and ours, relative to our largest logit."""
     theirs, ours = (np.load(logits_file(directory, name, batch)) for name in (peer, OURS))
     return float(np.abs(theirs - ours).max() / np.abs(ours).max())
 
 
 def compare(found: dict[str, list[Any]], batch: int, dtype: str, directory: Path) -> dict[str, Any]:
-    """Return one row a peer: milliseconds a batch over the rounds, and how many times as long as ours it took."""
+    """Return one row per peer: its time per batch, and the time relative to ours."""
     rows: dict[str, Any] = {}
     medians = {
         name: [float(np.median(run["batches"][str(batch)]["milliseconds"])) for run in runs]
@@ -68,7 +70,10 @@ def compare(found: dict[str, list[Any]], batch: int, dtype: str, directory: Path
         of_batch = [run["batches"][str(batch)] for run in runs]
         differs = difference(directory, name, batch)
         if not differs < TOLERANCE[dtype]:
-            raise SystemExit(f"{name} computes something else at batch {batch}: {differs:.1e} of the largest logit.")
+            raise SystemExit(
+                f"The logits of {name} at batch size {batch} differ by {differs:.1e} of the largest: expected less than"
+                f" {TOLERANCE[dtype]:.0e}."
+            )
         ratios = [theirs / ours for theirs, ours in zip(medians[name], medians[OURS], strict=False)]
         rows[name] = {
             "milliseconds": turns.spread(medians[name]),
@@ -83,8 +88,8 @@ def compare(found: dict[str, list[Any]], batch: int, dtype: str, directory: Path
 
 
 def show(title: str, rows: dict[str, Any]) -> None:
-    """Print one table."""
-    columns = f"{'ms a batch':>12}{'(spread)':>20}{'images/s':>12}{'times ours':>12}{'first call s':>14}"
+    """Print a table."""
+    columns = f"{'ms/batch':>12}{'(range)':>20}{'images/s':>12}{'time/ours':>12}{'first call s':>14}"
     print(f"\n{title}\n{'':32}{columns}")
     for name, row in rows.items():
         times = row["milliseconds"]
@@ -96,23 +101,23 @@ def show(title: str, rows: dict[str, Any]) -> None:
         )
 
 
-def main(script: str, what: str, measure: Measure) -> None:
-    """Measure, print, and write the numbers.
+def main(script: str, description: str, measure: Measure) -> None:
+    """Measure, then print and write the results.
 
     Args:
-        script: the file that calls, which is started again for each peer.
-        what: what is measured, for the JSON file.
-        measure: returns milliseconds a batch.
+        script: path of the calling script, which is started once per measurement.
+        description: description of the measured quantity.
+        measure: returns milliseconds per batch.
     """
-    parser = argparse.ArgumentParser(description=what)
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, help="published ones, or tiny")
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, help="published variants, or tiny")
     parser.add_argument("--device", choices=list(BATCHES), default="cpu")
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--dtypes", nargs="+", choices=list(TOLERANCE), default=["float32"])
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0, help="measured for each batch size and round")
-    parser.add_argument("--out", type=Path, help="where the JSON goes; benchmarks/results/ unless told")
+    parser.add_argument("--seconds", type=float, default=3.0, help="measured time per batch size and round")
+    parser.add_argument("--out", type=Path, help="JSON file to write, by default in benchmarks/results/")
     parser.add_argument("--worker", choices=list(PEERS), help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
@@ -126,7 +131,7 @@ def main(script: str, what: str, measure: Measure) -> None:
     out = arguments.out or Path(script).parent / "results" / f"{Path(script).stem}{of_device}.json"
     names = [OURS, *(name for name in arguments.peers if name != OURS)]
     result: dict[str, Any] = {
-        "what": what,
+        "description": description,
         "machine": describe_machine(PACKAGES),
         "device": arguments.device,
         "rounds": arguments.rounds,
@@ -138,13 +143,13 @@ def main(script: str, what: str, measure: Measure) -> None:
         for dtype in arguments.dtypes:
             with tempfile.TemporaryDirectory() as folder:
                 write_models(Path(folder), variant)
-                given = ["--directory", folder, "--dtype", dtype, "--device", arguments.device]
-                given += ["--seconds", arguments.seconds, "--batches", *arguments.batches]
-                commands = {name: ["--worker", name, *given] for name in names}
-                compiled = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}  # empty at first
+                options = ["--directory", folder, "--dtype", dtype, "--device", arguments.device]
+                options += ["--seconds", arguments.seconds, "--batches", *arguments.batches]
+                commands = {name: ["--worker", name, *options] for name in names}
+                compiled = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}  # empty, so that the first call compiles
                 found = turns.in_turns(script, commands, arguments.rounds, **compiled)
                 turns.need(found, OURS)
                 of_variant[dtype] = {batch: compare(found, batch, dtype, Path(folder)) for batch in arguments.batches}
             for batch, rows in of_variant[dtype].items():
-                show(f"{variant}, {dtype}, batch {batch}", rows)
+                show(f"{variant}, {dtype}, batch size {batch}", rows)
         turns.write(out, result)

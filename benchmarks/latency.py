@@ -1,10 +1,10 @@
-"""How long a batch takes from call to logits, ours against what runs LeViT elsewhere.
+"""Measure the time from call to logits against other ways to run LeViT.
 
-One call at a time: the next begins when the logits of the last are there.
+Each call starts after the logits of the previous call have arrived.
 
     python benchmarks/latency.py [--variants levit-128S ...] [--batches 1 16] [--device cuda] [--out FILE]
 
-Needs `pip install -e '.[bench]'`; what is missing is named and left out.
+Requires `pip install -e '.[bench]'`. Peers that are not installed are skipped.
 """
 
 import time
@@ -14,13 +14,13 @@ import forward
 from peers import Runner
 
 
-def measure(runner: Runner, given: Any, seconds: float) -> list[float]:
+def measure(runner: Runner, inputs: Any, seconds: float) -> list[float]:
     """Return the milliseconds of each call."""
     found: list[float] = []
     end = time.perf_counter() + seconds
     while not found or time.perf_counter() < end:
         begin = time.perf_counter()
-        runner.fetch(runner.call(given))
+        runner.fetch(runner.call(inputs))
         found.append(1000 * (time.perf_counter() - begin))
     return found
 

@@ -1,4 +1,4 @@
-"""What the numbers of a benchmark depend on."""
+"""Describe the machine and the software of a measurement."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ OURS = ("levit-flax", "jax", "flax", "numpy", "safetensors")
 
 
 def describe_machine(packages: tuple[str, ...] = ()) -> dict[str, str | int | None]:
-    """Return what the numbers depend on, with the versions of further packages; None for one that is not installed."""
+    """Return the hardware, the commit, and the versions of our packages and of `packages`; None if not installed."""
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -32,7 +32,7 @@ def installed(package: str) -> str | None:
 
 
 def processor() -> str:
-    """Return the processor's name, where the system tells it."""
+    """Return the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -48,7 +48,7 @@ def gpu() -> str | None:
 
 
 def commit() -> str | None:
-    """Return the commit of this repository; "-dirty" follows where something but results has changed since."""
+    """Return the commit of this repository, with "-dirty" if files other than results have changed."""
     git = ("git", "-C", str(REPOSITORY))
     head = output(*git, "rev-parse", "HEAD")
     changed = output(*git, "status", "--porcelain", "--", ".", ":!benchmarks/results")
@@ -56,5 +56,5 @@ def commit() -> str | None:
 
 
 def output(*command: str) -> str:
-    """Return what a command prints, nothing where it fails."""
+    """Return the output of a command, or an empty string if it fails."""
     return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()

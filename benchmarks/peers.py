@@ -1,4 +1,4 @@
-"""The ways to run LeViT that are compared: each makes a function from a batch that lies on the device to logits."""
+"""The compared ways to run LeViT. Each builds a `Runner`, which computes logits from a batch on the device."""
 
 import json
 import multiprocessing
@@ -22,10 +22,10 @@ TINY = {
 
 
 class Case(NamedTuple):
-    """What a peer is asked to run.
+    """A model, a dtype and a device.
 
     Attributes:
-        directory: holds the same weights as `flax` and in each PyTorch layout.
+        directory: holds the same weights in `flax` and in a directory per PyTorch layout.
         dtype: "float32" or "bfloat16".
         device: "cpu" or "cuda".
     """
@@ -36,12 +36,12 @@ class Case(NamedTuple):
 
 
 class Runner(NamedTuple):
-    """A model that is ready.
+    """A model that is ready to run.
 
     Attributes:
-        put: turns pixel values, float32 [B H W C], into what `call` takes, on the device.
-        call: begins the computation.
-        fetch: waits for what `call` returned and turns it into float32 logits [B L].
+        put: copies pixel values, float32 [B H W C], to the device in the layout of the peer.
+        call: starts the computation.
+        fetch: waits for the result of `call` and returns it as float32 logits [B L].
         returns_early: whether `call` returns before the computation ends.
     """
 
@@ -52,14 +52,14 @@ class Runner(NamedTuple):
 
 
 def use_jax_on(device: str) -> None:
-    """Have JAX compute on a device, and on no other: it takes most of a GPU's memory as soon as it looks at it."""
+    """Restrict JAX to one platform, because it reserves most of the memory of every GPU that it finds."""
     import jax
 
     jax.config.update("jax_platforms", device)
 
 
 def write_models(directory: Path, variant: str) -> None:
-    """Write a variant with two heads and random weights of a trained model's size, in all layouts."""
+    """Write a variant with two heads in all layouts, with random weights of a trained model's magnitude."""
     from flax.traverse_util import unflatten_dict
 
     use_jax_on("cpu")
@@ -86,7 +86,7 @@ def write_models(directory: Path, variant: str) -> None:
 
 
 def levit_flax(case: Case, precision: str | None = None) -> Runner:
-    """Run what `ImageClassifier` runs: the folded, merged model, jitted."""
+    """Run the model as `ImageClassifier` does: folded, merged and compiled."""
     import jax
     import jax.numpy as jnp
 
@@ -101,16 +101,16 @@ def levit_flax(case: Case, precision: str | None = None) -> Runner:
 
 
 def levit_flax_keeping(case: Case) -> Runner:
-    """Run ours in a process that keeps freed memory, as the commands `evaluate` and `classify` do."""
+    """Run levit-flax in a process that keeps freed memory, as the commands `evaluate` and `classify` do."""
     from levit_flax.memory import keep_freed_memory
 
     if case.device != "cpu" or not keep_freed_memory():
-        raise NotImplementedError("freed memory is kept on the CPU, by glibc")
+        raise NotImplementedError("keeping freed memory requires a CPU and glibc")
     return levit_flax(case)
 
 
 def keras(case: Case) -> Runner:
-    """Run zeromodels' LeViT, Keras on JAX, jitted."""
+    """Run LeViT of zeromodels, which is Keras on JAX, compiled."""
     import os
 
     os.environ["KERAS_BACKEND"] = "jax"
@@ -141,7 +141,7 @@ def keras(case: Case) -> Runner:
 
 
 def load_torch(case: Case, layout: str) -> Any:
-    """Return the PyTorch model of a layout with its weights, in evaluation mode; timm's are fused."""
+    """Load the PyTorch model of a layout in evaluation mode; models of timm are fused."""
     from timm.utils import reparameterize_model
 
     use_jax_on("cpu")
@@ -158,7 +158,7 @@ def torch_runner(case: Case, layout: str, *, channels_last: bool = False, compil
     """Run a PyTorch model, eagerly or compiled."""
     import torch
 
-    torch.set_float32_matmul_precision("high")  # on GPUs TF32, as JAX's default; on CPUs no less than float32
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as in JAX; float32 on CPUs
     dtype = getattr(torch, case.dtype)
     order = torch.channels_last if channels_last else torch.contiguous_format
     model = load_torch(case, layout).to(device=case.device, dtype=dtype, memory_format=order)
@@ -172,13 +172,13 @@ def torch_runner(case: Case, layout: str, *, channels_last: bool = False, compil
         with torch.inference_mode():
             logits = model(pixels)
             logits = getattr(logits, "logits", logits)
-            return logits.clone() if compile else logits  # the next replay of a CUDA graph writes to the same place
+            return logits.clone() if compile else logits  # the next call writes to the same CUDA buffer
 
     return Runner(put, call, lambda logits: logits.float().cpu().numpy(), case.device == "cuda")
 
 
 def onnx_file(case: Case) -> Path:
-    """Return timm's fused model as ONNX, which a process of its own writes where it is not there yet."""
+    """Return the path of timm's fused model as ONNX, exporting it in a separate process if needed."""
     path = case.directory / "model.onnx"
     if not path.exists():
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -187,7 +187,7 @@ def onnx_file(case: Case) -> Path:
 
 
 def write_onnx(case: Case, path: Path) -> None:
-    """Export timm's fused model, the least that is left to do for a runtime."""
+    """Export timm's fused model, which has the fewest operations."""
     import torch
 
     height, width = load_config(case).image_height_width
@@ -204,32 +204,32 @@ def load_config(case: Case) -> Any:
 
 
 def onnxruntime(case: Case) -> Runner:
-    """Run onnxruntime, on timm's fused model."""
+    """Run timm's fused model in onnxruntime."""
     import onnxruntime as ort
 
     if case.dtype != "float32":
-        raise NotImplementedError("onnxruntime's kernels for the CPU know no bfloat16")
+        raise NotImplementedError("onnxruntime does not support bfloat16 on CPUs")
     provider = "CUDAExecutionProvider" if case.device == "cuda" else "CPUExecutionProvider"
     if provider not in ort.get_available_providers():
         raise NotImplementedError(f"this onnxruntime has no {provider}")
     session = ort.InferenceSession(onnx_file(case), providers=[provider])
-    [given], [logits] = session.get_inputs(), session.get_outputs()
+    [pixels_input], [logits] = session.get_inputs(), session.get_outputs()
 
     def put(pixels: np.ndarray) -> Any:
         return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), case.device, 0)
 
     def call(pixels: Any) -> Any:
-        return session.run_with_ort_values([logits.name], {given.name: pixels})[0]
+        return session.run_with_ort_values([logits.name], {pixels_input.name: pixels})[0]
 
     return Runner(put, call, lambda logits: logits.numpy(), False)
 
 
 def openvino(case: Case) -> Runner:
-    """Run OpenVINO, on timm's fused model."""
+    """Run timm's fused model in OpenVINO."""
     import openvino as ov
 
     if case.device != "cpu":
-        raise NotImplementedError("OpenVINO runs on Intel's devices")
+        raise NotImplementedError("OpenVINO does not run on NVIDIA GPUs")
     path, core, compiled, own = onnx_file(case), ov.Core(), {}, threading.local()
     precision = {"float32": "f32", "bfloat16": "bf16"}[case.dtype]
     settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
@@ -241,7 +241,7 @@ def openvino(case: Case) -> Runner:
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
     def call(pixels: np.ndarray) -> np.ndarray:
-        requests = own.__dict__.setdefault("requests", {})  # one of them serves one thread
+        requests = own.__dict__.setdefault("requests", {})  # a request must not be shared between threads
         if len(pixels) not in requests:
             requests[len(pixels)] = compiled[len(pixels)].create_infer_request()
         return np.array(requests[len(pixels)].infer(pixels)[0])

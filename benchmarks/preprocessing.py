@@ -1,11 +1,11 @@
-"""How fast a JPEG file becomes pixel values, ours against transformers' two processors.
+"""Measure the time from a JPEG file to pixel values against the two processors of transformers.
 
-Files of 640x480 pixels are decoded, resized, cropped and normalized one by one, on one thread and on two. Ours must
-give the bits of transformers' PIL processor.
+Files of 640x480 pixels are decoded, resized, cropped and normalized one at a time, on one thread and on two. Our
+pixel values must equal those of transformers' PIL processor bit for bit.
 
     python benchmarks/preprocessing.py [--images 64] [--rounds 5] [--out FILE]
 
-Needs `pip install -e '.[bench]'` (transformers, torchvision).
+Requires `pip install -e '.[bench]'` (transformers, torchvision).
 """
 
 import argparse
@@ -36,7 +36,7 @@ def make_processor(name: str) -> Callable[[Path], np.ndarray]:
     import torch
     import transformers
 
-    torch.set_num_threads(1)  # the threads that are compared are those that call
+    torch.set_num_threads(1)  # only the calling threads are compared
     classes = {PIL: "LevitImageProcessorPil", TORCHVISION: "LevitImageProcessor"}
     theirs = getattr(transformers, classes[name])()
 
@@ -64,7 +64,7 @@ def work(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_images(directory: Path, count: int) -> None:
-    """Write photograph-like files: smooth, with some noise."""
+    """Write smooth, slightly noisy images, which compress like photographs."""
     generator = np.random.default_rng(0)
     for i in range(count):
         coarse = Image.fromarray(generator.integers(0, 256, (HEIGHT // 16, WIDTH // 16, 3), np.uint8))
@@ -74,7 +74,7 @@ def write_images(directory: Path, count: int) -> None:
 
 
 def main() -> None:
-    """Measure, print, and write the numbers."""
+    """Measure, then print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
@@ -96,13 +96,13 @@ def main() -> None:
             for name in found
         }
     if differing.get(PIL):
-        raise SystemExit(f"Ours and transformers' PIL processor differ in {differing[PIL]} values.")
+        raise SystemExit(f"{differing[PIL]} pixel values differ from those of transformers' PIL processor.")
     rates = {
         name: {threads: [run["images_per_second"][threads] for run in runs] for threads in ("1", "2")}
         for name, runs in found.items()
     }
     result: dict[str, Any] = {
-        "what": f"JPEG files of {WIDTH}x{HEIGHT} to pixel values of 224x224, images a second",
+        "description": f"JPEG files of {WIDTH}x{HEIGHT} to pixel values of 224x224",
         "machine": describe_machine(("pillow", "torch", "torchvision", "transformers")),
         "images": arguments.images,
         "rounds": arguments.rounds,
@@ -120,7 +120,7 @@ def main() -> None:
         "two_threads_over_one": turns.spread([b / a for a, b in zip(*rates[OURS].values(), strict=True)]),
     }
     turns.write(arguments.out, result)
-    print(f"{'images a second':28}{'one thread':>12}{'two':>8}{'ours is faster by':>20}")
+    print(f"{'images per second':28}{'one thread':>12}{'two':>8}{'speed of ours':>20}")
     for name, row in result["processors"].items():
         one, two = (row["images_per_second"][threads]["median"] for threads in ("1", "2"))
         print(f"{name:28}{one:12.0f}{two:8.0f}{row['ours_times_as_fast']['1']['median']:20.2f}")

@@ -1,8 +1,8 @@
-"""Which share of the machine's arithmetic a model reaches, and where its time goes.
+"""Measure the fraction of the machine's peak that a model reaches, and where its time goes.
 
-The rate of a large matrix product is what the machine can do. The operations of an image are those of the matrix
-products and convolutions that JAX was asked for, two for each multiplication with its addition. Where the time goes is
-told by the profiler, part of the model by part.
+The peak is the rate of a large matrix product. The operations of a model are those of its matrix products and
+convolutions, counting a multiplication and its addition as two. The profiler assigns the time to the parts of the
+model.
 
     python benchmarks/roofline.py [--variants levit-128S ...] [--batches 1 16] [--out FILE]
 """
@@ -27,7 +27,7 @@ from levit_flax.inference import prepare
 from machine import describe_machine
 from peers import TINY
 
-SIDE = 2048  # of the matrices
+SIDE = 2048  # rows and columns of the matrices
 PARTS = {
     "stem": r"/stem/",
     "heads": r"/head",
@@ -51,14 +51,14 @@ def seconds_a_call(call: Any, seconds: float) -> list[float]:
 
 
 def measure_machine(seconds: float) -> float:
-    """Return the floating-point operations a second of a large product, at the precision that the models have."""
+    """Return the floating-point operations per second of a large matrix product at the default precision."""
     matrix = jnp.asarray(np.random.default_rng(0).standard_normal((SIDE, SIDE), np.float32))
     multiply = jax.jit(lambda x: jnp.matmul(x, x))
     return 2 * SIDE**3 / float(np.median(seconds_a_call(lambda: multiply(matrix), seconds)))
 
 
 def count_operations(jaxpr: Any) -> int:
-    """Return the operations of all matrix products and convolutions in a jaxpr."""
+    """Count the operations of all matrix products and convolutions in a jaxpr."""
     total = 0
     for equation in jaxpr.eqns:
         total += sum(count_operations(inner) for inner in inner_jaxprs(equation))
@@ -84,11 +84,11 @@ def inner_jaxprs(equation: Any) -> Iterator[Any]:
 
 
 def profile(call: Any, program: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the share of the time, in [0, 1], of each kind of work, and of each layer of the model.
+    """Return the fraction of the time, in [0, 1], of each kind of operation and of each layer.
 
     Args:
-        call: computes once.
-        program: text of the compiled program, which tells where in the model each operation comes from.
+        call: runs the model once.
+        program: text of the compiled program, which names the module of each operation.
     """
     origin = dict(re.findall(r'%?([\w.-]+) = [^\n]*op_name="([^"]*)"', program))
     by_part: collections.Counter[str] = collections.Counter()
@@ -116,16 +116,16 @@ def profile(call: Any, program: str) -> tuple[dict[str, float], dict[str, float]
 
 
 def main() -> None:
-    """Measure, print, and write the numbers."""
+    """Measure, then print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, help="published ones, or tiny")
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, help="published variants, or tiny")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "roofline.json")
     arguments = parser.parse_args()
     rows: dict[str, Any] = {}
-    print(f"{'variant':12}{'batch':>6}{'GFLOP':>8}{'ms':>9}{'GFLOP/s':>9}{'machine':>9}{'share':>8}")
+    print(f"{'variant':12}{'batch':>6}{'GFLOP':>8}{'ms':>9}{'GFLOP/s':>9}{'peak':>9}{'share':>8}")
     for variant in arguments.variants:
         config = lf.LevitConfig(**TINY) if variant == "tiny" else lf.VARIANTS[variant]
         model = lf.LevitForImageClassificationWithTeacher(config)
@@ -142,7 +142,7 @@ def main() -> None:
                 return compiled(variables, pixels)
 
             rates, peaks, times = [], [], []
-            for _ in range(arguments.rounds):  # the machine's rate beside the model's, since it changes
+            for _ in range(arguments.rounds):  # the peak of a shared machine changes
                 peaks.append(measure_machine(arguments.seconds))
                 times.append(float(np.median(seconds_a_call(call, arguments.seconds))))
                 rates.append(operations / times[-1])
@@ -168,7 +168,7 @@ def main() -> None:
     turns.write(
         arguments.out,
         {
-            "what": "the share of the machine's rate of float32 matrix products that the folded, merged model reaches",
+            "description": "speed of the folded, merged model relative to a large float32 matrix product",
             "machine": describe_machine(),
             "device": jax.devices()[0].device_kind,
             "rounds": arguments.rounds,

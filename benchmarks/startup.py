@@ -1,10 +1,10 @@
-"""How long it takes from nothing to the first answer, by part, with and without a compilation cache.
+"""Measure the time from process start to the first prediction, with and without a compilation cache.
 
-The cache is used as the command line uses it. The scores of the answers are compared after the timing.
+The cache is used as the command line uses it. The scores of the predictions are compared after the measurement.
 
     python benchmarks/startup.py [--variant levit-128S] [--rounds 5] [--out FILE]
 
-Needs `pip install -e '.[bench]'` (torch, transformers).
+Requires `pip install -e '.[bench]'` (torch, transformers).
 """
 
 import argparse
@@ -23,12 +23,12 @@ from peers import write_models
 OURS, THEIRS = "levit-flax", "transformers"
 PARTS = ("import", "load", "compile", "first answer", "second answer")
 TO_THE_FIRST_ANSWER = PARTS[:4]
-TOLERANCE = 1e-3  # of the scores
+TOLERANCE = 1e-3  # relative, of the scores
 TOP = 3
 
 
 def work_ours(directory: Path) -> tuple[list[float], float, list[float]]:
-    """Return the time at the end of each part but compiling, how long that took of the first answer, and the scores."""
+    """Return the time at the end of each part except compilation, the compile time, and the scores."""
     import jax
     from PIL import Image
 
@@ -54,7 +54,7 @@ def work_ours(directory: Path) -> tuple[list[float], float, list[float]]:
 
 
 def work_theirs(directory: Path) -> tuple[list[float], float, list[float]]:
-    """Return the time at the end of each part, nothing for compiling, and the scores."""
+    """Return the time at the end of each part, a compile time of 0, and the scores."""
     import torch
     from PIL import Image
     from transformers import LevitForImageClassificationWithTeacher, LevitImageProcessor
@@ -72,7 +72,7 @@ def work_theirs(directory: Path) -> tuple[list[float], float, list[float]]:
 
 
 def work(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure one side in this process."""
+    """Measure one library in this process."""
     begin = time.perf_counter()
     moments, compiling, scores = (work_ours if arguments.worker == OURS else work_theirs)(arguments.directory)
     importing, loading, first, second = (b - a for a, b in pairwise([begin, *moments]))
@@ -81,9 +81,9 @@ def work(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print, and write the numbers."""
+    """Measure, then print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--variant", default="levit-128S", help="a published one, or tiny")
+    parser.add_argument("--variant", default="levit-128S", help="a published variant, or tiny")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "startup.json")
     parser.add_argument("--worker", choices=[OURS, THEIRS], help=argparse.SUPPRESS)
@@ -126,7 +126,7 @@ def main() -> None:
     turns.write(
         arguments.out,
         {
-            "what": "seconds from the first import to an answer, in a new process",
+            "description": "seconds from the first import to a prediction, in a new process",
             "machine": describe_machine(("torch", "transformers")),
             "variant": arguments.variant,
             "rounds": arguments.rounds,

@@ -1,11 +1,11 @@
-"""How many images a second pass, ours against what runs LeViT elsewhere.
+"""Measure throughput against other ways to run LeViT.
 
-Two calls are under way at any time, as in a service that always has the next batch at hand: where a call returns before
-its computation ends, the next one is begun then; where it does not, two threads call.
+Two calls are in flight at any time, as in a service that always has a next batch. If a peer's call returns before the
+computation ends, one thread makes both calls; otherwise two threads do.
 
     python benchmarks/throughput.py [--variants levit-128S ...] [--batches 16 64] [--device cuda] [--out FILE]
 
-Needs `pip install -e '.[bench]'`; what is missing is named and left out.
+Requires `pip install -e '.[bench]'`. Peers that are not installed are skipped.
 """
 
 import time
@@ -17,18 +17,18 @@ import forward
 from peers import Runner
 
 IN_FLIGHT = 2
-PARTS = 5  # which give a spread
+PARTS = 5  # of the measured time, each with its own result
 
 
-def measure(runner: Runner, given: Any, seconds: float) -> list[float]:
-    """Return the milliseconds a batch in each part of the time."""
+def measure(runner: Runner, inputs: Any, seconds: float) -> list[float]:
+    """Return the milliseconds per batch in each part of the time."""
     found: list[float] = []
     with ThreadPoolExecutor(IN_FLIGHT) as pool:
 
         def begin_call() -> Any:
             if runner.returns_early:
-                return runner.call(given)
-            return pool.submit(lambda: runner.fetch(runner.call(given)))
+                return runner.call(inputs)
+            return pool.submit(lambda: runner.fetch(runner.call(inputs)))
 
         def end_call(pending: Any) -> None:
             runner.fetch(pending) if runner.returns_early else pending.result()
@@ -48,4 +48,4 @@ def measure(runner: Runner, given: Any, seconds: float) -> list[float]:
 
 
 if __name__ == "__main__":
-    forward.main(__file__, "milliseconds a batch, two calls under way at any time", measure)
+    forward.main(__file__, "milliseconds per batch, two calls in flight", measure)

@@ -1,12 +1,12 @@
-"""How fast a model trains here against transformers' PyTorch model, and whether the data keeps up.
+"""Measure a training step against transformers' PyTorch model, and the speed of the input pipeline.
 
-Speed: the same model, weights, batch and AdamW on both sides, augmentation off; processes take turns, and the losses of
-the first steps must agree. Data: a folder of 500-pixel JPEGs is read, augmented and batched as in training, first alone
-(the ceiling) and then in a training.
+Step: both libraries train the same model on the same batch with AdamW, without augmentation. The losses of the first
+steps must agree. Input pipeline: 500-pixel JPEGs are decoded, augmented and batched as in training, first without a
+model and then in a training run.
 
     python benchmarks/training.py [--variants levit-128S] [--batch 32] [--steps 10] [--rounds 5] [--out FILE]
 
-Needs `pip install -e '.[bench]'` (torch, transformers).
+Requires `pip install -e '.[bench]'` (torch, transformers).
 """
 
 import argparse
@@ -22,14 +22,14 @@ from forward import VARIANTS
 from machine import describe_machine
 from peers import TINY
 
-COMPARED = 3  # first steps whose losses are compared
-TOLERANCE = 1e-3  # relative; AdamW turns rounding into whole steps where a gradient is nothing but noise
+COMPARED = 3  # number of first steps whose losses are compared
+TOLERANCE = 1e-3  # relative; if a gradient is only rounding noise, AdamW takes a full step in its direction
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.025
 EDGE = 500  # pixels of the JPEGs
 
 
 def make_batch(batch: int, size: int, labels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return seeded pixel values [B H W C] and labels [B]."""
+    """Return random pixel values [B H W C] and labels [B]."""
     rng = np.random.default_rng(0)
     return rng.normal(size=(batch, size, size, 3)).astype(np.float32), rng.integers(0, labels, batch)
 
@@ -43,7 +43,7 @@ def time_ours(arguments: argparse.Namespace) -> dict:
     from levit_flax.training.recipe import Recipe
     from levit_flax.training.state import Batch, Task
 
-    keep_freed_memory()  # as the command does
+    keep_freed_memory()  # as `levit-flax finetune` does
     model, variables = lf.from_pretrained(arguments.model)
     recipe = Recipe(
         batch_size=arguments.batch,
@@ -72,7 +72,7 @@ def time_ours(arguments: argparse.Namespace) -> dict:
 
 
 def time_torch(arguments: argparse.Namespace) -> dict:
-    """Time the usual PyTorch step with transformers' model."""
+    """Time a plain PyTorch step with transformers' model."""
     import torch
     from transformers import LevitForImageClassification
 
@@ -96,7 +96,7 @@ def time_torch(arguments: argparse.Namespace) -> dict:
 
 
 def time_data(arguments: argparse.Namespace) -> dict:
-    """Measure how fast images can be read, and the share of a training that waits for them."""
+    """Measure the input pipeline, and the fraction of a training run that waits for it."""
     from PIL import Image
 
     import levit_flax as lf
@@ -135,7 +135,7 @@ WORKERS = {"levit-flax": time_ours, "transformers": time_torch, "data": time_dat
 
 
 def write_model(directory: Path, variant: str) -> None:
-    """Write a fresh model of a variant as a directory that both sides load."""
+    """Write a newly initialized model as directories that both libraries load."""
     import jax
 
     import levit_flax as lf
@@ -150,7 +150,7 @@ def write_model(directory: Path, variant: str) -> None:
 
 
 def compare(found: dict[str, list[dict]]) -> dict:
-    """Return what the rounds of one model say, in which both sides must have had the same losses."""
+    """Return the speeds of both libraries on one model, after comparing their losses."""
     turns.need(found, "levit-flax", "transformers")
     ours, theirs = found["levit-flax"], found["transformers"]
     np.testing.assert_allclose(ours[0]["losses"], theirs[0]["losses"], rtol=TOLERANCE)
@@ -164,24 +164,24 @@ def compare(found: dict[str, list[dict]]) -> dict:
 
 
 def print_speeds(variant: str, speeds: dict) -> None:
-    """Print the seconds of a step on both sides and their ratio."""
+    """Print the time of a step in both libraries and their ratio."""
     print(variant)
     for name, times in speeds["seconds_a_step"].items():
-        print(f"  {name:14} {times['median']:.3f} s a step ({times['least']:.3f} to {times['most']:.3f})")
+        print(f"  {name:14} {times['median']:.3f} s per step ({times['least']:.3f} to {times['most']:.3f})")
     spread = speeds["times_as_fast"]
     print(f"  levit-flax is {spread['median']:.2f} times as fast ({spread['least']:.2f} to {spread['most']:.2f})")
 
 
 def main() -> None:
-    """Measure, print, and write the numbers."""
+    """Measure, then print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--variants", nargs="+", default=VARIANTS, help="published ones, or tiny; JPEGs train the first"
+        "--variants", nargs="+", default=VARIANTS, help="published variants, or tiny; the first one trains on JPEGs"
     )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=256, help="JPEGs to train on")
+    parser.add_argument("--images", type=int, default=256, help="number of JPEGs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training.json")
     parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
@@ -199,7 +199,9 @@ def main() -> None:
         found = turns.in_turns(__file__, {"data": command}, 1)
         turns.need(found, "data")
         (data,) = found["data"]
-        print(f"of a training of {arguments.variants[0]} on JPEGs, {data['share_waiting_for_data']:.1%} was waiting")
+        print(
+            f"training {arguments.variants[0]} on JPEGs waits for data {data['share_waiting_for_data']:.1%} of the time"
+        )
         for variant in arguments.variants:
             commands = {
                 name: ["--worker", name, "--model", Path(folder, variant, layout), *options]
@@ -208,7 +210,7 @@ def main() -> None:
             models[variant] = compare(turns.in_turns(__file__, commands, arguments.rounds))
             print_speeds(variant, models[variant])
     result = {
-        "what": "a training step in float32 with AdamW, augmentation off; then a training on JPEGs",
+        "description": "a float32 training step with AdamW, without augmentation; then a training run on JPEGs",
         "machine": describe_machine(("torch", "transformers", "optax", "grain")),
         "batch": arguments.batch,
         "models": models,

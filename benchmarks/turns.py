@@ -1,4 +1,4 @@
-"""Measurements in processes of their own, taken in turns, so that a machine's moods fall on all of them alike."""
+"""Run measurements as alternating processes, so that noise of the machine affects all of them alike."""
 
 import json
 import os
@@ -13,7 +13,7 @@ MARK = "RESULT "
 
 
 def answer(work: Callable[[], Mapping[str, Any]]) -> None:
-    """Do the work, and tell the process that waits for this one what was found, or what is missing for it."""
+    """Run `work` and print its results for the parent process, or the reason why it cannot run."""
     try:
         found = work()
     except (ImportError, NotImplementedError) as error:
@@ -22,9 +22,10 @@ def answer(work: Callable[[], Mapping[str, Any]]) -> None:
 
 
 def run(script: str, *arguments: Any, **environment: str) -> dict[str, Any]:
-    """Run a Python script in a process of its own, and return what it answered.
+    """Run a Python script as a process and return the results that it printed.
 
-    A package that is not installed makes it {"missing": why}; so does a process that fails, which is shown on stderr.
+    Returns {"missing": reason} if a package is not installed or the process fails. The stderr of a failed process is
+    printed.
     """
     command = [sys.executable, script, *map(str, arguments)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | environment)
@@ -38,9 +39,9 @@ def run(script: str, *arguments: Any, **environment: str) -> dict[str, Any]:
 def in_turns(
     script: str, commands: Mapping[str, Sequence[Any]], rounds: int, **environment: str
 ) -> dict[str, list[Any]]:
-    """Run each command once a round, beginning with another one each time; return the answers by name.
+    """Run each command once per round, starting with a different one each time, and return the results by name.
 
-    What is missing is named on stderr and has no entry.
+    A command that cannot run is reported on stderr and has no entry.
     """
     left = dict(commands)
     found: dict[str, list[Any]] = {name: [] for name in commands}
@@ -49,7 +50,7 @@ def in_turns(
         for name in names[begin:] + names[:begin]:
             result = run(script, *commands[name], **environment)
             if "missing" in result:
-                print(f"{name} is left out: {result['missing']}", file=sys.stderr)
+                print(f"skipping {name}: {result['missing']}", file=sys.stderr)
                 del left[name]
             else:
                 found[name].append(result)
@@ -57,17 +58,17 @@ def in_turns(
 
 
 def need(found: Mapping[str, Any], *names: str) -> None:
-    """Stop where that without which there is nothing to compare is missing."""
+    """Exit if a required measurement is missing."""
     if missing := [name for name in names if name not in found]:
-        raise SystemExit(f"There is nothing to compare without {', '.join(missing)}.")
+        raise SystemExit(f"Required measurements are missing: {', '.join(missing)}.")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median, least and most."""
+    """Return the median, the minimum and the maximum."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:
-    """Write the numbers."""
+    """Write the results as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

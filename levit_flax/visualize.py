@@ -1,4 +1,4 @@
-"""Images of what a model looks at and what it has learned. Needs matplotlib: `pip install 'levit-flax[visualize]'`."""
+"""Figures that explain predictions and show training metrics. Requires matplotlib (the `visualize` extra)."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,20 @@ from .surgery import fold_batch_norm, merge_heads
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CELL = 1.6  # inches of one image in a figure
-DPI = 120
+_CELL = 1.8  # inches
+_DPI = 120
 
 
-def new_figure(rows: int, columns: int, cell: float = CELL) -> "tuple[Figure, np.ndarray]":
-    """Return a figure and its axes [rows columns], without frames; `cell` is the width of one of them in inches.
+def new_figure(rows: int, columns: int, cell: float = _CELL) -> "tuple[Figure, np.ndarray]":
+    """Create a figure with a grid of axes without frames.
+
+    Args:
+        rows: number of rows.
+        columns: number of columns.
+        cell: width of one column in inches.
+
+    Returns:
+        The figure and its axes [rows columns].
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -34,8 +42,8 @@ def new_figure(rows: int, columns: int, cell: float = CELL) -> "tuple[Figure, np
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("Images are drawn by matplotlib: pip install 'levit-flax[visualize]'.") from None
-    figure = Figure(figsize=(cell * columns, cell * rows * 1.12), dpi=DPI, layout="constrained")
+        raise ImportError("matplotlib is not installed. Run: pip install 'levit-flax[visualize]'") from None
+    figure = Figure(figsize=(cell * columns, cell * rows * 1.12), dpi=_DPI, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
@@ -43,7 +51,10 @@ def new_figure(rows: int, columns: int, cell: float = CELL) -> "tuple[Figure, np
 
 
 def attention_names(model: LevitBase) -> list[str]:
-    """Return the path of every attention in the order of `output_attentions`, such as "stage_0/block_1".
+    """Return the paths of all attentions in the order of `output_attentions`.
+
+    Args:
+        model: any model.
 
     Example:
         >>> from levit_flax import VARIANTS, LevitModel
@@ -60,18 +71,18 @@ def attention_names(model: LevitBase) -> list[str]:
 def attention_maps(
     model: LevitBase, variables: Mapping[str, Any], pixel_values: jax.Array, query: tuple[float, float] | None = None
 ) -> dict[str, np.ndarray]:
-    """Return where every head of every attention looks.
+    """Return the attention weights of every head of every attention as maps.
 
     Args:
         model: any model, folded or not.
-        variables: its variables.
-        pixel_values: one prepared image, float [1 H W C].
-        query: the point (y, x) that looks, as shares in [0, 1) of the image's height and width; None for the mean
-            over all queries.
+        variables: variables of the model.
+        pixel_values: one preprocessed image, float [1 H W C].
+        query: position (y, x) of the query token, as fractions in [0, 1) of the image's height and width. None
+            averages over all queries.
 
     Returns:
-        For each attention, by its path ("stage_0/block_0", "downsample_0"), how much of the attention falls on each
-        token, [H gh gw], with gh and gw the grid of the keys; each head's map sums to 1.
+        Attention weights [heads gh gw] by the path of the attention ("stage_0/block_0", "downsample_0"). gh and gw
+        are the size of the key grid. The weights of each head sum to 1.
 
     Example:
         >>> from levit_flax import from_pretrained
@@ -86,27 +97,29 @@ def attention_maps(
         stage = int(name.partition("/")[0].rpartition("_")[2])
         weights = np.asarray(attention[0], np.float32)  # [H Q K]
         if query is None:
-            looked = weights.mean(1)
+            selected = weights.mean(1)
         else:
             height, width = config.grids[stage + name.startswith("downsample")]
-            looked = weights[:, int(query[0] * height) * width + int(query[1] * width)]
-        maps[name] = looked.reshape(-1, *config.grids[stage])
+            selected = weights[:, int(query[0] * height) * width + int(query[1] * width)]
+        maps[name] = selected.reshape(-1, *config.grids[stage])
     return maps
 
 
 def bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return the attention biases of every attention by its path, as images [H 2*gh-1 2*gw-1].
-
-    The middle is a token's bias toward itself; up and left of it lie the tokens above and to the left. The tables hold
-    a quarter of this, because the bias does not tell left from right.
+    """Return the learned attention biases as images, one per head.
 
     Args:
         model: any model.
-        variables: its variables.
+        variables: variables of the model.
+
+    Returns:
+        Biases [heads 2*gh-1 2*gw-1] by the path of the attention. The center is the bias of a token toward itself;
+        the pixel dy rows below and dx columns right of it is the bias toward the token at that offset. Each image is
+        symmetric in both directions, because LeViT only stores the absolute offsets.
 
     Example:
         >>> from levit_flax import from_pretrained
-        >>> bias_tables(*from_pretrained("cifar10"))["stage_0/block_0"].shape  # of a grid of 9 x 9 tokens
+        >>> bias_tables(*from_pretrained("cifar10"))["stage_0/block_0"].shape  # a grid of 9 x 9 tokens
         (6, 17, 17)
     """
     flat = flatten_dict(variables, sep="/")
@@ -122,16 +135,18 @@ def bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> dict[str, np.
 def saliency(
     model: LevitBase, variables: Mapping[str, Any], pixel_values: jax.Array, label: int | None = None
 ) -> np.ndarray:
-    """Return how much each pixel moves a logit: the largest absolute gradient over the channels.
+    """Return the gradient saliency of each pixel.
+
+    The saliency is the largest absolute gradient of a logit over the channels of the pixel.
 
     Args:
-        model: a model with a classifier.
-        variables: its variables.
-        pixel_values: prepared images, float [B H W C].
-        label: the class whose logit is looked at; None for each image's likeliest.
+        model: a model with a classification head.
+        variables: variables of the model.
+        pixel_values: preprocessed images, float [B H W C].
+        label: index of the class. None selects the most likely class of each image.
 
     Returns:
-        [B H W], 0 or more.
+        Nonnegative values [B H W].
 
     Example:
         >>> from levit_flax import from_pretrained
@@ -145,8 +160,8 @@ def saliency(
     @jax.grad
     def gradient(pixels: jax.Array, variables: Mapping[str, Any]) -> jax.Array:
         output: Any = model.apply(variables, pixels)
-        chosen = output.logits.max(-1) if label is None else output.logits[:, label]
-        return chosen.sum()
+        selected = output.logits.max(-1) if label is None else output.logits[:, label]
+        return jnp.sum(selected)
 
     return np.asarray(jnp.abs(gradient(jnp.asarray(pixel_values), variables)).max(-1))
 
@@ -154,18 +169,18 @@ def saliency(
 def class_activation_map(
     model: LevitBase, variables: Mapping[str, Any], pixel_values: jax.Array, label: int | None = None
 ) -> np.ndarray:
-    """Return how much each token of the last stage speaks for a class.
+    """Return the contribution of each token of the last stage to a logit.
 
-    LeViT's head is linear in the mean of the last tokens, so that a logit is the mean of what the tokens say singly.
+    LeViT's head is linear in the mean of the last tokens, so the logit is the mean of the tokens' own logits.
 
     Args:
-        model: a model with a classifier; two heads count as their average.
-        variables: its variables.
-        pixel_values: prepared images, float [B H W C].
-        label: the class; None for each image's likeliest.
+        model: a model with a classification head. Two heads are averaged.
+        variables: variables of the model.
+        pixel_values: preprocessed images, float [B H W C].
+        label: index of the class. None selects the most likely class of each image.
 
     Returns:
-        [B gh gw], whose mean over the tokens is the class's logit.
+        Logits [B gh gw] of the tokens. Their mean is the logit of the class.
 
     Example:
         >>> from levit_flax import from_pretrained
@@ -180,26 +195,27 @@ def class_activation_map(
         model, variables = fold_batch_norm(model, variables)
     head = variables["params"]["head"]["linear"]
     output: Any = jax.jit(lambda v, x: model.apply(v, x, output_features=True))(variables, pixel_values)
-    says = np.asarray(output.features[-1]) @ np.asarray(head["kernel"]) + np.asarray(head["bias"])  # [B gh gw classes]
-    labels = np.asarray(output.logits).argmax(-1) if label is None else np.full(len(says), label)
-    return np.take_along_axis(says, labels[:, None, None, None], -1)[..., 0]
+    logits = np.asarray(output.features[-1]) @ np.asarray(head["kernel"]) + np.asarray(head["bias"])  # [B gh gw L]
+    labels = np.asarray(output.logits).argmax(-1) if label is None else np.full(len(logits), label)
+    return np.take_along_axis(logits, labels[:, None, None, None], -1)[..., 0]
 
 
 def explain(classifier: ImageClassifier, image: Any, label: str | None = None) -> "Figure":
-    """Draw what a classifier sees in an image.
+    """Draw the evidence that a classifier uses for an image.
 
     Args:
-        classifier: the model and what prepares its images.
+        classifier: the model and its image processor.
         image: a path, a PIL image or an array.
-        label: the class to explain, by its name; None for the likeliest.
+        label: name of the class to explain. None selects the most likely class.
 
     Returns:
-        A figure: the image as the model gets it; the class-activation map and the gradient saliency of the class;
-        and the attention of every block over the image, the mean over its heads and queries.
+        A figure with the preprocessed image, the class activation map and the gradient saliency of the class, the
+        scores of the most likely classes, and one attention map per block, averaged over its heads and queries.
 
     Raises:
-        ValueError: the model knows no such class.
-        ImageError: the image cannot be used.
+        ImportError: matplotlib is not installed.
+        ValueError: the model has no class of this name.
+        ImageError: the image cannot be decoded.
 
     Example:
         >>> classifier = ImageClassifier.from_pretrained("cifar10")
@@ -219,31 +235,47 @@ def explain(classifier: ImageClassifier, image: Any, label: str | None = None) -
     activation = class_activation_map(model, variables, pixel_values, index)[0]
     gradients = saliency(model, variables, pixel_values, index)[0]
     attention = attention_maps(model, variables, pixel_values)
-    columns = max(4, *model.config.depths) + 1
-    figure, axes = new_figure(1 + model.config.num_stages, columns)
-    axes[0, 0].imshow(shown)
-    axes[0, 0].set_title("image", fontsize=8)
-    overlay(axes[0, 1], shown, activation, f"speaks for {names[index][:18]}")
+    count = 4 + len(attention)
+    columns = _columns(count)
+    figure, axes = new_figure(-(-count // columns), columns)
+    panels = iter(axes.flat)
+    _draw_image(next(panels), shown, "input image")
+    overlay(next(panels), shown, activation, f"class activation: {_shorten(names[index], 16)}")
     brightness = gradients / max(np.quantile(gradients, 0.995), np.finfo(np.float32).tiny)
-    axes[0, 2].imshow(np.clip(brightness, 0, 1), cmap="gray")
-    axes[0, 2].set_title("gradient", fontsize=8)
-    draw_scores(axes[0, 3], row, names)
-    for name, maps in attention.items():
-        stage, _, block = name.partition("/")
-        column = int(block.rpartition("_")[2]) if block else model.config.depths[int(stage.rpartition("_")[2])]
-        overlay(axes[1 + int(stage.rpartition("_")[2]), column], shown, maps.mean(0), name.replace("_", " "))
-    figure.suptitle(f"{names[index][:60]}: {row[index]:.1%}", fontsize=11)
+    _draw_image(next(panels), np.clip(brightness, 0, 1), "gradient saliency")
+    draw_scores(next(panels), row, names)
+    for ax, (name, maps) in zip(panels, attention.items(), strict=False):
+        overlay(ax, shown, maps.mean(0), f"attention: {_title(name)}")
+    figure.suptitle(f"{_shorten(names[index], 60)}: {row[index]:.1%}", fontsize=11)
     return figure
 
 
+def _columns(panels: int) -> int:
+    """Return the number of columns from 4 to 7 that leaves the fewest cells empty."""
+    return min(range(4, 8), key=lambda columns: -panels % columns)
+
+
+def _title(path: str) -> str:
+    return path.replace("_", " ").replace("/", ", ")
+
+
+def _shorten(name: str, length: int) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def _draw_image(ax: Any, image: np.ndarray, title: str) -> None:
+    ax.imshow(image, cmap="gray")
+    ax.set_title(title, fontsize=8)
+
+
 def overlay(ax: Any, image: np.ndarray, heat: np.ndarray, title: str) -> None:
-    """Draw a coarse map over an image, in one color scale from its least to its largest value.
+    """Draw a coarse heat map over an image, scaled from its minimum to its maximum.
 
     Args:
-        ax: matplotlib's axes.
-        image: [H W C], uint8 levels or floats in [0, 1].
-        heat: [gh gw], stretched over the image.
-        title: what stands above it.
+        ax: a matplotlib `Axes`.
+        image: [H W C], uint8 or float in [0, 1].
+        heat: [gh gw], stretched to the size of the image.
+        title: title of the axes.
 
     Example:
         >>> figure, [[ax]] = new_figure(1, 1)
@@ -256,37 +288,44 @@ def overlay(ax: Any, image: np.ndarray, heat: np.ndarray, title: str) -> None:
     ax.set_title(title, fontsize=8)
 
 
-def draw_scores(ax: Any, row: Any, names: Sequence[str], count: int = 5) -> None:
-    """Draw the likeliest classes as bars.
+def draw_scores(ax: Any, row: np.ndarray, names: Sequence[str], count: int = 5) -> None:
+    """Draw the scores of the most likely classes as bars.
 
     Args:
-        ax: matplotlib's axes.
-        row: scores [N].
-        names: the names of the N classes.
-        count: how many to draw.
+        ax: a matplotlib `Axes`.
+        row: scores [N], in [0, 1].
+        names: names of the N classes.
+        count: number of classes to draw.
 
     Example:
         >>> figure, [[ax]] = new_figure(1, 1)
         >>> draw_scores(ax, np.array([0.2, 0.7, 0.1]), ["ant", "bee", "cat"], count=2)
-        >>> [label.get_text() for label in ax.get_yticklabels()]
-        ['bee', 'ant']
+        >>> [text.get_text() for text in ax.texts]
+        ['bee 70%', 'ant 20%']
     """
     order = np.argsort(row)[::-1][:count]
     ax.set_axis_on()
-    ax.barh(range(len(order)), row[order], color="tab:blue")
-    ax.set_yticks(range(len(order)), [names[i][:16] for i in order], fontsize=6)
+    ax.set_box_aspect(1)
+    ax.barh(range(len(order)), row[order], color="tab:blue", alpha=0.4)
+    for place, i in enumerate(order):
+        ax.text(0.03, place, f"{_shorten(names[i], 20)} {row[i]:.0%}", va="center", fontsize=8)
+    ax.set(xlim=(0, 1), xticks=[], yticks=[])
     ax.invert_yaxis()
-    ax.tick_params(axis="x", labelsize=6)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.set_title("score", fontsize=8)
+    ax.spines[["top", "right", "bottom"]].set_visible(False)
+    ax.set_title("scores", fontsize=8)
 
 
 def draw_bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> "Figure":
-    """Draw the attention biases: a row for each attention, a column for each head; red attracts, blue repels.
+    """Draw the learned attention biases, one row per attention and one column per head.
+
+    Red is a positive bias, which increases attention; blue is a negative one.
 
     Args:
         model: any model.
-        variables: its variables.
+        variables: variables of the model.
+
+    Returns:
+        A figure. The title of each row ends with the largest absolute bias of the row.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -300,19 +339,23 @@ def draw_bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> "Figure"
     images = bias_tables(model, variables)
     figure, axes = new_figure(len(images), max(map(len, images.values())), cell=1.0)
     for row, (name, heads) in zip(axes, images.items(), strict=True):
-        largest = float(np.abs(heads).max()) or 1.0  # untrained biases are zero
+        largest = float(np.abs(heads).max()) or 1.0  # biases are initialized to zero
         for ax, head in zip(row, heads, strict=False):
             ax.imshow(head, cmap="RdBu_r", vmin=-largest, vmax=largest)
-        row[0].set_title(f"{name.replace('_', ' ')}  (±{largest:.1f})", fontsize=6, loc="left")
+        row[0].set_title(f"{_title(name)}  (±{largest:.1f})", fontsize=7, loc="left")
     return figure
 
 
 def draw_confusion(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
-    """Draw a confusion matrix [N N]: a row for each true class, as shares of its images.
+    """Draw a confusion matrix, one row per true class, normalized to percent of the images of the class.
 
     Args:
-        confusion: number of images by true and by named class [N N], as in `evaluation.Evaluation`.
-        labels: the names of the N classes.
+        confusion: number of images by true class and predicted class [N N], as in `evaluation.Evaluation`.
+        labels: names of the N classes.
+
+    Returns:
+        A figure. Up to 20 classes, each cell of at least 0.5 % shows its percentage. Up to 40 classes, the axes show
+        the class names.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -320,59 +363,84 @@ def draw_confusion(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
     Example:
         >>> figure = draw_confusion(np.array([[2, 1], [0, 1]]), ["cat", "dog"])
         >>> [text.get_text() for text in figure.axes[0].texts]
-        ['67%', '33%', '0%', '100%']
+        ['67', '33', '100']
     """
-    figure, axes = new_figure(1, 1, cell=min(3.5 + 0.2 * len(labels), 24))
-    [[ax]] = axes
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    size = min(3.5 + 0.2 * len(labels), 16)
+    figure, [[ax]] = new_figure(1, 1)
+    figure.set_size_inches(1.15 * size, size)
+    figure.set_layout_engine("compressed")  # fits the color bar to the square matrix
+    percent = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     ax.set_axis_on()
-    image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    ax.set_xlabel("named")
-    ax.set_ylabel("true")
+    image = ax.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    ax.set_xlabel("predicted class")
+    ax.set_ylabel("true class")
     if len(labels) <= 40:
-        ax.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=7)
-        ax.set_yticks(range(len(labels)), labels, fontsize=7)
+        names = [_shorten(label, 24) for label in labels]
+        ax.set_xticks(range(len(labels)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+        ax.set_yticks(range(len(labels)), names, fontsize=8)
     if len(labels) <= 20:
-        for (y, x), share in np.ndenumerate(shares):
-            ax.text(x, y, f"{share:.0%}", ha="center", va="center", fontsize=6, color="white" if share > 0.5 else "0.3")
-    figure.colorbar(image, ax=ax, shrink=0.8)
+        for (y, x), share in np.ndenumerate(percent):
+            if share >= 0.5:
+                ax.text(x, y, f"{share:.0f}", ha="center", va="center", fontsize=8, color="w" if share > 60 else "k")
+    figure.colorbar(image, ax=ax, label="images of the true class (%)")
     return figure
 
 
+_PANELS = {
+    "loss": ("train_loss", "validation_loss"),
+    "accuracy": ("train_accuracy", "validation_accuracy"),
+    "learning rate": ("learning_rate",),
+}
+
+
 def draw_curves(history: Sequence[Mapping[str, float]]) -> "Figure":
-    """Draw the course of a training: loss, accuracy where there is one, and learning rate, by epoch.
+    """Draw the loss, the accuracy and the learning rate of a training run by epoch.
 
     Args:
-        history: one row for each evaluation, with "epoch" and the columns of metrics.csv.
+        history: one row per evaluation, with "epoch" and the other columns of metrics.csv. Panels without a column
+            are left out.
 
     Returns:
-        A figure.
+        A figure. A run with a single evaluation shows its values as numbers.
+
+    Raises:
+        ImportError: matplotlib is not installed.
 
     Example:
         >>> rows = [{"epoch": i, "train_loss": 1 / i, "validation_loss": 2 / i, "learning_rate": 1e-3} for i in (1, 2)]
         >>> len(draw_curves(rows).axes)
         2
     """
-    panels = {
-        title: [name for name in names if name in history[0]]
-        for title, names in {
-            "loss": ("train_loss", "validation_loss"),
-            "accuracy": ("train_accuracy", "validation_accuracy"),
-            "learning rate": ("learning_rate",),
-        }.items()
-    }
+    panels = {title: [name for name in names if name in history[0]] for title, names in _PANELS.items()}
     panels = {title: names for title, names in panels.items() if names}
     figure, axes = new_figure(1, len(panels), cell=3.4)
-    epochs = [row["epoch"] for row in history]
     for ax, (title, names) in zip(axes[0], panels.items(), strict=True):
-        ax.set_axis_on()
-        for name in names:
-            ax.plot(epochs, [row[name] for row in history], marker=".", label=name.partition("_")[0])
-        ax.set_title(title, fontsize=9)
-        ax.set_xlabel("epoch", fontsize=8)
-        ax.tick_params(labelsize=7)
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-        if len(names) > 1:
-            ax.legend(fontsize=7, frameon=False)
+        _draw_panel(ax, history, title, names)
     return figure
+
+
+def _draw_panel(ax: Any, history: Sequence[Mapping[str, float]], title: str, names: Sequence[str]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [row["epoch"] for row in history]
+    ax.set_axis_on()
+    for name in names:
+        values = [row[name] for row in history]
+        label = {"train": "training", "validation": "validation"}.get(name.partition("_")[0])
+        ax.plot(epochs, values, marker=".", label=label)
+        if len(history) == 1:
+            ax.annotate(f"{values[0]:.4g}", (epochs[0], values[0]), (6, 4), textcoords="offset points", fontsize=8)
+    ax.set_title(title, fontsize=9)
+    ax.set_xlabel("epoch", fontsize=8)
+    if len(history) == 1:
+        ax.set_xticks(epochs)
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.ticklabel_format(axis="y", scilimits=(-2, 4))
+    ax.yaxis.get_offset_text().set_fontsize(7)
+    ax.tick_params(labelsize=7)
+    ax.margins(y=0.1)
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    if len(names) > 1:
+        ax.legend(fontsize=7, frameon=False)

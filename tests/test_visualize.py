@@ -1,4 +1,4 @@
-"""What is drawn says what the model computes."""
+"""The figures show what the model computes."""
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ def pixel_values():
     return np.random.default_rng(0).standard_normal((1, 64, 96, 3), np.float32)
 
 
-def test_attention_maps_are_shares_of_the_attention(loaded, pixel_values):
+def test_attention_maps_are_attention_weights(loaded, pixel_values):
     model, variables = loaded
     maps = visualize.attention_maps(model, variables, pixel_values)
     stages = (["stage_0/block_0", "stage_0/block_1"], ["stage_1/block_0"], ["stage_2/block_0", "stage_2/block_1"])
@@ -43,7 +43,7 @@ def test_attention_maps_are_shares_of_the_attention(loaded, pixel_values):
     np.testing.assert_allclose(corner["downsample_0"].reshape(2, -1), out.attentions[2][0, :, 3], rtol=1e-4, atol=1e-6)
 
 
-def test_bias_tables_are_the_biases_between_tokens(loaded):
+def test_bias_tables_hold_the_bias_of_each_offset(loaded):
     model, variables = loaded
     images = visualize.bias_tables(model, variables)
     image = images["stage_0/block_0"]
@@ -53,7 +53,7 @@ def test_bias_tables_are_the_biases_between_tokens(loaded):
         assert image[0, 3 + dy, 5 + dx] == table[abs(dy), abs(dx), 0]
 
 
-def test_a_class_activation_map_adds_up_to_the_logit(loaded, pixel_values):
+def test_mean_of_a_class_activation_map_is_the_logit(loaded, pixel_values):
     model, variables = loaded
     logits = np.asarray(jax.jit(model.apply)(variables, pixel_values).logits)
     for label in (0, 3):
@@ -65,7 +65,7 @@ def test_a_class_activation_map_adds_up_to_the_logit(loaded, pixel_values):
 
 
 def test_saliency_is_the_gradient(loaded, pixel_values):
-    """A step along the sign of the gradient moves the logit by as much as the gradient says."""
+    """Finite differences at the pixel with the largest saliency agree with it."""
     model, variables = loaded
     apply = jax.jit(lambda x: model.apply(variables, x).logits[0, 3])
     found = visualize.saliency(model, variables, pixel_values, label=3)
@@ -79,7 +79,7 @@ def test_saliency_is_the_gradient(loaded, pixel_values):
     assert max(changes) == pytest.approx(found[0, y, x], rel=0.05)
 
 
-def test_the_command_draws(capsys, tmp_path):
+def test_command_writes_figures(capsys, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 50, 3), np.uint8)).save(tmp_path / "noise.png")
     for extra in (["--label", "cat"], ["--biases"]):
         out = tmp_path / f"out{len(extra)}{extra[:1]}.png"
@@ -89,3 +89,22 @@ def test_the_command_draws(capsys, tmp_path):
     assert main(["explain", str(tmp_path / "noise.png"), "-m", "cifar10", "-o", "x.png", "--label", "yak"]) == 1
     assert "error: The model has no class 'yak': its classes are airplane" in capsys.readouterr().err
     assert main(["explain", str(tmp_path / "none.png"), "-m", "cifar10", "-o", "x.png"]) == 1
+
+
+def test_curves_of_a_single_evaluation_show_its_values():
+    figure = visualize.draw_curves([{"epoch": 3, "train_loss": 0.5, "validation_loss": 0.25, "learning_rate": 1e-3}])
+    loss, rate = figure.axes
+    assert [text.get_text() for text in loss.texts] == ["0.5", "0.25"]
+    assert [text.get_text() for text in rate.texts] == ["0.001"] and list(rate.get_xticks()) == [3]
+
+
+def test_confusion_leaves_empty_cells_blank():
+    confusion = np.diag(np.full(10, 1000))
+    confusion[0, 1] = 4  # rounds to 0 %
+    figure = visualize.draw_confusion(confusion, list("abcdefghij"))
+    assert [text.get_text() for text in figure.axes[0].texts] == ["100"] * 10
+
+
+@pytest.mark.parametrize(("panels", "columns"), [(12, 4), (15, 5), (18, 6)])  # of the embedded and published models
+def test_explain_leaves_no_cell_empty(panels, columns):
+    assert visualize._columns(panels) == columns and panels % columns == 0

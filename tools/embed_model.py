@@ -1,19 +1,22 @@
-r"""Put a trained model into the package as the one that ships with it, and write everything that ships beside it.
+r"""Install a trained model as the embedded model `cifar10`, together with its metrics and probe.
 
-The model is trained by this package's own recipe and exported through its own converter; from there on it is a PyTorch
-checkpoint like any other, which transformers opens, measures, and stores as float16. What its runs reported goes to
-`benchmarks/results/cifar10.json` and their curves beside it.
+The model is trained by `levit-flax finetune` and exported as a PyTorch checkpoint, which transformers loads, measures
+and stores as float16. The reports and metrics of the training runs are written to `benchmarks/results/cifar10.json`,
+from which `benchmarks/plot.py` draws the curves.
 
     levit-flax finetune cifar10 --recipe small_images --output 1
     levit-flax finetune cifar10 --recipe small_images_finish --model 1/model --output 2
     levit-flax finetune cifar10 --recipe small_images_finish --model 2/model --output 3 --set image_size=144 \
         --set epochs=1 --set warmup_epochs=0.1 --set learning_rate=4e-4 --export-torch hf
     python tools/embed_model.py cifar10 1 2 3
+    python benchmarks/plot.py
 
-`cifar10` holds `train` and `test` with a folder for each class. Needs `pip install -e '.[test]'` (torch, transformers).
+`cifar10` holds `train` and `test` with one folder per class. Requires `pip install -e '.[test]'` (torch,
+transformers).
 """
 
 import argparse
+import csv
 import json
 from pathlib import Path
 
@@ -35,21 +38,21 @@ def load(directory: Path) -> LevitForImageClassificationWithTeacher:
 
 
 def measure(data: Path) -> tuple[float, int]:
-    """Return the shipped model's top-1 in [0, 1] on the test images by transformers alone, and their number."""
+    """Return the top-1 accuracy in [0, 1] of the embedded model in transformers, and the number of test images."""
     model, processor = load(OUT), LevitImageProcessorPil.from_pretrained(OUT)
     files = sorted((data / "test").glob("*/*.jpg"))
     hits = 0
     with torch.inference_mode():
         for i in range(0, len(files), BATCH):
             images = [Image.open(path).convert("RGB") for path in files[i : i + BATCH]]
-            named = model(**processor(images, return_tensors="pt")).logits.argmax(1).tolist()
-            right = [model.config.label2id[path.parent.name] for path in files[i : i + BATCH]]
-            hits += sum(map(int.__eq__, named, right))
+            predicted = model(**processor(images, return_tensors="pt")).logits.argmax(1).tolist()
+            expected = [model.config.label2id[path.parent.name] for path in files[i : i + BATCH]]
+            hits += sum(map(int.__eq__, predicted, expected))
     return hits / len(files), len(files)
 
 
 def write_probe() -> None:
-    """Store seeded images and PyTorch's logits for them, in float32, as the demo's proof of a right conversion."""
+    """Write random images and PyTorch's float32 logits for them, which the demo compares with."""
     model, processor = load(OUT), LevitImageProcessorPil.from_pretrained(OUT)
     size = model.config.image_size
     levels = np.random.default_rng(0).integers(0, 256, (PROBES, size, size, 3), dtype=np.uint8)
@@ -66,26 +69,21 @@ def write_probe() -> None:
 
 
 def write_results(runs: list[Path]) -> None:
-    """Store what the runs reported, and their curves above each other."""
-    reports = [json.loads((run / "report.json").read_text()) for run in runs]
-    for report in reports:
-        del report["output"], report["model"]  # where they lay on this machine
+    """Write the report of each run together with the rows of its metrics.csv."""
+    reports = []
+    for run in runs:
+        report = json.loads((run / "report.json").read_text())
+        del report["output"], report["model"]  # paths on this machine
+        with (run / "metrics.csv").open(newline="") as file:
+            report["history"] = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        reports.append(report)
     (RESULTS / "cifar10.json").write_text(json.dumps(reports, indent=2) + "\n")
-    curves = [Image.open(run / "curves.png").convert("RGB") for run in runs]
-    whole = Image.new("RGB", (max(curve.width for curve in curves), sum(curve.height for curve in curves)), "white")
-    top = 0
-    for curve in curves:
-        whole.paste(curve, (0, top))
-        top += curve.height
-    whole.save(RESULTS / "cifar10.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument(
-        "runs", type=Path, nargs="+", help="outputs of `levit-flax finetune`, of which the last is shipped"
-    )
+    parser.add_argument("runs", type=Path, nargs="+", help="outputs of `levit-flax finetune`; the last one is embedded")
     arguments = parser.parse_args()
 
     trained = arguments.runs[-1] / "torch"

@@ -1,4 +1,4 @@
-"""Run notebooks and keep what they show: what `make notebooks` does with those of the documentation."""
+"""Run notebooks and store their outputs, as `make notebooks` does for the documentation."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ from nbclient import NotebookClient
 
 
 def run_notebook(notebook: nbformat.NotebookNode, directory: Path) -> None:
-    # Neither clocks nor the version of Python are kept: what did not change shall not look as if it had.
+    # Without times and the Python version, a rerun with equal outputs leaves the file unchanged.
     NotebookClient(
         notebook, record_timing=False, coalesce_streams=True, resources={"metadata": {"path": str(directory)}}
     ).execute()

@@ -107,10 +107,11 @@ def _infer(
     config = infer_config(_inferable_shapes(source, layout, structure), names, structure, image_size)
     if image_size is not None:
         return config, ()
-    return config, (
+    note = (
         f"The checkpoint does not store its image size. {config.image_size} is the square multiple of 16 that fits"
-        " the attention biases; pass image_size=... to set another.",
+        " the attention biases; pass image_size=... to set another."
     )
+    return config, (note,)
 
 
 def _inferable_shapes(source: Source, layout: CheckpointLayout, structure: Structure) -> dict[str, Shape]:

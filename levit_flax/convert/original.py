@@ -116,7 +116,7 @@ class Attention(nn.Module):
         """Split each head's channels [B N C] into `parts` keys or queries and the rest, each [B H N D]."""
         x = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         sizes = [self.key_dim] * parts + [x.shape[-1] - parts * self.key_dim]
-        return x.split(sizes, -1)
+        return tuple(x.split(sizes, -1))
 
 
 class OriginalLevit(nn.Module):

@@ -214,5 +214,5 @@ def as_numpy(tensor: Any) -> np.ndarray:
     if str(tensor.dtype) == "torch.bfloat16":  # Tensor.numpy does not support it
         import torch
 
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+        return np.asarray(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
+    return np.asarray(tensor)

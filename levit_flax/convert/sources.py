@@ -85,7 +85,7 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         if name not in self.shapes:
             raise KeyError(name)
         try:
-            return self.file.get_tensor(name)
+            return np.asarray(self.file.get_tensor(name))
         except (SafetensorError, OSError, TypeError) as error:
             raise ConversionError(
                 f"The tensor {name} of {self.path} cannot be read: {error}. Copy or download the file again."

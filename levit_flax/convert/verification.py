@@ -101,7 +101,8 @@ def forward(model: LevitBase, variables: Variables, pixel_values: np.ndarray) ->
 def apply_by_block(model: LevitBase, variables: Variables, pixel_values: np.ndarray) -> tuple[Any, Any]:
     """Return a model's outputs and the intermediates after its blocks, computed in float32 at full precision."""
     model = model.clone(precision="highest", dtype=jnp.float32)
-    return _apply_by_block(model, _in_float32(variables), pixel_values)
+    outputs, state = _apply_by_block(model, _in_float32(variables), pixel_values)
+    return outputs, state
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -117,7 +118,10 @@ def _apply_by_block(model: LevitBase, variables: Variables, pixel_values: jax.Ar
 
 def _in_float32(variables: Variables) -> Variables:
     """Cast float64 leaves to float32, which JAX would otherwise do with a warning."""
-    return jax.tree.map(lambda leaf: leaf.astype(np.float32) if leaf.dtype == np.float64 else leaf, variables)
+    narrow: Variables = jax.tree.map(
+        lambda leaf: leaf.astype(np.float32) if leaf.dtype == np.float64 else leaf, variables
+    )
+    return narrow
 
 
 def forward_by_block(

@@ -35,7 +35,7 @@ def label_loss(logits: jax.Array, targets: jax.Array, problem_type: str) -> jax.
         0.6931
     """
     if problem_type == SINGLE_LABEL:
-        return optax.softmax_cross_entropy(logits, targets).mean()
+        return jnp.mean(optax.softmax_cross_entropy(logits, targets))
     return classification_loss(logits, targets, problem_type)
 
 
@@ -59,6 +59,6 @@ def distillation_loss(logits: jax.Array, teacher_logits: jax.Array, kind: str, t
     """
     teacher_logits = jax.lax.stop_gradient(teacher_logits).astype(logits.dtype)
     if kind == "hard":
-        return optax.softmax_cross_entropy_with_integer_labels(logits, teacher_logits.argmax(-1)).mean()
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, teacher_logits.argmax(-1)))
     student, teacher = (jax.nn.log_softmax(x / temperature) for x in (logits, teacher_logits))
     return jnp.sum(jnp.exp(teacher) * (teacher - student)) * temperature**2 / logits.size

@@ -221,7 +221,8 @@ class Task:
             # The rounding of decay * old + (1 - decay) * new would change frozen parameters.
             return (old + (1 - decay) * (new - old)).astype(old.dtype)
 
-        return jax.tree.map(blend, state.average, variables)
+        average: Variables = jax.tree.map(blend, state.average, variables)
+        return average
 
     def evaluate_step(self, variables: Variables, batch: Batch, weights: jax.Array) -> dict[str, jax.Array]:
         """Return the sums "loss", "correct" and "images" over one validation batch.

@@ -117,8 +117,8 @@ def _load_teacher(
         if pixel_values.shape[1:3] != size:
             shape = (pixel_values.shape[0], *size, pixel_values.shape[3])
             pixel_values = jax.image.resize(pixel_values, shape, "cubic")
-        output: Any = model.apply(variables, pixel_values)
-        return output.logits[:, jnp.array(order)]
+        logits: jax.Array = model.apply(variables, pixel_values).logits
+        return logits[:, jnp.array(order)]
 
     return TeacherSource(teach, variables)
 
@@ -207,7 +207,7 @@ def _read_logits(path: Path, train: LabeledImages, root: Path, config: LevitConf
             raise ValueError(f"{len(files)} files and {len(labels)} labels, but logits of the shape {logits.shape}")
     except OSError:
         raise
-    except Exception as error:  # the reader of a damaged archive may raise any error
+    except Exception as error:  # noqa: BLE001 - the reader of a damaged archive may raise any error
         raise ValueError(f"{path} is not a file of stored logits: {error}") from None
     rows = {name: row for row, name in enumerate(files.tolist())}
     names = [Path(image).relative_to(root).as_posix() for image in train.images]
