@@ -117,8 +117,9 @@ def _load_teacher(
         if pixel_values.shape[1:3] != size:
             shape = (pixel_values.shape[0], *size, pixel_values.shape[3])
             pixel_values = jax.image.resize(pixel_values, shape, "cubic")
-        logits: jax.Array = model.apply(variables, pixel_values).logits
-        return logits[:, jnp.array(order)]
+        output: Any = model.apply(variables, pixel_values)
+        logits: jax.Array = output.logits[:, jnp.array(order)]
+        return logits
 
     return TeacherSource(teach, variables)
 
