@@ -64,8 +64,8 @@ def write_models(directory: Path, variant: str) -> None:
 
     use_jax_on("cpu")
     import levit_flax as lf
-    from levit_flax.convert.workflow import convert_to_directory
-    from levit_flax.modeling import abstract_variables
+    from levit_flax.convert.workflow import _convert_to_directory
+    from levit_flax.modeling import _abstract_variables
 
     config = lf.LevitConfig(**TINY) if variant == "tiny" else lf.VARIANTS[variant]
     model = lf.LevitForImageClassificationWithTeacher(config)
@@ -78,11 +78,11 @@ def write_models(directory: Path, variant: str) -> None:
         spread = (np.prod(shape[:-1]) ** -0.5) if name == "kernel" else 0.1
         return generator.standard_normal(shape) * spread
 
-    leaves = abstract_variables(model)
+    leaves = _abstract_variables(model)
     variables = {path: np.asarray(draw(path, leaf.shape), leaf.dtype) for path, leaf in leaves.items()}
     lf.save_pretrained(directory / "flax", model, unflatten_dict(variables, sep="/"))
     for layout in LAYOUTS:
-        convert_to_directory(str(directory / "flax"), directory / layout, layout=layout, verify=False)
+        _convert_to_directory(str(directory / "flax"), directory / layout, layout=layout, verify=False)
 
 
 def levit_flax(case: Case, precision: str | None = None) -> Runner:
@@ -92,9 +92,9 @@ def levit_flax(case: Case, precision: str | None = None) -> Runner:
 
     use_jax_on(case.device)
     import levit_flax as lf
-    from levit_flax.inference import prepare
+    from levit_flax.inference import _prepare
 
-    model, variables = prepare(*lf.from_pretrained(case.directory / "flax"))
+    model, variables = _prepare(*lf.from_pretrained(case.directory / "flax"))
     model, variables = model.clone(dtype=jnp.dtype(case.dtype), precision=precision), jax.device_put(variables)
     apply = jax.jit(lambda variables, pixels: model.apply(variables, pixels).logits)
     return Runner(jax.device_put, lambda pixels: apply(variables, pixels), lambda y: np.asarray(y, np.float32), True)
@@ -147,10 +147,10 @@ def load_torch(case: Case, layout: str) -> Any:
     use_jax_on("cpu")
     from levit_flax.convert import conversion, layouts, sources, verification
 
-    source = sources.open_source(case.directory / layout)
-    converted = conversion.convert(source)
-    model = verification.PEERS[layout].build(converted)
-    model.load_state_dict(verification.reference_state(model, layouts.LAYOUTS[layout], source, converted))
+    source = sources._open_source(case.directory / layout)
+    converted = conversion._convert(source)
+    model = verification._PEERS[layout].build(converted)
+    model.load_state_dict(verification._reference_state(model, layouts._LAYOUTS[layout], source, converted))
     return model.eval() if layout == "hf" else reparameterize_model(model.eval())
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import levit_flax as lf
 import turns
 from forward import VARIANTS
-from levit_flax.inference import prepare
+from levit_flax.inference import _prepare
 from machine import describe_machine
 from peers import TINY
 
@@ -131,7 +131,7 @@ def main() -> None:
         model = lf.LevitForImageClassificationWithTeacher(config)
         shape = (*config.image_height_width, config.num_channels)
         variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *shape)))
-        model, variables = prepare(model, variables)
+        model, variables = _prepare(model, variables)
         for batch in arguments.batches:
             pixels = jnp.asarray(np.random.default_rng(0).standard_normal((batch, *shape), np.float32))
             apply = jax.jit(lambda variables, pixels, model=model: model.apply(variables, pixels).logits)

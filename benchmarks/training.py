@@ -41,7 +41,7 @@ def time_ours(arguments: argparse.Namespace) -> dict:
     import levit_flax as lf
     from levit_flax.memory import keep_freed_memory
     from levit_flax.training.recipe import Recipe
-    from levit_flax.training.state import Batch, Task
+    from levit_flax.training.state import _Batch, _Task
 
     keep_freed_memory()  # as `levit-flax finetune` does
     model, variables = lf.from_pretrained(arguments.model)
@@ -54,9 +54,9 @@ def time_ours(arguments: argparse.Namespace) -> dict:
         adaptive_clip=0.0,
         label_smoothing=0.0,
     )
-    task = Task(model, recipe, lf.LevitImageProcessor(), variables["params"], steps_per_epoch=1000)
+    task = _Task(model, recipe, lf.LevitImageProcessor(), variables["params"], steps_per_epoch=1000)
     pixels, labels = make_batch(arguments.batch, model.config.image_height_width[0], model.config.num_labels)
-    batch = Batch(*jax.device_put((pixels[None], labels[None].astype(np.int32))))
+    batch = _Batch(*jax.device_put((pixels[None], labels[None].astype(np.int32))))
     state = task.init(variables)
     begin = time.perf_counter()
     step = jax.jit(task.train_step, donate_argnums=0).lower(state, None, batch).compile()
@@ -101,7 +101,7 @@ def time_data(arguments: argparse.Namespace) -> dict:
 
     import levit_flax as lf
     from levit_flax.training import finetune, read_images, read_recipe
-    from levit_flax.training.data import TrainingRows, training_batches
+    from levit_flax.training.data import _training_batches, _TrainingRows
 
     model, _ = lf.from_pretrained(arguments.model)
     rng = np.random.default_rng(0)
@@ -115,9 +115,9 @@ def time_data(arguments: argparse.Namespace) -> dict:
         recipe = read_recipe("finetune", batch_size=arguments.batch, epochs=3, warmup_epochs=0)
         train, _ = read_images(Path(folder, "data"), recipe)
         height, width = model.config.image_height_width
-        rows = TrainingRows(train, recipe, lf.LevitImageProcessor(size=height, crop_size=(height, width)))
+        rows = _TrainingRows(train, recipe, lf.LevitImageProcessor(size=height, crop_size=(height, width)))
         for threads, processes in ((1, 0), (2, 0), (1, 2)):
-            batches = training_batches(rows, threads, processes)
+            batches = _training_batches(rows, threads, processes)
             next(batches)
             count = min(8, recipe.epochs * rows.steps_per_epoch - 1)
             begin = time.perf_counter()
@@ -139,14 +139,14 @@ def write_model(directory: Path, variant: str) -> None:
     import jax
 
     import levit_flax as lf
-    from levit_flax.convert.workflow import convert_to_directory
+    from levit_flax.convert.workflow import _convert_to_directory
 
     config = lf.LevitConfig(**TINY) if variant == "tiny" else lf.VARIANTS[variant]
     model = lf.LevitForImageClassification(config)
     height, width = config.image_height_width
     variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, height, width, 3), np.float32))
     lf.save_pretrained(directory / "flax", model, variables)
-    convert_to_directory(str(directory / "flax"), directory / "torch", layout="hf", verify=False)
+    _convert_to_directory(str(directory / "flax"), directory / "torch", layout="hf", verify=False)
 
 
 def compare(found: dict[str, list[dict]]) -> dict:

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .layers import Layer, LinearNorm, at_least_float32
+from .layers import _at_least_float32, _Layer, _LinearNorm
 
-Grid = tuple[int, int]
+_Grid = tuple[int, int]
 
 
 @functools.cache
-def offset_index(grid: Grid, stride: int = 1) -> np.ndarray:
+def _offset_index(grid: _Grid, stride: int = 1) -> np.ndarray:
     """Return the row of the attention-bias table for each pair of a query and a key.
 
     Keys are all tokens of `grid`. Queries are the tokens in every `stride`-th row and column. All pairs with the same
@@ -41,7 +41,7 @@ def offset_index(grid: Grid, stride: int = 1) -> np.ndarray:
     return index
 
 
-class BiasedAttention(Layer, kw_only=True):
+class _BiasedAttention(_Layer, kw_only=True):
     """The base class of attention and downsampling attention.
 
     The parameter `attention_biases` is [N H], one row per offset. With the heads on the last axis, adaptive gradient
@@ -58,7 +58,7 @@ class BiasedAttention(Layer, kw_only=True):
     num_heads: int
     key_dim: int
     attention_ratio: int
-    grid: Grid
+    grid: _Grid
     stride: int = 1
 
     def split_heads(self, x: jax.Array, *channels: int) -> list[jax.Array]:
@@ -83,8 +83,8 @@ class BiasedAttention(Layer, kw_only=True):
             (self.grid[0] * self.grid[1], self.num_heads),
             self.param_dtype,
         )
-        bias = table[offset_index(self.grid, self.stride)].transpose(2, 0, 1)  # [H Q K]
-        dtype = at_least_float32(self.dtype)
+        bias = table[_offset_index(self.grid, self.stride)].transpose(2, 0, 1)  # [H Q K]
+        dtype = _at_least_float32(self.dtype)
         # Two measures make a model 6 % faster on CPU (benchmarks/README.md): heads in front, for plain matrix products,
         # and dividing after the second product, which has fewer entries than the weights.
         query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))  # [B H N D]
@@ -99,20 +99,20 @@ class BiasedAttention(Layer, kw_only=True):
         return mixed.reshape(*mixed.shape[:2], -1), (weights / total).astype(self.dtype)
 
 
-class Attention(BiasedAttention):
-    """Attention over all tokens of a stage: `Attention` of the original code, without the residual connection."""
+class _Attention(_BiasedAttention):
+    """Attention over all tokens of a stage: `_Attention` of the original code, without the residual connection."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
         """Map [B N C] to [B N C], and also return the attention weights [B H N N]."""
         value_dim = self.attention_ratio * self.key_dim
-        qkv = LinearNorm(self.num_heads * (2 * self.key_dim + value_dim), **self.shared, name="qkv")(x, train)
+        qkv = _LinearNorm(self.num_heads * (2 * self.key_dim + value_dim), **self.shared, name="qkv")(x, train)
         mixed, attention = self.attend(*self.split_heads(qkv, self.key_dim, self.key_dim, value_dim))
-        x = LinearNorm(x.shape[-1], zero_scale=True, **self.shared, name="proj")(nn.hard_swish(mixed), train)
+        x = _LinearNorm(x.shape[-1], zero_scale=True, **self.shared, name="proj")(nn.hard_swish(mixed), train)
         return x, attention
 
 
-class DownsamplingAttention(BiasedAttention):
+class _DownsamplingAttention(_BiasedAttention):
     """Attention from the queries of a coarser grid to all tokens: `AttentionSubsample` of the original code.
 
     Attributes:
@@ -125,11 +125,11 @@ class DownsamplingAttention(BiasedAttention):
     def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
         """Map [B K C] to [B Q features], and also return the attention weights [B H Q K]."""
         value_dim = self.attention_ratio * self.key_dim
-        kv = LinearNorm(self.num_heads * (self.key_dim + value_dim), **self.shared, name="kv")(x, train)
+        kv = _LinearNorm(self.num_heads * (self.key_dim + value_dim), **self.shared, name="kv")(x, train)
         image = x.reshape(x.shape[0], *self.grid, x.shape[-1])  # [B H W C]
         coarse = image[:, :: self.stride, :: self.stride].reshape(x.shape[0], -1, x.shape[-1])  # [B Q C]
-        query = LinearNorm(self.num_heads * self.key_dim, **self.shared, name="q")(coarse, train)
+        query = _LinearNorm(self.num_heads * self.key_dim, **self.shared, name="q")(coarse, train)
         mixed, attention = self.attend(
             *self.split_heads(query, self.key_dim), *self.split_heads(kv, self.key_dim, value_dim)
         )
-        return LinearNorm(self.features, **self.shared, name="proj")(nn.hard_swish(mixed), train), attention
+        return _LinearNorm(self.features, **self.shared, name="proj")(nn.hard_swish(mixed), train), attention

@@ -6,12 +6,12 @@ Axes are named as in `levit_flax.attention`.
 import flax.linen as nn
 import jax
 
-from .attention import Attention, DownsamplingAttention
+from .attention import _Attention, _DownsamplingAttention
 from .configuration import LevitConfig
-from .layers import MLP, ConvNorm, Layer, drop_path
+from .layers import _MLP, _ConvNorm, _drop_path, _Layer
 
 
-class Stem(Layer):
+class _Stem(_Layer):
     """Four strided convolutions that turn an image into tokens (section 4.2 of the paper).
 
     Attributes:
@@ -33,14 +33,14 @@ class Stem(Layer):
         for i, divisor in enumerate((8, 4, 2, 1)):
             if i:
                 x = nn.hard_swish(x)
-            conv = ConvNorm(
+            conv = _ConvNorm(
                 self.features // divisor, self.kernel_size, self.stride, self.padding, **self.shared, name=f"conv_{i}"
             )
             x = conv(x, train)  # [B H W C], half the height and width
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-class Block(Layer):
+class _Block(_Layer):
     """Attention and an MLP, each in a residual branch.
 
     Attributes:
@@ -62,7 +62,7 @@ class Block(Layer):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
         """Map [B N C] to [B N C], and also return the attention weights [B H N N]."""
-        branch, attention = Attention(
+        branch, attention = _Attention(
             num_heads=self.num_heads,
             key_dim=self.key_dim,
             attention_ratio=self.attention_ratio,
@@ -70,14 +70,14 @@ class Block(Layer):
             **self.shared,
             name="attention",
         )(x, train)
-        x = x + drop_path(self, branch, self.drop_path_rate, train)
+        x = x + _drop_path(self, branch, self.drop_path_rate, train)
         if self.mlp_ratio:
-            branch = MLP(self.mlp_ratio * x.shape[-1], **self.shared, name="mlp")(x, train)
-            x = x + drop_path(self, branch, self.drop_path_rate, train)
+            branch = _MLP(self.mlp_ratio * x.shape[-1], **self.shared, name="mlp")(x, train)
+            x = x + _drop_path(self, branch, self.drop_path_rate, train)
         return x, attention
 
 
-class Stage(Layer):
+class _Stage(_Layer):
     """The blocks of one stage.
 
     Attributes:
@@ -93,7 +93,7 @@ class Stage(Layer):
         """Map [B N C] to [B N C], and also return the attention weights [B H N N] of each block."""
         config, attentions = self.config, []
         for i in range(config.depths[self.index]):
-            x, attention = Block(
+            x, attention = _Block(
                 num_heads=config.num_attention_heads[self.index],
                 key_dim=config.key_dim[self.index],
                 attention_ratio=config.attention_ratio[self.index],
@@ -107,7 +107,7 @@ class Stage(Layer):
         return x, attentions
 
 
-class Downsample(Layer):
+class _Downsample(_Layer):
     """The step from one stage to the next: attention onto a coarser grid, then an MLP in a residual branch.
 
     Attributes:
@@ -122,7 +122,7 @@ class Downsample(Layer):
     def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
         """Map [B K C] to [B Q C'], and also return the attention weights [B H Q K]."""
         op = self.config.down_ops[self.index]
-        x, attention = DownsamplingAttention(
+        x, attention = _DownsamplingAttention(
             features=self.config.hidden_sizes[self.index + 1],
             num_heads=op.num_attention_heads,
             key_dim=op.key_dim,
@@ -133,6 +133,6 @@ class Downsample(Layer):
             name="attention",
         )(x, train)
         if op.mlp_ratio:
-            branch = MLP(op.mlp_ratio * x.shape[-1], **self.shared, name="mlp")(x, train)
-            x = x + drop_path(self, branch, self.config.drop_path_rate, train)
+            branch = _MLP(op.mlp_ratio * x.shape[-1], **self.shared, name="mlp")(x, train)
+            x = x + _drop_path(self, branch, self.config.drop_path_rate, train)
         return x, attention

@@ -14,21 +14,21 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from . import files, modeling
-from .configuration import OWN_BLOCK, LevitConfig
-from .image_processing import PROCESSOR_FILE, LevitImageProcessor
+from .configuration import _OWN_BLOCK, LevitConfig
+from .image_processing import _PROCESSOR_FILE, LevitImageProcessor
 from .modeling import LevitBase, Variables
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "flax_model.safetensors"  # transformers would load model.safetensors as PyTorch weights
+_CONFIG_FILE = "config.json"
+_WEIGHTS_FILE = "flax_model.safetensors"  # transformers would load model.safetensors as PyTorch weights
 
 # The report of a conversion, for programs and for people.
-REPORT_FILE = "conversion_report.json"
-READABLE_REPORT_FILE = "conversion_report.md"
+_REPORT_FILE = "conversion_report.json"
+_READABLE_REPORT_FILE = "conversion_report.md"
 
-OWN_FILES = (CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE, REPORT_FILE, READABLE_REPORT_FILE)
+_OWN_FILES = (_CONFIG_FILE, _PROCESSOR_FILE, _WEIGHTS_FILE, _REPORT_FILE, _READABLE_REPORT_FILE)
 
 # The names of PyTorch weight files, in order of preference.
-TORCH_WEIGHT_FILES = (
+_TORCH_WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -36,39 +36,39 @@ TORCH_WEIGHT_FILES = (
 )
 
 
-def read_directory(directory: Path) -> tuple[LevitBase, Variables]:
+def _read_directory(directory: Path) -> tuple[LevitBase, Variables]:
     """Return the module and the variables, as NumPy arrays, of a directory written by `save_pretrained`."""
-    path = directory / CONFIG_FILE
+    path = directory / _CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        block, architecture = values.get(OWN_BLOCK, {}), values["architectures"][0]
-        model_class = {model.__name__: model for model in modeling.MODEL_CLASSES}[architecture]
+        block, architecture = values.get(_OWN_BLOCK, {}), values["architectures"][0]
+        model_class = {model.__name__: model for model in modeling._MODEL_CLASSES}[architecture]
         config, folded = LevitConfig.from_dict(values), bool(block.get("folded", False))
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(
             f"{path} is not the config of a LeViT model: expected a file written by save_pretrained, found {error!r}."
         ) from None
     try:
-        flat = load_file(directory / WEIGHTS_FILE)
+        flat = load_file(directory / _WEIGHTS_FILE)
     except SafetensorError as error:
         raise ValueError(
-            f"{directory / WEIGHTS_FILE} is not a complete safetensors file ({error}). Copy or download it again."
+            f"{directory / _WEIGHTS_FILE} is not a complete safetensors file ({error}). Copy or download it again."
         ) from None
     param_dtype = next((leaf.dtype for leaf in flat.values() if jnp.issubdtype(leaf.dtype, jnp.floating)), jnp.float32)
     model = model_class(config, folded=folded, param_dtype=jnp.dtype(param_dtype))
     variables = unflatten_dict(flat, sep="/")
-    check_variables(model, variables, str(directory / WEIGHTS_FILE))
+    _check_variables(model, variables, str(directory / _WEIGHTS_FILE))
     return model, variables
 
 
-def read_provenance(directory: Path) -> dict[str, Any]:
+def _read_provenance(directory: Path) -> dict[str, Any]:
     """Return the origin of the weights that is recorded in a model directory, or an empty dictionary."""
-    values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    provenance: dict[str, Any] = values.get(OWN_BLOCK, {}).get("provenance", {})
+    values = json.loads((directory / _CONFIG_FILE).read_text(encoding="utf-8"))
+    provenance: dict[str, Any] = values.get(_OWN_BLOCK, {}).get("provenance", {})
     return provenance
 
 
-def cast(model: LevitBase, variables: Variables, dtype: Any) -> tuple[LevitBase, Variables]:
+def _cast(model: LevitBase, variables: Variables, dtype: Any) -> tuple[LevitBase, Variables]:
     """Return the model and its variables with all floating-point arrays converted to `dtype`."""
     variables = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype != np.int32 else leaf, variables)
     return model.clone(param_dtype=jnp.dtype(dtype)), variables
@@ -99,7 +99,7 @@ def save_pretrained(
         ValueError: the variables do not fit the model.
         OSError: the directory cannot be written.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from levit_flax import from_pretrained
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -107,11 +107,11 @@ def save_pretrained(
         ...     from_pretrained(f"{folder}/levit")[0].config.num_labels
         10
     """
-    with files.staged_directory(Path(directory), overwrite, OWN_FILES) as staging:
-        write_model(staging, model, variables, processor, provenance)
+    with files._staged_directory(Path(directory), overwrite, _OWN_FILES) as staging:
+        _write_model(staging, model, variables, processor, provenance)
 
 
-def write_model(
+def _write_model(
     directory: Path,
     model: LevitBase,
     variables: Mapping[str, Any],
@@ -119,23 +119,23 @@ def write_model(
     provenance: Mapping[str, Any] | None,
 ) -> None:
     """Write the files of a model to an existing directory; the arguments are those of `save_pretrained`."""
-    check_variables(model, variables, "The tree of variables")
+    _check_variables(model, variables, "The tree of variables")
     config = model.config.to_dict()
     config["architectures"] = [type(model).__name__]
-    config[OWN_BLOCK] = {
-        **config.get(OWN_BLOCK, {}),
+    config[_OWN_BLOCK] = {
+        **config.get(_OWN_BLOCK, {}),
         "version": version("levit-flax"),
         "folded": model.folded,
         "provenance": dict(provenance or {}),
     }
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (directory / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     flat = {path: np.asarray(leaf, order="C") for path, leaf in flatten_dict(variables, sep="/").items()}
-    save_tensors(directory / WEIGHTS_FILE, flat, "flax")
+    _save_tensors(directory / _WEIGHTS_FILE, flat, "flax")
     if processor is not None:
         processor.save_pretrained(directory)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], format: str) -> None:
+def _save_tensors(path: Path, tensors: Mapping[str, np.ndarray], format: str) -> None:
     """Write a safetensors file with `format`, "flax" or "pt", in its metadata."""
     try:
         save_file(dict(tensors), path, metadata={"format": format})
@@ -144,9 +144,9 @@ def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], format: str) -> 
     path.chmod(0o644)  # safetensors creates it with mode 0600
 
 
-def check_variables(model: LevitBase, variables: Mapping[str, Any], name: str) -> None:
+def _check_variables(model: LevitBase, variables: Mapping[str, Any], name: str) -> None:
     """Raise ValueError unless the tree called `name` has the paths and shapes of the model's variables."""
-    expected = {path: leaf.shape for path, leaf in modeling.abstract_variables(model).items()}
+    expected = {path: leaf.shape for path, leaf in modeling._abstract_variables(model).items()}
     found = {path: leaf.shape for path, leaf in flatten_dict(variables, sep="/").items()}
     differing = [
         f"{path} (expected {expected.get(path, 'nothing')}, found {found.get(path, 'nothing')})"
@@ -161,7 +161,7 @@ def check_variables(model: LevitBase, variables: Mapping[str, Any], name: str) -
         )
 
 
-def to_device(variables: Variables, name: str) -> Variables:
+def _to_device(variables: Variables, name: str) -> Variables:
     """Return the variables as JAX arrays, or raise ValueError if JAX would truncate float64 to float32."""
     if not jax.config.jax_enable_x64 and any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(variables)):
         raise ValueError(

@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Literal, get_args
 
 # Layouts of PyTorch checkpoints that can be written.
-WrittenLayout = Literal["hf", "timm", "timm_conv", "facebook"]
-WRITTEN_LAYOUTS: tuple[WrittenLayout, ...] = get_args(WrittenLayout)
+_WrittenLayout = Literal["hf", "timm", "timm_conv", "facebook"]
+WRITTEN_LAYOUTS: tuple[_WrittenLayout, ...] = get_args(_WrittenLayout)
 
 # Data types that weights can be converted to.
-WeightDType = Literal["float32", "float16", "bfloat16"]
+_WeightDType = Literal["float32", "float16", "bfloat16"]
 
 # Rules for resizing and cropping images in an evaluation.
-CropRule = Literal["model", "hf", "torchvision", "timm"]
-CROP_RULES: tuple[CropRule, ...] = get_args(CropRule)
+_CropRule = Literal["model", "hf", "torchvision", "timm"]
+_CROP_RULES: tuple[_CropRule, ...] = get_args(_CropRule)
 
 # Formats of exported artifacts.
-ExportFormat = Literal["stablehlo", "onnx"]
+_ExportFormat = Literal["stablehlo", "onnx"]
 
 # Platforms of a StableHLO artifact: the default ones, and all.
-PLATFORMS = ("cpu", "cuda", "tpu")
-KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
+_PLATFORMS = ("cpu", "cuda", "tpu")
+_KNOWN_PLATFORMS = (*_PLATFORMS, "rocm")
 
 # Training recipes in the package, by the names of their files.
-RECIPE_NAMES = tuple(sorted(path.stem for path in (Path(__file__).parent / "training" / "recipes").glob("*.toml")))
+_RECIPE_NAMES = tuple(sorted(path.stem for path in (Path(__file__).parent / "training" / "recipes").glob("*.toml")))

@@ -5,21 +5,19 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .hub import HubOptions
+from .hub import _HubOptions
 from .image_processing import LevitImageProcessor
-from .images import ImageError, flatten_images
-from .inference import normalize, prepare, scores
-from .loading import load_model, load_processor
+from .images import ImageError, _flatten_images
+from .inference import _normalize, _prepare, _scores
+from .loading import _load_model, _load_processor
 from .modeling import LevitBase, Variables
-
-T = TypeVar("T")
 
 _READ_AHEAD = 2  # images decoded ahead, in batches: enough to keep the device busy
 
@@ -41,7 +39,7 @@ class ImageClassifier:
     Raises:
         ValueError: the model has no classifier.
 
-    Example:
+    Examples:
         >>> classifier = ImageClassifier.from_pretrained("cifar10")
         >>> [best] = classifier(np.zeros((32, 32, 3), np.uint8), top_k=1)[0]
         >>> sorted(best)
@@ -58,8 +56,8 @@ class ImageClassifier:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, found {batch_size}.")
-        self.model, variables = prepare(model, variables)
-        self.processor = processor or load_processor(None, model.config)
+        self.model, variables = _prepare(model, variables)
+        self.processor = processor or _load_processor(None, model.config)
         mesh = Mesh(np.array(devices or jax.local_devices()), ("batch",))
         self._sharding = NamedSharding(mesh, PartitionSpec("batch"))
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
@@ -68,7 +66,7 @@ class ImageClassifier:
         @jax.jit
         def compute(variables: Variables, pixels: jax.Array) -> jax.Array:
             if pixels.dtype == jnp.uint8:
-                pixels = normalize(pixels, self.processor)
+                pixels = _normalize(pixels, self.processor)
             output: Any = self.model.apply(variables, pixels)
             logits: jax.Array = output.logits
             return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
@@ -108,13 +106,13 @@ class ImageClassifier:
             ValueError: a file is malformed, or weights do not fit the config.
             OSError: the source does not exist, or cannot be read or downloaded.
 
-        Example:
+        Examples:
             >>> classifier = ImageClassifier.from_pretrained("cifar10", batch_size=8, image_size=96)
             >>> classifier.model.config.image_size, classifier.processor.crop_size
             (96, {'height': 96, 'width': 96})
         """
-        options = HubOptions(revision, token, cache_dir, local_files_only)
-        model, variables, processor, _ = load_model(source, options, dtype=dtype, image_size=image_size)
+        options = _HubOptions(revision, token, cache_dir, local_files_only)
+        model, variables, processor, _ = _load_model(source, options, dtype=dtype, image_size=image_size)
         return cls(model, variables, processor, batch_size)
 
     def __call__(self, images: Any, top_k: int = 5) -> list[list[dict[str, Any]]]:
@@ -133,13 +131,13 @@ class ImageClassifier:
             ImageError: an image cannot be used.
             OSError: a file cannot be read.
 
-        Example:
+        Examples:
             >>> classifier = ImageClassifier.from_pretrained("cifar10")
             >>> answers = classifier([np.zeros((32, 32, 3), np.uint8)] * 3, top_k=2)
             >>> len(answers), len(answers[0]), sorted(answers[0][0])
             (3, 2, ['label', 'score'])
         """
-        return list(self.stream(flatten_images(images), top_k))
+        return list(self.stream(_flatten_images(images), top_k))
 
     def stream(self, images: Iterable[Any], top_k: int = 5) -> Iterator[list[dict[str, Any]]]:
         """Classify any number of images in constant memory.
@@ -155,7 +153,7 @@ class ImageClassifier:
             ImageError: an image cannot be used.
             OSError: a file cannot be read.
 
-        Example:
+        Examples:
             >>> classifier = ImageClassifier.from_pretrained("cifar10")
             >>> images = (np.full((32, 32, 3), level, np.uint8) for level in range(256))
             >>> sum(len(answer) for answer in classifier.stream(images, top_k=1))
@@ -179,7 +177,7 @@ class ImageClassifier:
         Yields:
             For each image, in order, its logits float [num_labels], or the exception if it cannot be used.
 
-        Example:
+        Examples:
             >>> classifier = ImageClassifier.from_pretrained("cifar10")
             >>> for result in classifier.stream_logits([np.zeros((32, 32, 3), np.uint8), "nowhere.jpg"]):
             ...     print(result if isinstance(result, Exception) else result.shape)
@@ -206,12 +204,12 @@ class ImageClassifier:
         Returns:
             A list of {"label": str, "score": float} in descending order of the score.
 
-        Example:
+        Examples:
             >>> classifier = ImageClassifier.from_pretrained("cifar10")
             >>> classifier.name(np.eye(10)[3] * 100, top_k=1)
             [{'label': 'cat', 'score': 1.0}]
         """
-        row = scores(logits, self.model.config)
+        row = _scores(logits, self.model.config)
         labels = self.model.config.id2label
         return [{"label": labels[i], "score": float(row[i])} for i in np.argsort(-row, kind="stable")[:top_k]]
 
@@ -224,7 +222,7 @@ class ImageClassifier:
         Returns:
             float [B num_labels].
 
-        Example:
+        Examples:
             >>> classifier = ImageClassifier.from_pretrained("cifar10")
             >>> classifier.logits(np.zeros((3, 144, 144, 3), np.uint8)).shape
             (3, 10)
@@ -248,7 +246,7 @@ class ImageClassifier:
     def _read_batches(self, images: Iterable[Any]) -> Iterator[list[Any]]:
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             batch = []
-            for pixels in map_ahead(pool, self._read, images, _READ_AHEAD * self.batch_size):
+            for pixels in _map_ahead(pool, self._read, images, _READ_AHEAD * self.batch_size):
                 batch.append(pixels)
                 if len(batch) == self.batch_size:
                     yield batch
@@ -278,7 +276,7 @@ class ImageClassifier:
         return logits
 
 
-def map_ahead(pool: ThreadPoolExecutor, function: Any, items: Iterable[Any], ahead: int) -> Iterator[Any]:
+def _map_ahead(pool: ThreadPoolExecutor, function: Any, items: Iterable[Any], ahead: int) -> Iterator[Any]:
     """Yield `function(item)` for each item, in order, computed by the pool for at most `ahead` items in advance."""
     futures: deque[Any] = deque()
     try:

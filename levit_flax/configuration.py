@@ -9,23 +9,23 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-REGRESSION = "regression"
-SINGLE_LABEL = "single_label_classification"
-MULTI_LABEL = "multi_label_classification"
-PROBLEM_TYPES = (REGRESSION, SINGLE_LABEL, MULTI_LABEL)
+_REGRESSION = "regression"
+_SINGLE_LABEL = "single_label_classification"
+_MULTI_LABEL = "multi_label_classification"
+_PROBLEM_TYPES = (_REGRESSION, _SINGLE_LABEL, _MULTI_LABEL)
 
 # The key in config.json for values that transformers does not have.
-OWN_BLOCK = "levit_flax"
+_OWN_BLOCK = "levit_flax"
 
 # Keys that transformers writes for its own use. They do not affect the model and are ignored without a warning.
-HOUSEKEEPING_KEYS = frozenset(
+_HOUSEKEEPING_KEYS = frozenset(
     "_name_or_path _commit_hash architectures attn_implementation chunk_size_feed_forward dtype is_encoder_decoder"
     " model_type output_attentions output_hidden_states return_dict torch_dtype torchscript transformers_version"
     " use_return_dict use_bfloat16".split()
 )
 
 # Keys that would change the architecture: only the listed values, which are LeViT's, are accepted.
-FIXED_KEYS: dict[str, tuple[Any, ...]] = {
+_FIXED_KEYS: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("hardswish", "hard_swish"),
     "hidden_dropout_prob": (0, 0.0),
     "attention_probs_dropout_prob": (0, 0.0),
@@ -70,7 +70,7 @@ class FeatureInfo(NamedTuple):
         stride: distance between neighboring features along each axis, in pixels.
         grid: height and width in features, (H, W).
 
-    Example:
+    Examples:
         >>> LevitConfig(image_size=(64, 96)).feature_info[-1]
         FeatureInfo(channels=384, stride=64, grid=(1, 2))
     """
@@ -114,7 +114,7 @@ class LevitConfig:
     Raises:
         ValueError: a field is out of range, or two fields contradict each other.
 
-    Example:
+    Examples:
         >>> config = LevitConfig(image_size=(64, 96), id2label=("cat", "dog"))
         >>> config.grids
         ((4, 6), (2, 3), (1, 2))
@@ -177,9 +177,9 @@ class LevitConfig:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < end:
                 raise ValueError(f"LevitConfig.{name} must be a number in [0, {end:g}), found {value!r}.")
             self._set(name, float(value))
-        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
+        if self.problem_type is not None and self.problem_type not in _PROBLEM_TYPES:
             raise ValueError(
-                f"LevitConfig.problem_type must be one of {', '.join(PROBLEM_TYPES)} or None, found"
+                f"LevitConfig.problem_type must be one of {', '.join(_PROBLEM_TYPES)} or None, found"
                 f" {self.problem_type!r}."
             )
 
@@ -263,7 +263,7 @@ class LevitConfig:
     def num_stages(self) -> int:
         """Number of stages.
 
-        Example:
+        Examples:
             >>> LevitConfig().num_stages
             3
         """
@@ -273,7 +273,7 @@ class LevitConfig:
     def label2id(self) -> dict[str, int]:
         """Class indices by name. If two classes have the same name, the last index.
 
-        Example:
+        Examples:
             >>> LevitConfig(id2label=("cat", "dog")).label2id
             {'cat': 0, 'dog': 1}
         """
@@ -283,7 +283,7 @@ class LevitConfig:
     def image_height_width(self) -> tuple[int, int]:
         """Input size in pixels as (height, width).
 
-        Example:
+        Examples:
             >>> LevitConfig(image_size=80).image_height_width
             (80, 80)
         """
@@ -293,7 +293,7 @@ class LevitConfig:
     def grids(self) -> tuple[tuple[int, int], ...]:
         """Token grid (height, width) of every stage.
 
-        Example:
+        Examples:
             >>> LevitConfig(image_size=224).grids
             ((14, 14), (7, 7), (4, 4))
         """
@@ -315,7 +315,7 @@ class LevitConfig:
     def feature_info(self) -> tuple[FeatureInfo, ...]:
         """The shape of each stage's feature map, from the finest to the coarsest.
 
-        Example:
+        Examples:
             >>> [(info.channels, info.stride) for info in LevitConfig().feature_info]
             [(128, 16), (256, 32), (384, 64)]
         """
@@ -336,7 +336,7 @@ class LevitConfig:
         Raises:
             ValueError: `model_type` is not "levit", a value is out of range, or a key would change the architecture.
 
-        Example:
+        Examples:
             >>> config = LevitConfig.from_dict({"model_type": "levit", "id2label": {"0": "cat", "1": "dog"}})
             >>> config.num_labels, config.hidden_sizes
             (2, (128, 256, 384))
@@ -344,7 +344,7 @@ class LevitConfig:
         values = dict(values)
         if values.get("model_type", "levit") != "levit":
             raise ValueError(f"The config has another model_type: expected 'levit', found {values['model_type']!r}.")
-        own = values.pop(OWN_BLOCK, {})
+        own = values.pop(_OWN_BLOCK, {})
         values.pop("label2id", None)  # follows from id2label
         if "id2label" in values:
             values.pop("num_labels", None)
@@ -355,13 +355,13 @@ class LevitConfig:
         for key, value in values.items():
             if key in known:
                 fields[key] = value
-            elif key in FIXED_KEYS:
-                if value not in FIXED_KEYS[key]:
+            elif key in _FIXED_KEYS:
+                if value not in _FIXED_KEYS[key]:
                     raise ValueError(
-                        f"The config describes another architecture: expected {key}={FIXED_KEYS[key][0]!r}, found"
+                        f"The config describes another architecture: expected {key}={_FIXED_KEYS[key][0]!r}, found"
                         f" {value!r}."
                     )
-            elif key not in HOUSEKEEPING_KEYS:
+            elif key not in _HOUSEKEEPING_KEYS:
                 extra[key] = json.dumps(value, sort_keys=True)
         if extra:
             warnings.warn(
@@ -378,7 +378,7 @@ class LevitConfig:
             JSON values. `drop_path_rate` is the integer 0, the only value that transformers' strict config accepts. A
             rate above 0 is stored in the `levit_flax` block.
 
-        Example:
+        Examples:
             >>> values = LevitConfig(drop_path_rate=0.1).to_dict()
             >>> values["model_type"], values["drop_path_rate"], values["levit_flax"]
             ('levit', 0, {'drop_path_rate': 0.1})
@@ -397,7 +397,7 @@ class LevitConfig:
         for key, text in self.extra:
             values[key] = json.loads(text)
         if self.drop_path_rate:
-            values[OWN_BLOCK] = {"drop_path_rate": self.drop_path_rate}
+            values[_OWN_BLOCK] = {"drop_path_rate": self.drop_path_rate}
         return values
 
 
@@ -432,13 +432,13 @@ def _ordered_labels(labels: Mapping[Any, str]) -> tuple[str, ...]:
     return tuple(by_index[i] for i in range(len(by_index)))
 
 
-def imagenet_labels() -> tuple[str, ...]:
+def _imagenet_labels() -> tuple[str, ...]:
     """Return the names of ImageNet-1k's 1000 classes (WordNet lemmas), ordered by synset number as usual."""
     return tuple((Path(__file__).parent / "imagenet_labels.txt").read_text(encoding="utf-8").splitlines())
 
 
 # timm registers these as LeViT variants, with SiLU instead of hard swish, and has not published weights for them.
-UNTRAINED_TIMM_VARIANTS = ("levit_384_s8", "levit_512_s8", "levit_512", "levit_256d", "levit_512d")
+_UNTRAINED_TIMM_VARIANTS = ("levit_384_s8", "levit_512_s8", "levit_512", "levit_256d", "levit_512d")
 
 
 class _Variants(dict[str, LevitConfig]):
@@ -447,7 +447,7 @@ class _Variants(dict[str, LevitConfig]):
     Raises:
         KeyError: the name is not that of a published variant.
 
-    Example:
+    Examples:
         >>> list(VARIANTS)
         ['levit-128S', 'levit-128', 'levit-192', 'levit-256', 'levit-384']
         >>> VARIANTS["levit-128S"].depths
@@ -457,7 +457,7 @@ class _Variants(dict[str, LevitConfig]):
     """
 
     def __missing__(self, name: str) -> LevitConfig:
-        if str(name).replace("-", "_").replace("levit_conv_", "levit_") in UNTRAINED_TIMM_VARIANTS:
+        if str(name).replace("-", "_").replace("levit_conv_", "levit_") in _UNTRAINED_TIMM_VARIANTS:
             raise KeyError(
                 f"{name} is not a published LeViT variant but an experiment of timm's without weights: expected one of"
                 f" {', '.join(self)}."
@@ -478,7 +478,7 @@ def _published(
         num_attention_heads=heads,
         depths=depths,
         drop_path_rate=drop_path_rate,
-        id2label=imagenet_labels(),
+        id2label=_imagenet_labels(),
     )
 
 

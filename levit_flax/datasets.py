@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .configuration import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from .configuration import _MULTI_LABEL, _REGRESSION, _SINGLE_LABEL
 from .image_processing import LevitImageProcessor
-from .images import image_suffixes, load_image
+from .images import _image_suffixes, _load_image
 
 _READER = LevitImageProcessor(do_resize=False, do_center_crop=False)  # converts to RGB
 
@@ -18,7 +18,7 @@ _READER = LevitImageProcessor(do_resize=False, do_center_crop=False)  # converts
 class DataError(ValueError):
     """Raised when labeled images cannot be used.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     try:
@@ -41,7 +41,7 @@ class LabeledImages:
         where: name of the data in messages.
         problem_type: as in `LevitConfig`.
 
-    Example:
+    Examples:
         >>> red = Image.new("RGB", (8, 8), "red")
         >>> data = LabeledImages([red, red], np.array([0, 1], np.int32), ("cat", "dog"))
         >>> len(data)
@@ -52,7 +52,7 @@ class LabeledImages:
     targets: np.ndarray
     labels: tuple[str, ...] = ()
     where: str = "the data"
-    problem_type: str = SINGLE_LABEL
+    problem_type: str = _SINGLE_LABEL
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -60,12 +60,12 @@ class LabeledImages:
     def name(self, index: int) -> str:
         """Return the name of an image for use in messages.
 
-        Example:
+        Examples:
             >>> LabeledImages([Path("a.jpg")], np.zeros(1, np.int32)).name(0)
             'a.jpg'
         """
         image = self.images[index] if isinstance(self.images, list) else None
-        return str(image) if isinstance(image, str | Path) else f"image {row_key(self.images, index)} of {self.where}"
+        return str(image) if isinstance(image, str | Path) else f"image {_row_key(self.images, index)} of {self.where}"
 
     def key(self, index: int, root: Path = Path()) -> str:
         """Return the name of an image in a skip list.
@@ -74,14 +74,14 @@ class LabeledImages:
             index: index of the image.
             root: directory to which the paths of image files are made relative.
 
-        Example:
+        Examples:
             >>> LabeledImages([Path("data/cat/1.jpg")], np.zeros(1, np.int32)).key(0, Path("data"))
             'cat/1.jpg'
         """
         image = self.images[index] if isinstance(self.images, list) else None
         if isinstance(image, str | Path):
             return Path(image).relative_to(root).as_posix()
-        return row_key(self.images, index)
+        return _row_key(self.images, index)
 
     def load(self, index: int) -> Image.Image:
         """Decode an image as RGB.
@@ -89,14 +89,14 @@ class LabeledImages:
         Raises:
             DataError: the image cannot be decoded.
 
-        Example:
+        Examples:
             >>> LabeledImages([Image.new("L", (8, 4))], np.zeros(1, np.int32)).load(0).mode
             'RGB'
         """
         try:
             image = self.images[index]
             if isinstance(image, str | Path):
-                return load_image(image)
+                return _load_image(image)
             return Image.fromarray(_READER.resize_and_crop(image))
         except Exception as error:  # the decoder of a dataset may raise anything
             raise DataError(f"{self.name(index)} cannot be used: {error}") from error
@@ -108,18 +108,18 @@ class LabeledImages:
             indices: indices of the images.
             where: name of the subset in messages.
 
-        Example:
+        Examples:
             >>> data = LabeledImages(["a.jpg", "b.jpg"], np.array([0, 1], np.int32), ("cat", "dog"))
             >>> data.select([1], "the dogs").images
             ['b.jpg']
         """
         listed = isinstance(self.images, list)
-        chosen = [self.images[i] for i in indices] if listed else SelectedRows(self.images, indices)
+        chosen = [self.images[i] for i in indices] if listed else _SelectedRows(self.images, indices)
         return LabeledImages(chosen, self.targets[indices], self.labels, where, self.problem_type)
 
 
 @dataclass(frozen=True)
-class SelectedRows:
+class _SelectedRows:
     """A subset of a sequence of images, decoded on access."""
 
     images: Any
@@ -133,11 +133,11 @@ class SelectedRows:
 
     def key(self, index: int) -> str:
         """Return the name of an image in a skip list."""
-        return row_key(self.images, int(self.indices[index]))
+        return _row_key(self.images, int(self.indices[index]))
 
 
 @dataclass(frozen=True)
-class DatasetImages:
+class _DatasetImages:
     """The image column of a split of a Hugging Face dataset, decoded on access."""
 
     dataset: Any
@@ -158,14 +158,14 @@ class DatasetImages:
         return f"{self.split}/{index}"
 
 
-def row_key(images: Any, index: int) -> str:
+def _row_key(images: Any, index: int) -> str:
     """Return the name in a skip list of an image that is not a file."""
     return str(images.key(index)) if hasattr(images, "key") else str(index)
 
 
-def image_files(directory: Path) -> list[Path]:
+def _image_files(directory: Path) -> list[Path]:
     """Return the image files in a directory and its subdirectories, sorted, without hidden files and folders."""
-    suffixes = image_suffixes()
+    suffixes = _image_suffixes()
     return [
         path
         for path in sorted(directory.rglob("*"))
@@ -173,7 +173,7 @@ def image_files(directory: Path) -> list[Path]:
     ]
 
 
-def read_folder(
+def _read_folder(
     directory: Path, root: Path | None = None, skip: Collection[str] = (), allow_empty: bool = False
 ) -> LabeledImages:
     """List the images of a directory with one folder per class, without opening them.
@@ -192,7 +192,7 @@ def read_folder(
     if not folders:
         raise DataError(f"{directory} has no folders: expected one folder of images per class.")
     classes = {
-        folder.name: [path for path in image_files(folder) if path.relative_to(root).as_posix() not in skip]
+        folder.name: [path for path in _image_files(folder) if path.relative_to(root).as_posix() not in skip]
         for folder in folders
     }
     empty = [name for name, paths in classes.items() if not paths]
@@ -205,7 +205,7 @@ def read_folder(
     return LabeledImages(images, targets, tuple(classes), str(directory))
 
 
-def load_dataset(name: str, **options: Any) -> Any:
+def _load_dataset(name: str, **options: Any) -> Any:
     """Load a Hugging Face dataset; the options are those of `datasets.load_dataset`."""
     try:
         import datasets
@@ -216,7 +216,7 @@ def load_dataset(name: str, **options: Any) -> Any:
     return datasets.load_dataset(name, **options)
 
 
-def read_split(dataset: Any, name: str, split: str, problem_types: Collection[str] | None = None) -> LabeledImages:
+def _read_split(dataset: Any, name: str, split: str, problem_types: Collection[str] | None = None) -> LabeledImages:
     """Return the images and targets of one split of a Hugging Face dataset, decoded on access.
 
     Args:
@@ -229,7 +229,7 @@ def read_split(dataset: Any, name: str, split: str, problem_types: Collection[st
         DataError: the split has no image column, no column of targets, or rows without a class.
     """
     data = _read_columns(dataset, f"{name}, {split}", split, problem_types)
-    if data.problem_type == SINGLE_LABEL:
+    if data.problem_type == _SINGLE_LABEL:
         known = (data.targets >= 0) & (data.targets < len(data.labels))
         if not known.all():
             raise DataError(
@@ -239,7 +239,7 @@ def read_split(dataset: Any, name: str, split: str, problem_types: Collection[st
     return data
 
 
-def match_classes(names: Sequence[str], labels: Sequence[str], where: str) -> list[int]:
+def _match_classes(names: Sequence[str], labels: Sequence[str], where: str) -> list[int]:
     """Return the model's index of each class of the data, by name, or by position if the names differ.
 
     Args:
@@ -275,18 +275,18 @@ def _read_columns(dataset: Any, where: str, split: str, problem_types: Collectio
         problem_type = _problem_type(kind)
         if problem_type is None or (problem_types is not None and problem_type not in problem_types):
             continue
-        images, values = DatasetImages(dataset, str(column), split), dataset[key]
-        if problem_type == SINGLE_LABEL:
+        images, values = _DatasetImages(dataset, str(column), split), dataset[key]
+        if problem_type == _SINGLE_LABEL:
             classes = [-1 if index is None else index for index in values]
             return LabeledImages(images, np.asarray(classes, np.int32), tuple(kind.names), where)
-        if problem_type == REGRESSION:
+        if problem_type == _REGRESSION:
             numbers = np.asarray(values, np.float32).reshape(len(dataset), -1)
-            return LabeledImages(images, numbers, (), where, REGRESSION)
+            return LabeledImages(images, numbers, (), where, _REGRESSION)
         rows = np.zeros((len(dataset), kind.feature.num_classes), np.float32)
         for row, indices in zip(rows, values, strict=True):
             row[list(indices)] = 1
-        return LabeledImages(images, rows, tuple(kind.feature.names), where, MULTI_LABEL)
-    targets = "classes" if problem_types == (SINGLE_LABEL,) else "classes, lists of classes or numbers"
+        return LabeledImages(images, rows, tuple(kind.feature.names), where, _MULTI_LABEL)
+    targets = "classes" if problem_types == (_SINGLE_LABEL,) else "classes, lists of classes or numbers"
     raise DataError(
         f"{where} lacks a column: expected a column of images and one of {targets}, found the columns"
         f" {', '.join(dataset.features)}."
@@ -299,7 +299,7 @@ def _problem_type(kind: Any) -> str | None:
 
     entry = getattr(kind, "feature", None)
     if isinstance(kind, datasets.ClassLabel):
-        return SINGLE_LABEL
+        return _SINGLE_LABEL
     if isinstance(entry, datasets.ClassLabel):
-        return MULTI_LABEL
-    return REGRESSION if getattr(entry or kind, "dtype", "").startswith("float") else None
+        return _MULTI_LABEL
+    return _REGRESSION if getattr(entry or kind, "dtype", "").startswith("float") else None

@@ -9,8 +9,8 @@ import numpy as np
 
 from .checkpoint import save_pretrained
 from .classifier import ImageClassifier
-from .hub import EMBEDDED_DIRECTORY
-from .loading import load_processor
+from .hub import _EMBEDDED_DIRECTORY
+from .loading import _load_processor
 
 # Photographs in scikit-image, with the correct class. None if the model has no class for the image.
 _PHOTOGRAPHS = (
@@ -23,7 +23,7 @@ _SPEED_BATCH = 32
 _SPEED_SECONDS = 3.0
 
 
-def run_demo() -> None:
+def _run_demo() -> None:
     """Convert, verify, save, load, classify and time the model in the package, and print each step.
 
     Raises:
@@ -36,18 +36,18 @@ def run_demo() -> None:
         raise ImportError("The demo needs scikit-image for its photographs: pip install 'levit-flax[demo]'.") from None
     from levit_flax.convert import conversion, sources, verification
 
-    print(f"1. Convert the PyTorch checkpoint {EMBEDDED_DIRECTORY / 'model.safetensors'}")
+    print(f"1. Convert the PyTorch checkpoint {_EMBEDDED_DIRECTORY / 'model.safetensors'}")
     start = time.perf_counter()
-    converted = conversion.convert(sources.open_source(EMBEDDED_DIRECTORY))
+    converted = conversion._convert(sources._open_source(_EMBEDDED_DIRECTORY))
     print(
         f"   {type(converted.model).__name__}: {len(converted.rows)} tensors mapped,"
         f" {converted.num_parameters:,} parameters, {time.perf_counter() - start:.2f} s"
     )
 
     print("2. Compare with the logits that PyTorch computed")
-    with np.load(EMBEDDED_DIRECTORY / "probe.npz") as probe:
-        comparison = verification.compare(
-            verification.forward(converted.model, converted.variables, probe["pixel_values"]), probe["logits"]
+    with np.load(_EMBEDDED_DIRECTORY / "probe.npz") as probe:
+        comparison = verification._compare(
+            verification._forward(converted.model, converted.variables, probe["pixel_values"]), probe["logits"]
         )
     if not comparison.passed:
         raise ValueError(
@@ -58,7 +58,7 @@ def run_demo() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "levit"
-        processor = load_processor(EMBEDDED_DIRECTORY, converted.model.config)
+        processor = _load_processor(_EMBEDDED_DIRECTORY, converted.model.config)
         save_pretrained(directory, converted.model, converted.variables, processor, provenance=converted.provenance)
         classifier = ImageClassifier.from_pretrained(directory, batch_size=_SPEED_BATCH)
     print(f"3. Save, load and classify photographs. The classes are {', '.join(classifier.model.config.id2label)}")

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from .choices import CROP_RULES
+from .choices import _CROP_RULES
 from .classifier import ImageClassifier
-from .configuration import SINGLE_LABEL
-from .datasets import DataError, LabeledImages, load_dataset, match_classes, read_folder, read_split
-from .image_processing import TIMM_CROP_PCT, LevitImageProcessor, size_for_edge
+from .configuration import _SINGLE_LABEL
+from .datasets import DataError, LabeledImages, _load_dataset, _match_classes, _read_folder, _read_split
+from .image_processing import _TIMM_CROP_PCT, LevitImageProcessor, _size_for_edge
 
 _TOP_K = 5
 
@@ -41,7 +41,7 @@ class Evaluation:
         seconds: time to load and classify the images, without compilation.
         broken: one error message for each image that cannot be read. These images are not counted.
 
-    Example:
+    Examples:
         >>> result = Evaluation(4, 0.75, 1.0, 0.5, np.array([[2, 1], [0, 1]]), ("cat", "dog"), seconds=0.5)
         >>> result.top1, result.confusion[0, 1].item()  # one cat was classified as a dog
         (0.75, 1)
@@ -59,7 +59,7 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Return the metrics as JSON values, without the confusion matrix.
 
-        Example:
+        Examples:
             >>> result = Evaluation(4, 0.75, 1.0, 0.5, np.array([[2, 1], [0, 1]]), ("cat", "dog"), seconds=0.5)
             >>> result.to_dict()["images_per_second"]
             8.0
@@ -76,7 +76,7 @@ class Evaluation:
     def confusion_csv(self) -> str:
         """Return the confusion matrix as CSV, with one row per true class.
 
-        Example:
+        Examples:
             >>> result = Evaluation(4, 0.75, 1.0, 0.5, np.array([[2, 1], [0, 1]]), ("cat", "dog"), seconds=0.5)
             >>> print(result.confusion_csv().replace(chr(92), "/"))
             true / named,cat,dog
@@ -101,7 +101,7 @@ def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
     Raises:
         ValueError: there are no images, or none of them can be read.
 
-    Example:
+    Examples:
         >>> classifier = ImageClassifier.from_pretrained("cifar10")
         >>> black, white = np.zeros((32, 32, 3), np.uint8), np.full((32, 32, 3), 255, np.uint8)
         >>> data = LabeledImages([black, white, "nowhere.jpg"], np.array([0, 1, 2]))
@@ -156,7 +156,7 @@ def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> Lev
     Raises:
         ValueError: the rule is unknown.
 
-    Example:
+    Examples:
         >>> for rule in ("hf", "torchvision", "timm"):
         ...     processor = evaluation_processor(rule, LevitImageProcessor())
         ...     print(rule, int(256 / 224 * processor.size["shortest_edge"]), processor.crop_offset(35))
@@ -168,10 +168,10 @@ def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> Lev
     side = max(height, width)
     if rule == "model":
         return model_processor
-    if rule not in CROP_RULES:
-        raise ValueError(f"Unknown crop rule: expected one of {', '.join(CROP_RULES)}, found {rule!r}.")
+    if rule not in _CROP_RULES:
+        raise ValueError(f"Unknown crop rule: expected one of {', '.join(_CROP_RULES)}, found {rule!r}.")
     kind = LevitImageProcessor if rule == "hf" else _HalfEvenProcessor
-    size = size_for_edge(int(side / TIMM_CROP_PCT)) if rule == "timm" else side
+    size = _size_for_edge(int(side / _TIMM_CROP_PCT)) if rule == "timm" else side
     return kind(**{**vars(model_processor), "size": size, "crop_size": (height, width)})
 
 
@@ -192,7 +192,7 @@ def read_data(source: str | Path, labels: Sequence[str], split: str = "test") ->
         ValueError: there are no images, or the classes do not match those of the model.
         ImportError: `source` is not a directory, and `datasets` is not installed.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from PIL import Image
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -205,10 +205,10 @@ def read_data(source: str | Path, labels: Sequence[str], split: str = "test") ->
     """
     directory = Path(source).expanduser()
     if directory.is_dir():
-        data = read_folder(directory, allow_empty=True)
+        data = _read_folder(directory, allow_empty=True)
     else:
-        data = read_split(load_dataset(str(source), split=split), str(source), split, (SINGLE_LABEL,))
-    indices = match_classes(data.labels, labels, data.where)
+        data = _read_split(_load_dataset(str(source), split=split), str(source), split, (_SINGLE_LABEL,))
+    indices = _match_classes(data.labels, labels, data.where)
     if not len(data):
         raise DataError(f"{data.where} contains no images: expected at least one.")
     return replace(data, targets=np.array(indices, np.int32)[data.targets], labels=tuple(labels))

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .choices import KNOWN_PLATFORMS, PLATFORMS, ExportFormat
-from .files import staged_directory
+from .choices import _KNOWN_PLATFORMS, _PLATFORMS, _ExportFormat
+from .files import _staged_directory
 from .image_processing import LevitImageProcessor
-from .inference import prepare
+from .inference import _prepare
 from .modeling import LevitBase, Variables
 
 _STABLEHLO_FILE = "model.stablehlo"
@@ -55,7 +55,7 @@ session = onnxruntime.InferenceSession("{file}")
 
 
 # For each format, the name of the artifact and the text of its README.
-FORMATS: dict[ExportFormat, tuple[str, str]] = {
+_FORMATS: dict[_ExportFormat, tuple[str, str]] = {
     "stablehlo": (_STABLEHLO_FILE, _RUN_STABLEHLO),
     "onnx": (_ONNX_FILE, _RUN_ONNX),
 }
@@ -68,7 +68,7 @@ def export_model(
     processor: LevitImageProcessor,
     *,
     format: str = "stablehlo",
-    platforms: Sequence[str] = PLATFORMS,
+    platforms: Sequence[str] = _PLATFORMS,
     overwrite: bool = False,
 ) -> None:
     """Write a classifier as an artifact that runs without this library.
@@ -90,7 +90,7 @@ def export_model(
         ImportError: the package that the format requires is not installed.
         FileExistsError: the directory is not empty and `overwrite` is False.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from levit_flax import from_pretrained
         >>> processor = LevitImageProcessor.from_pretrained("cifar10")
@@ -99,14 +99,14 @@ def export_model(
         ...     sorted(path.name for path in Path(folder, "out").iterdir())
         ['README.md', 'model.json', 'model.stablehlo']
     """
-    if format not in FORMATS:
-        raise ValueError(f"Unknown format: expected one of {', '.join(FORMATS)}, found {format!r}.")
-    unknown = [platform for platform in platforms if platform not in KNOWN_PLATFORMS]
+    if format not in _FORMATS:
+        raise ValueError(f"Unknown format: expected one of {', '.join(_FORMATS)}, found {format!r}.")
+    unknown = [platform for platform in platforms if platform not in _KNOWN_PLATFORMS]
     if unknown or not platforms:
         raise ValueError(
-            f"Unknown platforms: expected one or more of {', '.join(KNOWN_PLATFORMS)}, found {unknown or 'none'}."
+            f"Unknown platforms: expected one or more of {', '.join(_KNOWN_PLATFORMS)}, found {unknown or 'none'}."
         )
-    model, variables = prepare(model, variables)
+    model, variables = _prepare(model, variables)
     variables = jax.device_get(variables)  # the constants must not depend on a device
     config = model.config
     shape = [*config.image_height_width, config.num_channels]
@@ -117,7 +117,7 @@ def export_model(
         return logits
 
     artifact = to_stablehlo(classify, shape, platforms) if format == "stablehlo" else to_onnx(classify, shape)
-    file, text = FORMATS[format]
+    file, text = _FORMATS[format]
     about = {
         "model": type(model).__name__,
         "inputs": {"pixel_values": {"dtype": "float32", "shape": ["B", *shape]}},
@@ -128,7 +128,7 @@ def export_model(
         "platforms": list(platforms) if format == "stablehlo" else None,
         "versions": {name: version(name) for name in ("levit-flax", "jax")},
     }
-    with staged_directory(Path(directory), overwrite, _OWN_FILES) as staging:
+    with _staged_directory(Path(directory), overwrite, _OWN_FILES) as staging:
         (staging / file).write_bytes(artifact)
         (staging / _ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         (staging / _README_FILE).write_text(
@@ -158,7 +158,7 @@ def to_stablehlo(classify: Any, shape: Sequence[int], platforms: Sequence[str]) 
     Raises:
         ImportError: flatbuffers is not installed.
 
-    Example:
+    Examples:
         >>> from jax import export
         >>> artifact = to_stablehlo(lambda pixel_values: pixel_values.mean((1, 2)), shape=(8, 8, 3), platforms=["cpu"])
         >>> export.deserialize(bytearray(artifact)).call(jnp.ones((5, 8, 8, 3))).shape
@@ -190,7 +190,7 @@ def to_onnx(classify: Any, shape: Sequence[int]) -> bytes:
     Raises:
         ImportError: jax2onnx is not installed.
 
-    Example:
+    Examples:
         >>> import onnxruntime
         >>> artifact = to_onnx(lambda pixel_values: pixel_values.mean((1, 2)), shape=(8, 8, 3))
         >>> session = onnxruntime.InferenceSession(artifact)

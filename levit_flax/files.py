@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 
-def cannot_write(path: Path, error: OSError) -> OSError:
+def _cannot_write(path: Path, error: OSError) -> OSError:
     """Return the error to raise when a path cannot be written."""
     name = f" ({error.filename})" if error.filename else ""
     return OSError(f"Cannot write {path}: {error.strerror}{name}. Choose a writable location with enough space.")
@@ -22,19 +22,19 @@ def _explain_full_disk(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise cannot_write(path, error) from None
+            raise _cannot_write(path, error) from None
         raise
 
 
-def make_directory(directory: Path) -> None:
+def _make_directory(directory: Path) -> None:
     """Create a directory and its parents."""
     try:
         directory.expanduser().mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise cannot_write(directory, error) from None
+        raise _cannot_write(directory, error) from None
 
 
-def check_free(directory: Path, overwrite: bool) -> None:
+def _check_free(directory: Path, overwrite: bool) -> None:
     """Raise FileExistsError if a model must not be written to this directory."""
     directory = directory.expanduser()
     if directory.exists() and not directory.is_dir():
@@ -47,7 +47,7 @@ def check_free(directory: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def staged_directory(directory: Path, overwrite: bool, replaceable: Collection[str]) -> Iterator[Path]:
+def _staged_directory(directory: Path, overwrite: bool, replaceable: Collection[str]) -> Iterator[Path]:
     """Yield a temporary directory to write to, and rename it to `directory` if the block succeeds.
 
     Args:
@@ -59,13 +59,13 @@ def staged_directory(directory: Path, overwrite: bool, replaceable: Collection[s
         FileExistsError: the directory is not empty and `overwrite` is False.
         OSError: the directory cannot be written.
     """
-    check_free(directory, overwrite)
+    _check_free(directory, overwrite)
     directory = directory.expanduser().resolve()
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     except OSError as error:
-        raise cannot_write(directory, error) from None
+        raise _cannot_write(directory, error) from None
     try:
         staging.chmod(0o755)  # mkdtemp creates it with mode 0700
         with _explain_full_disk(directory):
@@ -89,14 +89,14 @@ def _replace_directory(directory: Path, staging: Path, replaceable: Collection[s
     shutil.rmtree(retired)
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Pass a temporary file to `write`, and rename it to `path` if `write` succeeds."""
     path = path.expanduser().resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
-        raise cannot_write(path, error) from None
+        raise _cannot_write(path, error) from None
     os.close(handle)
     staging = Path(name)
     try:
@@ -108,6 +108,6 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         staging.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def _write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
-    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+    _write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))

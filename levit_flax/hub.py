@@ -17,21 +17,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 # The small model inside the package, in transformers' PyTorch layout.
-EMBEDDED_NAME = "cifar10"
-EMBEDDED_DIRECTORY = Path(__file__).parent / "embedded"
+_EMBEDDED_NAME = "cifar10"
+_EMBEDDED_DIRECTORY = Path(__file__).parent / "embedded"
 
 # A missing source with one of these suffixes is a mistyped file name, not a repository.
-CHECKPOINT_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
+_CHECKPOINT_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 
 # The suffix of the index of a sharded checkpoint, which maps tensors to shards.
-INDEX_SUFFIX = ".index.json"
+_INDEX_SUFFIX = ".index.json"
 
 _LISTED_NAMES = 12  # maximum number of file names in an error message
 
-COMMIT_MESSAGE = "Upload LeViT model"
+_COMMIT_MESSAGE = "Upload LeViT model"
 
 
 class HubError(OSError):
@@ -43,7 +43,7 @@ class HubUnreachableError(HubError):
 
 
 @dataclasses.dataclass(frozen=True)
-class HubOptions:
+class _HubOptions:
     """Options for access to a Hub repository, without effect on local directories.
 
     Attributes:
@@ -59,11 +59,11 @@ class HubOptions:
     local_files_only: bool = False
 
 
-DEFAULTS = HubOptions()
+_DEFAULTS = _HubOptions()
 
 
 @dataclasses.dataclass(frozen=True)
-class Resolved:
+class _Resolved:
     """The files of a model on the local disk.
 
     Attributes:
@@ -79,13 +79,13 @@ class Resolved:
     revision: str | None
 
 
-def resolve(
+def _resolve(
     source: str | Path,
     *,
     weights: Sequence[str] = (),
     files: Sequence[str] = (),
-    options: HubOptions = DEFAULTS,
-) -> Resolved:
+    options: _HubOptions = _DEFAULTS,
+) -> _Resolved:
     """Find the files of a model in a local directory, in the cache or on the Hub.
 
     An existing directory takes precedence over a repository with the same name. Only the first of `weights` that the
@@ -104,8 +104,8 @@ def resolve(
         HubError: the files are neither available from the Hub nor in the cache.
     """
     path = Path(source).expanduser()
-    if source == EMBEDDED_NAME and not path.exists():
-        path = EMBEDDED_DIRECTORY
+    if source == _EMBEDDED_NAME and not path.exists():
+        path = _EMBEDDED_DIRECTORY
     if path.is_dir():
         held = os.listdir(path)
         if _first(weights or files, held) is None:
@@ -127,7 +127,7 @@ def resolve(
     return _resolved(request.from_cache() if offline else request.from_hub(), weights, source)
 
 
-def push(
+def _push(
     directory: str | Path,
     repo_id: str,
     *,
@@ -135,7 +135,7 @@ def push(
     token: str | None = None,
     private: bool = False,
     revision: str | None = None,
-    commit_message: str = COMMIT_MESSAGE,
+    commit_message: str = _COMMIT_MESSAGE,
 ) -> str:
     """Upload a model directory to the Hub, creating the repository if it does not exist.
 
@@ -183,16 +183,16 @@ def _is_repo_id(source: str) -> bool:
         validate_repo_id(source)
     except HFValidationError:
         return False
-    return not source.endswith(CHECKPOINT_SUFFIXES)
+    return not source.endswith(_CHECKPOINT_SUFFIXES)
 
 
 def _first(names: Sequence[str], held: Collection[str]) -> str | None:
     return next((name for name in names if name in held), None)
 
 
-def _resolved(directory: Path, weights: Sequence[str], repo_id: str | None) -> Resolved:
+def _resolved(directory: Path, weights: Sequence[str], repo_id: str | None) -> _Resolved:
     name = _first(weights, os.listdir(directory))
-    return Resolved(
+    return _Resolved(
         directory=directory,
         weights=None if name is None else directory / name,
         repo_id=repo_id,
@@ -237,7 +237,7 @@ class _Request:
                 raise HubUnreachableError(
                     f"{error} {self._not_cached}. Check the network, or pass a local model directory."
                 ) from error
-            logger.warning("%s Loading %s from the cache, commit %s.", error, self.repo_id, snapshot.name)
+            _logger.warning("%s Loading %s from the cache, commit %s.", error, self.repo_id, snapshot.name)
             return snapshot
 
     def from_cache(self) -> Path:
@@ -262,7 +262,7 @@ class _Request:
             path = try_to_load_from_cache(self.repo_id, name, cache_dir=self.cache, revision=self.revision)
             if isinstance(path, str):
                 found = Path(path)
-                shards = _shards(found) if name.endswith(INDEX_SUFFIX) else []
+                shards = _shards(found) if name.endswith(_INDEX_SUFFIX) else []
                 return found.parent if all((found.parent / shard).is_file() for shard in shards) else None
         return None
 
@@ -281,7 +281,7 @@ class _Request:
             names = [name for name in (*self.files, chosen) if name in held]
             download = functools.partial(api.snapshot_download, self.repo_id, cache_dir=self.cache)
             snapshot = Path(download(revision=self.revision, allow_patterns=names))
-            if chosen is not None and chosen.endswith(INDEX_SUFFIX):
+            if chosen is not None and chosen.endswith(_INDEX_SUFFIX):
                 download(revision=snapshot.name, allow_patterns=_shards(snapshot / chosen))
         return snapshot
 

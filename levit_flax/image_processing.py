@@ -11,41 +11,41 @@ import numpy as np
 from PIL import Image
 
 from . import files
-from .hub import HubOptions, resolve
+from .hub import _HubOptions, _resolve
 from .image_settings import (
-    Size,
-    check_choice,
-    parse_flag,
-    parse_number,
-    parse_numbers,
-    parse_resample,
-    parse_size,
+    _check_choice,
+    _parse_flag,
+    _parse_number,
+    _parse_numbers,
+    _parse_resample,
+    _parse_size,
+    _Size,
 )
-from .images import ImageError, exceeds_pixel_limit, flatten_images, read_image
+from .images import ImageError, _exceeds_pixel_limit, _flatten_images, _read_image
 
-PROCESSOR_FILE = "preprocessor_config.json"
+_PROCESSOR_FILE = "preprocessor_config.json"
 
-TIMM_CROP_PCT = 0.9  # used for the accuracies that timm reports for LeViT
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+_TIMM_CROP_PCT = 0.9  # used for the accuracies that timm reports for LeViT
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # LeViT is evaluated on images resized to 256 pixels and cropped to 224. Source: facebookresearch/LeViT datasets.py.
-RESIZE_RATIO = 256 / 224
+_RESIZE_RATIO = 256 / 224
 
-RETURN_TYPES = (None, "np", "jax", "pt")
-DATA_FORMATS = ("channels_last", "channels_first")
+_RETURN_TYPES = (None, "np", "jax", "pt")
+_DATA_FORMATS = ("channels_last", "channels_first")
 
 # The names of this processor in the files of different transformers versions.
-PROCESSOR_TYPES = ("LevitImageProcessor", "LevitImageProcessorFast", "LevitImageProcessorPil", "LevitFeatureExtractor")
+_PROCESSOR_TYPES = ("LevitImageProcessor", "LevitImageProcessorFast", "LevitImageProcessorPil", "LevitFeatureExtractor")
 
 # Keys that transformers writes. They do not affect the pixels of a single image and are ignored without a warning.
-HOUSEKEEPING_KEYS = frozenset(
+_HOUSEKEEPING_KEYS = frozenset(
     "_processor_class _valid_processor_keys auto_map data_format device disable_grouping feature_extractor_type"
     " image_processor_type image_seq_length input_data_format pad_size processor_class return_tensors use_fast".split()
 )
 
 # Keys that would change the pixels: only these values, which are LeViT's, are accepted.
-FIXED_KEYS = {"do_pad": False, "default_to_square": False}
+_FIXED_KEYS = {"do_pad": False, "default_to_square": False}
 
 
 class LevitImageProcessor:
@@ -78,7 +78,7 @@ class LevitImageProcessor:
     Raises:
         ValueError: a setting is invalid.
 
-    Example:
+    Examples:
         >>> processor = LevitImageProcessor(size=160, crop_size=160)
         >>> processor(np.zeros((100, 200, 3), np.uint8), return_tensors="np")["pixel_values"].shape
         (1, 160, 160, 3)
@@ -90,29 +90,29 @@ class LevitImageProcessor:
         self,
         *,
         do_resize: bool = True,
-        size: Size = 224,
+        size: _Size = 224,
         resample: int = Image.Resampling.BICUBIC,
         do_center_crop: bool = True,
-        crop_size: Size = 224,
+        crop_size: _Size = 224,
         do_rescale: bool = True,
         rescale_factor: float = 1 / 255,
         do_normalize: bool = True,
-        image_mean: float | Sequence[float] = IMAGENET_MEAN,
-        image_std: float | Sequence[float] = IMAGENET_STD,
+        image_mean: float | Sequence[float] = _IMAGENET_MEAN,
+        image_std: float | Sequence[float] = _IMAGENET_STD,
         do_convert_rgb: bool = True,
     ) -> None:
         # `preprocess`, `to_dict` and `from_dict` rely on the attributes being exactly the parameters.
-        self.do_resize = parse_flag("do_resize", do_resize)
-        self.size = parse_size("size", size, shortest_edge=True)
-        self.resample = parse_resample(resample)
-        self.do_center_crop = parse_flag("do_center_crop", do_center_crop)
-        self.crop_size = parse_size("crop_size", crop_size, shortest_edge=False)
-        self.do_rescale = parse_flag("do_rescale", do_rescale)
-        self.rescale_factor = parse_number("rescale_factor", rescale_factor)
-        self.do_normalize = parse_flag("do_normalize", do_normalize)
-        self.image_mean = parse_numbers("image_mean", image_mean)
-        self.image_std = parse_numbers("image_std", image_std)
-        self.do_convert_rgb = parse_flag("do_convert_rgb", do_convert_rgb)
+        self.do_resize = _parse_flag("do_resize", do_resize)
+        self.size = _parse_size("size", size, shortest_edge=True)
+        self.resample = _parse_resample(resample)
+        self.do_center_crop = _parse_flag("do_center_crop", do_center_crop)
+        self.crop_size = _parse_size("crop_size", crop_size, shortest_edge=False)
+        self.do_rescale = _parse_flag("do_rescale", do_rescale)
+        self.rescale_factor = _parse_number("rescale_factor", rescale_factor)
+        self.do_normalize = _parse_flag("do_normalize", do_normalize)
+        self.image_mean = _parse_numbers("image_mean", image_mean)
+        self.image_std = _parse_numbers("image_std", image_std)
+        self.do_convert_rgb = _parse_flag("do_convert_rgb", do_convert_rgb)
         if 0 in np.atleast_1d(self.image_std):
             raise ValueError(f"image_std must not be zero, because pixels are divided by it, found {image_std!r}.")
 
@@ -152,16 +152,16 @@ class LevitImageProcessor:
             ValueError: a setting is invalid.
             ImportError: `return_tensors="pt"`, and PyTorch is not installed.
 
-        Example:
+        Examples:
             >>> images = [np.zeros((100, 200, 3), np.uint8), Image.new("L", (300, 250))]
             >>> LevitImageProcessor().preprocess(images, return_tensors="jax")["pixel_values"].shape
             (2, 224, 224, 3)
         """
-        check_choice("return_tensors", return_tensors, RETURN_TYPES)
-        check_choice("data_format", data_format, DATA_FORMATS)
+        _check_choice("return_tensors", return_tensors, _RETURN_TYPES)
+        _check_choice("data_format", data_format, _DATA_FORMATS)
         # Constructed even without overrides, to validate attributes that were assigned since construction.
         processor = type(self)(**{**vars(self), **overrides})
-        images = list(flatten_images(images))
+        images = list(_flatten_images(images))
         if not images:
             raise ImageError("There are no images: expected at least one, found an empty list or batch.")
         results = []
@@ -196,13 +196,13 @@ class LevitImageProcessor:
             FileNotFoundError: the file does not exist.
             TypeError: `image` is not an image.
 
-        Example:
+        Examples:
             >>> pixels = LevitImageProcessor().resize_and_crop(Image.new("RGB", (400, 300), "red"))
             >>> pixels.shape, pixels.dtype.name, pixels[0, 0].tolist()
             ((224, 224, 3), 'uint8', [255, 0, 0])
         """
-        check_choice("input_data_format", input_data_format, (None, *DATA_FORMATS))
-        image = read_image(image, input_data_format, self.do_convert_rgb)
+        _check_choice("input_data_format", input_data_format, (None, *_DATA_FORMATS))
+        image = _read_image(image, input_data_format, self.do_convert_rgb)
         if self.do_resize:
             image = _resize(image, self.size, self.resample)
         pixels = np.asarray(image)
@@ -219,7 +219,7 @@ class LevitImageProcessor:
             margin: length of the image's edge minus that of the crop, in pixels. If negative, so is the offset, and the
                 image is padded with black.
 
-        Example:
+        Examples:
             >>> LevitImageProcessor().crop_offset(33)
             16
         """
@@ -238,7 +238,7 @@ class LevitImageProcessor:
         Raises:
             ValueError: `image_mean` or `image_std` does not fit the number of channels.
 
-        Example:
+        Examples:
             >>> processor = LevitImageProcessor(image_mean=0.5, image_std=0.5)
             >>> processor.rescale_and_normalize(np.array([[[0, 255, 0]]], np.uint8)).tolist()
             [[[-1.0, 1.0, -1.0]]]
@@ -287,21 +287,21 @@ class LevitImageProcessor:
             ValueError: a setting is invalid or unsupported, or the settings belong to another image processor.
             TypeError: an override is not a parameter of the class.
 
-        Example:
+        Examples:
             >>> LevitImageProcessor.from_dict({"size": {"shortest_edge": 160}, "crop_size": 160}).crop_size
             {'height': 160, 'width': 160}
         """
-        kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or PROCESSOR_TYPES[0]
-        if kind not in PROCESSOR_TYPES:
+        kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or _PROCESSOR_TYPES[0]
+        if kind not in _PROCESSOR_TYPES:
             raise ValueError(f"The settings are of another processor: expected LevitImageProcessor, found {kind}.")
         known = vars(cls())
         given = {name: value for name, value in settings.items() if value is not None}
-        for name, value in FIXED_KEYS.items():
+        for name, value in _FIXED_KEYS.items():
             if given.get(name, value) != value:
                 raise ValueError(
                     f"LevitImageProcessor does not support {name}: expected {value}, found {given[name]!r}."
                 )
-        unknown = sorted(given.keys() - known.keys() - HOUSEKEEPING_KEYS - FIXED_KEYS.keys())
+        unknown = sorted(given.keys() - known.keys() - _HOUSEKEEPING_KEYS - _FIXED_KEYS.keys())
         if unknown:
             warnings.warn(f"LevitImageProcessor ignores unknown settings: {unknown}.", stacklevel=2)
         return cls(**{**{name: given[name] for name in known if name in given}, **overrides})
@@ -309,12 +309,12 @@ class LevitImageProcessor:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values, with the keys of transformers.
 
-        Example:
+        Examples:
             >>> settings = LevitImageProcessor().to_dict()
             >>> settings["image_processor_type"], settings["size"]
             ('LevitImageProcessor', {'shortest_edge': 224})
         """
-        return {"image_processor_type": PROCESSOR_TYPES[0], **json.loads(json.dumps(vars(self)))}
+        return {"image_processor_type": _PROCESSOR_TYPES[0], **json.loads(json.dumps(vars(self)))}
 
     @classmethod
     def from_pretrained(
@@ -347,13 +347,13 @@ class LevitImageProcessor:
             ValueError: the file does not contain the settings of a LeViT image processor.
             TypeError: an override is not a parameter of the class.
 
-        Example:
+        Examples:
             >>> LevitImageProcessor.from_pretrained("cifar10").crop_size
             {'height': 144, 'width': 144}
         """
-        options = HubOptions(revision, token, cache_dir, local_files_only)
-        directory = resolve(source, files=(PROCESSOR_FILE,), options=options).directory
-        path = directory / PROCESSOR_FILE
+        options = _HubOptions(revision, token, cache_dir, local_files_only)
+        directory = _resolve(source, files=(_PROCESSOR_FILE,), options=options).directory
+        path = directory / _PROCESSOR_FILE
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -373,7 +373,7 @@ class LevitImageProcessor:
             FileExistsError: the file exists and `overwrite` is False.
             NotADirectoryError: `directory` is a file.
 
-        Example:
+        Examples:
             >>> import tempfile
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     LevitImageProcessor(size=160, crop_size=160).save_pretrained(folder)
@@ -382,11 +382,11 @@ class LevitImageProcessor:
         """
         directory = Path(directory)
         if directory.exists() and not directory.is_dir():
-            raise NotADirectoryError(f"{directory} is a file: expected a directory for {PROCESSOR_FILE}.")
-        path = directory / PROCESSOR_FILE
+            raise NotADirectoryError(f"{directory} is a file: expected a directory for {_PROCESSOR_FILE}.")
+        path = directory / _PROCESSOR_FILE
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} already exists. Pass overwrite=True to replace it.")
-        files.write_text(path, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        files._write_text(path, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
 
 
 # Other names of the same processor in transformers.
@@ -394,7 +394,7 @@ LevitImageProcessorFast = LevitImageProcessor
 LevitFeatureExtractor = LevitImageProcessor
 
 
-def size_for_edge(edge: int) -> int:
+def _size_for_edge(edge: int) -> int:
     """Return the largest `size` with which the processor resizes the shorter edge to at most `edge` pixels.
 
     int(256 / 224 * size) reaches every edge except those of the form 8k + 7.
@@ -413,7 +413,7 @@ def _resize(image: Image.Image | np.ndarray, size: Mapping[str, int], resample: 
         levels, scaled = _to_levels(image)
         image = Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
     width, height = _resized_dimensions(*image.size, size)
-    if exceeds_pixel_limit(width, height):
+    if _exceeds_pixel_limit(width, height):
         raise ImageError(
             f"The image of {image.width} x {image.height} pixels would be too large after resizing: expected at most"
             f" {Image.MAX_IMAGE_PIXELS:,} pixels, found {width} x {height}. Crop it first, or set size to (height,"
@@ -444,7 +444,7 @@ def _to_levels(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
 def _resized_dimensions(width: int, height: int, size: Mapping[str, int]) -> tuple[int, int]:
     if "height" in size:
         return size["width"], size["height"]
-    short = int(RESIZE_RATIO * size["shortest_edge"])
+    short = int(_RESIZE_RATIO * size["shortest_edge"])
     if width <= height:
         return short, int(short * height / width)
     return int(short * width / height), short

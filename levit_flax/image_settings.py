@@ -7,23 +7,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-Size = int | Sequence[int] | Mapping[str, int]
+_Size = int | Sequence[int] | Mapping[str, int]
 
 
-def check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:
+def _check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:
     """Raise ValueError if the value is not one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, found {value!r}.")
 
 
-def parse_flag(name: str, value: bool) -> bool:
+def _parse_flag(name: str, value: bool) -> bool:
     """Return a boolean setting, or raise ValueError if it is of another type."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, found {value!r}.")
     return value
 
 
-def parse_number(name: str, value: float) -> float:
+def _parse_number(name: str, value: float) -> float:
     """Return a number as a float, or raise ValueError if it is not finite."""
     if (
         isinstance(value, bool)
@@ -34,14 +34,14 @@ def parse_number(name: str, value: float) -> float:
     return float(value)
 
 
-def parse_numbers(name: str, value: float | Sequence[float]) -> float | tuple[float, ...]:
+def _parse_numbers(name: str, value: float | Sequence[float]) -> float | tuple[float, ...]:
     """Return one number, or a tuple with one number per channel."""
     if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
-        return tuple(parse_number(name, item) for item in value)
-    return parse_number(name, value)
+        return tuple(_parse_number(name, item) for item in value)
+    return _parse_number(name, value)
 
 
-def parse_resample(value: int) -> int:
+def _parse_resample(value: int) -> int:
     """Return a Pillow resampling filter as an integer."""
     filters = {filter.value: filter.name.lower() for filter in sorted(Image.Resampling)}
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value not in filters:
@@ -49,7 +49,7 @@ def parse_resample(value: int) -> int:
     return int(value)
 
 
-def parse_size(name: str, value: Size, *, shortest_edge: bool) -> dict[str, int]:
+def _parse_size(name: str, value: _Size, *, shortest_edge: bool) -> dict[str, int]:
     """Return a size as a dictionary; a shortest edge is accepted only if `shortest_edge` is True."""
     edges: dict[str, Any] = {}
     if isinstance(value, Mapping):

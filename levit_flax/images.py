@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-CHANNEL_COUNTS = (1, 3, 4)  # gray, RGB, RGBA
+_CHANNEL_COUNTS = (1, 3, 4)  # gray, RGB, RGBA
 
 # Pillow's decoders raise far more than OSError on damaged files.
-DECODER_ERRORS = (
+_DECODER_ERRORS = (
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError),
     *(struct.error, zlib.error),
 )
@@ -24,7 +24,7 @@ class ImageError(ValueError):
     """Raised when an image cannot be used."""
 
 
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
+def _load_image(path: str | os.PathLike[str]) -> Image.Image:
     """Read the first frame of an image file as RGB, rotated by its EXIF orientation, as transformers does.
 
     The alpha channel is dropped without blending. 16-bit images are scaled to 8 bits.
@@ -39,15 +39,15 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         FileNotFoundError: the file does not exist.
         ImageError: the file is empty, damaged, not an image, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
 
-    Source: transformers image_utils.py (`load_image`).
+    Source: transformers image_utils.py (`_load_image`).
     """
     with _opened(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
         return _opaque_rgb(image)
 
 
-def check_header(path: str | os.PathLike[str]) -> None:
-    """Raise the errors of `load_image` that the header of a file reveals, without decoding its pixels."""
+def _check_header(path: str | os.PathLike[str]) -> None:
+    """Raise the errors of `_load_image` that the header of a file reveals, without decoding its pixels."""
     with _opened(path):
         pass
 
@@ -63,7 +63,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
         raise ImageError(f"{path} is empty: expected an image file, found 0 bytes.")
     with open(path, "rb") as file, _decoding(str(path)):
         image = Image.open(file)
-        if exceeds_pixel_limit(*image.size):
+        if _exceeds_pixel_limit(*image.size):
             raise Image.DecompressionBombError
         yield image
 
@@ -82,11 +82,11 @@ def _decoding(name: str) -> Iterator[None]:
         ) from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} is not an image: expected a format that Pillow can read.") from error
-    except DECODER_ERRORS as error:
+    except _DECODER_ERRORS as error:
         raise ImageError(f"{name} cannot be decoded and is probably damaged ({error}).") from error
 
 
-def exceeds_pixel_limit(width: int, height: int) -> bool:
+def _exceeds_pixel_limit(width: int, height: int) -> bool:
     """Return whether an image has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`."""
     return Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS
 
@@ -122,16 +122,16 @@ def _sixteen_to_eight_bits(levels: np.ndarray) -> np.ndarray:
     return np.round(levels / 257).astype(np.uint8)  # 65535 = 257 * 255
 
 
-def image_suffixes() -> frozenset[str]:
+def _image_suffixes() -> frozenset[str]:
     """Return the lower-case file name suffixes of the image formats that Pillow knows."""
     return frozenset(Image.registered_extensions())
 
 
-def flatten_images(images: Any) -> Iterator[Any]:
+def _flatten_images(images: Any) -> Iterator[Any]:
     """Yield the single images of nested lists and batches; `images` is as in `LevitImageProcessor.preprocess`."""
     if isinstance(images, list | tuple):
         for item in images:
-            yield from flatten_images(item)
+            yield from _flatten_images(item)
     elif isinstance(images, str | os.PathLike | Image.Image):
         yield images
     else:
@@ -142,10 +142,10 @@ def flatten_images(images: Any) -> Iterator[Any]:
             yield array
 
 
-def read_image(image: Any, input_data_format: str | None, do_convert_rgb: bool) -> Image.Image | np.ndarray:
+def _read_image(image: Any, input_data_format: str | None, do_convert_rgb: bool) -> Image.Image | np.ndarray:
     """Return an image as a PIL image of mode "RGB" or as an array [H W C]."""
     if isinstance(image, str | os.PathLike):
-        return load_image(image)
+        return _load_image(image)
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise ImageError(f"The PIL image is empty: expected at least one pixel, found size {image.size}.")
@@ -189,7 +189,7 @@ def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarr
 
 
 def _infer_format(shape: tuple[int, ...]) -> str:
-    first, last = (shape[axis] in CHANNEL_COUNTS for axis in (0, -1))
+    first, last = (shape[axis] in _CHANNEL_COUNTS for axis in (0, -1))
     if not first and not last:
         raise ImageError(
             "An image array has the wrong number of channels: expected 1, 3 or 4 on the first or last axis, found shape"

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .configuration import MULTI_LABEL, REGRESSION, LevitConfig
+from .configuration import _MULTI_LABEL, _REGRESSION, LevitConfig
 from .image_processing import LevitImageProcessor
 from .modeling import LevitBase, LevitForImageClassificationWithTeacher, LevitModel, Variables
 from .surgery import fold_batch_norm, merge_heads
 
 
-def normalize(pixels: jax.Array, processor: LevitImageProcessor, dtype: Any = jnp.float32) -> jax.Array:
+def _normalize(pixels: jax.Array, processor: LevitImageProcessor, dtype: Any = jnp.float32) -> jax.Array:
     """Compute `LevitImageProcessor.rescale_and_normalize` of levels [... C] on the device, in `dtype`."""
     values = pixels.astype(dtype)
     if processor.do_rescale:
@@ -24,7 +24,7 @@ def normalize(pixels: jax.Array, processor: LevitImageProcessor, dtype: Any = jn
     return values
 
 
-def prepare(model: LevitBase, variables: Variables) -> tuple[LevitBase, Variables]:
+def _prepare(model: LevitBase, variables: Variables) -> tuple[LevitBase, Variables]:
     """Return an equivalent model for inference, with merged heads and folded batch norms."""
     if isinstance(model, LevitModel) or not model.config.num_labels:
         raise ValueError(
@@ -32,13 +32,13 @@ def prepare(model: LevitBase, variables: Variables) -> tuple[LevitBase, Variable
             f" LevitForImageClassificationWithTeacher with classes, found a {type(model).__name__} with"
             f" num_labels={model.config.num_labels}."
         )
-    variables = widen(variables, model.shared["dtype"])
+    variables = _widen(variables, model._shared["dtype"])
     if isinstance(model, LevitForImageClassificationWithTeacher):
         model, variables = merge_heads(model, variables)
     return (model, variables) if model.folded else fold_batch_norm(model, variables)
 
 
-def widen(variables: Variables, dtype: Any) -> Variables:
+def _widen(variables: Variables, dtype: Any) -> Variables:
     """Return the variables with narrower floating-point arrays converted to `dtype`, once instead of in every call."""
     width = jnp.dtype(dtype).itemsize
 
@@ -55,11 +55,11 @@ def widen(variables: Variables, dtype: Any) -> Variables:
     return arrays
 
 
-def scores(logits: np.ndarray, config: LevitConfig) -> np.ndarray:
+def _scores(logits: np.ndarray, config: LevitConfig) -> np.ndarray:
     """Return the scores for logits [... L]: softmax, sigmoid for multi-label, the logits for regression."""
-    if config.problem_type == REGRESSION or config.num_labels == 1:
+    if config.problem_type == _REGRESSION or config.num_labels == 1:
         return logits
-    if config.problem_type == MULTI_LABEL:
+    if config.problem_type == _MULTI_LABEL:
         return np.asarray(1 / (1 + np.exp(-logits)))
     exponentials = np.exp(logits - logits.max(-1, keepdims=True))
     return np.asarray(exponentials / exponentials.sum(-1, keepdims=True))

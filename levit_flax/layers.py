@@ -7,22 +7,22 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype, PrecisionLike
 
-from .training_convolution import training_convolution
+from .training_convolution import _training_convolution
 
 # The constants of PyTorch's batch norm, with which every published LeViT was trained.
-BATCH_NORM_EPSILON = 1e-5
-BATCH_NORM_MOMENTUM = 0.1  # weight of the new batch; Flax calls the weight of the old statistics momentum, here 0.9
+_BATCH_NORM_EPSILON = 1e-5
+_BATCH_NORM_MOMENTUM = 0.1  # weight of the new batch; Flax calls the weight of the old statistics momentum, here 0.9
 
 # PyTorch's default initialization of linear and convolution layers: uniform in ±1/sqrt(fan_in).
-torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+_torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def at_least_float32(dtype: Dtype) -> Dtype:
+def _at_least_float32(dtype: Dtype) -> Dtype:
     """Return the dtype for sums over many values: float64 if `dtype` is float64, else float32."""
     return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
 
 
-class Layer(nn.Module, kw_only=True):
+class _Layer(nn.Module, kw_only=True):
     """The base class of all layers, with the fields that a layer passes on to its children.
 
     Attributes:
@@ -48,7 +48,7 @@ class Layer(nn.Module, kw_only=True):
         return {"dtype": self.dtype, "param_dtype": self.param_dtype, "precision": self.precision}
 
 
-class BatchNorm(Layer):
+class _BatchNorm(_Layer):
     """PyTorch's batch norm: uses the statistics of the batch in training, and running statistics in evaluation.
 
     Flax's `nn.BatchNorm` is not equivalent. It updates the running variance with the biased variance, which differs by
@@ -82,7 +82,7 @@ class BatchNorm(Layer):
         def per_channel(values: jax.Array) -> jax.Array:
             return jnp.expand_dims(values, range(x.ndim - 1))
 
-        dtype = at_least_float32(self.dtype)
+        dtype = _at_least_float32(self.dtype)
         x = x.astype(dtype)
         if train:
             axes = tuple(range(x.ndim - 1))
@@ -99,17 +99,17 @@ class BatchNorm(Layer):
                 unbiased = var * (values / (values - 1))
                 for running, new in ((running_mean, mean), (running_var, unbiased)):
                     old = running.value.astype(dtype)
-                    running.value = (old + BATCH_NORM_MOMENTUM * (new - old)).astype(running.value.dtype)
+                    running.value = (old + _BATCH_NORM_MOMENTUM * (new - old)).astype(running.value.dtype)
                 count.value += 1
         else:
             mean, var = running_mean.value.astype(dtype), running_var.value.astype(dtype)
-        factor = scale.astype(dtype) * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
+        factor = scale.astype(dtype) * jax.lax.rsqrt(var + _BATCH_NORM_EPSILON)
         # One multiplication and one addition, as in PyTorch, need fewer sums over the batch in the backward pass.
         shift = bias.astype(dtype) - mean * factor
         return (x * per_channel(factor) + per_channel(shift)).astype(self.dtype)
 
 
-class ConvNorm(Layer):
+class _ConvNorm(_Layer):
     """Convolution without bias, then batch norm: `Conv2d_BN` of the original code."""
 
     features: int
@@ -127,15 +127,15 @@ class ConvNorm(Layer):
             # Not "SAME", which pads images of even size only on the right and at the bottom.
             padding=self.padding,
             use_bias=self.folded,
-            kernel_init=torch_uniform,
-            conv_general_dilated=training_convolution(train),
+            kernel_init=_torch_uniform,
+            conv_general_dilated=_training_convolution(train),
             name="conv",
             **self.numerics,
         )(x)
-        return x if self.folded else BatchNorm(**self.shared, name="norm")(x, train)
+        return x if self.folded else _BatchNorm(**self.shared, name="norm")(x, train)
 
 
-class LinearNorm(Layer):
+class _LinearNorm(_Layer):
     """Linear layer without bias, then batch norm over batch and tokens: `Linear_BN` of the original code."""
 
     features: int
@@ -147,15 +147,15 @@ class LinearNorm(Layer):
         # As one matrix, because XLA on CPU computes the kernel's gradient twice as fast (benchmarks/README.md).
         rows = x.reshape(-1, x.shape[-1])
         linear = nn.Dense(
-            self.features, use_bias=self.folded, kernel_init=torch_uniform, name="linear", **self.numerics
+            self.features, use_bias=self.folded, kernel_init=_torch_uniform, name="linear", **self.numerics
         )
         rows = linear(rows)
         if not self.folded:
-            rows = BatchNorm(zero_scale=self.zero_scale, **self.shared, name="norm")(rows, train)
+            rows = _BatchNorm(zero_scale=self.zero_scale, **self.shared, name="norm")(rows, train)
         return rows.reshape(*x.shape[:-1], self.features)
 
 
-class NormLinear(Layer):
+class _NormLinear(_Layer):
     """Batch norm, then a linear layer with bias, as classifier head: `BN_Linear` of the original code."""
 
     features: int
@@ -164,12 +164,12 @@ class NormLinear(Layer):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Map [B C] to [B features]."""
         if not self.folded:
-            x = BatchNorm(**self.shared, name="norm")(x, train)
+            x = _BatchNorm(**self.shared, name="norm")(x, train)
         # The original truncates at ±2, which is 100 standard deviations and has no effect.
         return nn.Dense(self.features, kernel_init=nn.initializers.normal(0.02), name="linear", **self.numerics)(x)
 
 
-class MLP(Layer):
+class _MLP(_Layer):
     """Two linear layers with batch norm, and hard swish between them."""
 
     hidden: int
@@ -178,11 +178,11 @@ class MLP(Layer):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Map [B N C] to [B N C]."""
         channels = x.shape[-1]
-        x = nn.hard_swish(LinearNorm(self.hidden, **self.shared, name="up")(x, train))
-        return LinearNorm(channels, zero_scale=True, **self.shared, name="down")(x, train)
+        x = nn.hard_swish(_LinearNorm(self.hidden, **self.shared, name="up")(x, train))
+        return _LinearNorm(channels, zero_scale=True, **self.shared, name="down")(x, train)
 
 
-def drop_path(module: nn.Module, branch: jax.Array, rate: float, train: bool) -> jax.Array:
+def _drop_path(module: nn.Module, branch: jax.Array, rate: float, train: bool) -> jax.Array:
     """Drop a residual branch of randomly chosen images in training, and scale the others by 1 / (1 - rate).
 
     Args:

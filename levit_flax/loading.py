@@ -14,20 +14,20 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from . import checkpoint, hub, surgery
-from .checkpoint import CONFIG_FILE, OWN_FILES, TORCH_WEIGHT_FILES, WEIGHTS_FILE
+from .checkpoint import _CONFIG_FILE, _OWN_FILES, _TORCH_WEIGHT_FILES, _WEIGHTS_FILE
 from .configuration import LevitConfig
-from .hub import HubOptions, Resolved
-from .image_processing import PROCESSOR_FILE, LevitImageProcessor
+from .hub import _HubOptions, _Resolved
+from .image_processing import _PROCESSOR_FILE, LevitImageProcessor
 from .modeling import LevitBase, Variables
 
 
-class LoadedModel(NamedTuple):
+class _LoadedModel(NamedTuple):
     """A model with the processor that prepares its images and the files that both were loaded from."""
 
     model: LevitBase
     variables: Variables
     processor: LevitImageProcessor
-    files: Resolved
+    files: _Resolved
 
 
 def from_pretrained(
@@ -63,13 +63,13 @@ def from_pretrained(
         ValueError: a file is malformed, or weights do not fit the config; `ConversionError` for PyTorch weights.
         OSError: the source does not exist, or cannot be read or downloaded.
 
-    Example:
+    Examples:
         >>> model, variables = from_pretrained("cifar10", dtype="float32", image_size=96)
         >>> type(model).__name__, model.config.image_size
         ('LevitForImageClassificationWithTeacher', 96)
     """
-    files = resolve(source, HubOptions(revision, token, cache_dir, local_files_only))
-    model, variables = load_weights(files, dtype)
+    files = _resolve(source, _HubOptions(revision, token, cache_dir, local_files_only))
+    model, variables = _load_weights(files, dtype)
     if image_size is not None:
         model, variables = surgery.resize_image(model, variables, image_size)
     if num_labels is not None and num_labels != model.config.num_labels:
@@ -82,58 +82,60 @@ def from_pretrained(
     return model, variables
 
 
-def resolve(
-    source: str | Path, options: HubOptions = hub.DEFAULTS, weights: Sequence[str] = (WEIGHTS_FILE, *TORCH_WEIGHT_FILES)
-) -> Resolved:
+def _resolve(
+    source: str | Path,
+    options: _HubOptions = hub._DEFAULTS,
+    weights: Sequence[str] = (_WEIGHTS_FILE, *_TORCH_WEIGHT_FILES),
+) -> _Resolved:
     """Find a model's files in the package, a directory or a Hub repository; `weights` are in order of preference."""
-    return hub.resolve(source, weights=weights, files=(CONFIG_FILE, PROCESSOR_FILE), options=options)
+    return hub._resolve(source, weights=weights, files=(_CONFIG_FILE, _PROCESSOR_FILE), options=options)
 
 
-def load_weights(files: Resolved, dtype: Any = None) -> tuple[LevitBase, Variables]:
+def _load_weights(files: _Resolved, dtype: Any = None) -> tuple[LevitBase, Variables]:
     """Return the module and its variables as JAX arrays, from Flax or PyTorch weights."""
     assert files.weights is not None  # resolve raises if there are none
-    if files.weights.name != WEIGHTS_FILE:
+    if files.weights.name != _WEIGHTS_FILE:
         from levit_flax import convert  # a heavy import that Flax weights do not need
 
         return convert.from_torch(files.weights, dtype)
-    model, variables = checkpoint.read_directory(files.directory)
+    model, variables = checkpoint._read_directory(files.directory)
     if dtype is not None:
-        model, variables = checkpoint.cast(model, variables, dtype)
-    return model, checkpoint.to_device(variables, str(files.weights))
+        model, variables = checkpoint._cast(model, variables, dtype)
+    return model, checkpoint._to_device(variables, str(files.weights))
 
 
-def load_model(
+def _load_model(
     source: str | Path,
-    options: HubOptions = hub.DEFAULTS,
+    options: _HubOptions = hub._DEFAULTS,
     *,
     dtype: Any = None,
     image_size: int | tuple[int, int] | None = None,
-) -> LoadedModel:
+) -> _LoadedModel:
     """Load a model with its processor, both resized to `image_size` if it is given."""
-    files = resolve(source, options)
-    model, variables = load_weights(files, dtype)
-    processor = load_processor(files.directory, model.config)
+    files = _resolve(source, options)
+    model, variables = _load_weights(files, dtype)
+    processor = _load_processor(files.directory, model.config)
     if image_size is not None:
         model, variables = surgery.resize_image(model, variables, image_size)
-        processor = resize_processor(processor, model.config)
-    return LoadedModel(model, variables, processor, files)
+        processor = _resize_processor(processor, model.config)
+    return _LoadedModel(model, variables, processor, files)
 
 
-def load_processor(directory: Path | None, config: LevitConfig) -> LevitImageProcessor:
+def _load_processor(directory: Path | None, config: LevitConfig) -> LevitImageProcessor:
     """Return the processor described in a model directory, or the default one for the model's image size."""
-    if directory is not None and (directory / PROCESSOR_FILE).is_file():
+    if directory is not None and (directory / _PROCESSOR_FILE).is_file():
         return LevitImageProcessor.from_pretrained(directory)
-    if directory is not None and (directory / CONFIG_FILE).is_file():
-        values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    if directory is not None and (directory / _CONFIG_FILE).is_file():
+        values = json.loads((directory / _CONFIG_FILE).read_text(encoding="utf-8"))
         if "architecture" in values:  # timm stores its preprocessing in config.json
-            from levit_flax.convert.timm_files import read_timm_processor
+            from levit_flax.convert.timm_files import _read_timm_processor
 
-            return read_timm_processor(values, str(directory / CONFIG_FILE))
+            return _read_timm_processor(values, str(directory / _CONFIG_FILE))
     height, width = config.image_height_width
     return LevitImageProcessor(size=max(height, width), crop_size=(height, width))
 
 
-def resize_processor(processor: LevitImageProcessor, config: LevitConfig) -> LevitImageProcessor:
+def _resize_processor(processor: LevitImageProcessor, config: LevitConfig) -> LevitImageProcessor:
     """Return a processor for a config's image size that crops the same share of the resized image."""
     height, width = config.image_height_width
     old = processor.crop_size["height"], processor.crop_size["width"]
@@ -145,7 +147,7 @@ def resize_processor(processor: LevitImageProcessor, config: LevitConfig) -> Lev
     return LevitImageProcessor(**{**vars(processor), "size": size, "crop_size": (height, width)})
 
 
-def change_heads(
+def _change_heads(
     model: LevitBase, variables: Mapping[str, Any], model_class: type[LevitBase], key: jax.Array | None = None
 ) -> tuple[LevitBase, Variables]:
     """Return the model as another class, with heads dropped and newly initialized as needed.
@@ -170,7 +172,7 @@ def change_heads(
             " levit_flax.merge_heads.",
             stacklevel=3,
         )
-    changed = surgery.as_class(model, model_class)
+    changed = surgery._as_class(model, model_class)
     flat = {path: leaf for path, leaf in flatten_dict(variables, sep="/").items() if path.split("/")[1] not in dropped}
     if missing and model.config.num_labels:
         warnings.warn(
@@ -193,7 +195,7 @@ def push_to_hub(
     token: str | None = None,
     private: bool = False,
     revision: str | None = None,
-    commit_message: str = hub.COMMIT_MESSAGE,
+    commit_message: str = hub._COMMIT_MESSAGE,
 ) -> str:
     """Upload a model to the Hub, creating the repository if it does not exist.
 
@@ -214,18 +216,18 @@ def push_to_hub(
         ValueError: the variables do not fit the model.
         HubError: the upload failed.
 
-    Example:
+    Examples:
         >>> model, variables = from_pretrained("cifar10")
         >>> url = push_to_hub("someone/levit", model, variables)  # with the token of `hf auth login` or HF_TOKEN
         >>> url.endswith("/someone/levit")
         True
     """
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.write_model(Path(folder), model, variables, processor, None)
-        return hub.push(
+        checkpoint._write_model(Path(folder), model, variables, processor, None)
+        return hub._push(
             folder,
             repo_id,
-            files=OWN_FILES,
+            files=_OWN_FILES,
             token=token,
             private=private,
             revision=revision,

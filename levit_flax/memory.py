@@ -23,7 +23,7 @@ def keep_freed_memory() -> bool:
     Returns:
         True if the memory is kept. False if the C library is not glibc, which alone has these settings.
 
-    Example:
+    Examples:
         >>> kept = keep_freed_memory()
 
     Source: mallopt(3).

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from flax.typing import Dtype, PrecisionLike
 
-from .blocks import Downsample, Stage, Stem
+from .blocks import _Downsample, _Stage, _Stem
 from .configuration import LevitConfig
-from .hub import COMMIT_MESSAGE
+from .hub import _COMMIT_MESSAGE
 from .image_processing import LevitImageProcessor
-from .layers import NormLinear, at_least_float32
+from .layers import _at_least_float32, _NormLinear
 from .modeling_outputs import (
     LevitForImageClassificationOutput,
     LevitForImageClassificationWithTeacherOutput,
@@ -33,7 +33,7 @@ from .modeling_outputs import (
 Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}
 
 
-def check_pixel_values(pixel_values: jax.Array, config: LevitConfig) -> None:
+def _check_pixel_values(pixel_values: jax.Array, config: LevitConfig) -> None:
     """Raise ValueError unless `pixel_values` is a float batch [B H W C] of the config's image size and channels."""
     shape, channels = pixel_values.shape, config.num_channels
     expected = (*config.image_height_width, channels)
@@ -124,12 +124,12 @@ class LevitBase(nn.Module):
             ValueError: a file is malformed, or weights do not fit the config; `ConversionError` for PyTorch weights.
             OSError: the source does not exist, or cannot be read or downloaded.
 
-        Example:
+        Examples:
             >>> backbone, variables = LevitModel.from_pretrained("cifar10")
             >>> "head" in variables["params"]
             False
         """
-        from .loading import change_heads, from_pretrained
+        from .loading import _change_heads, from_pretrained
 
         model, variables = from_pretrained(
             source,
@@ -142,7 +142,7 @@ class LevitBase(nn.Module):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        return change_heads(model, variables, cls, key)
+        return _change_heads(model, variables, cls, key)
 
     @nn.nowrap
     def save_pretrained(
@@ -168,7 +168,7 @@ class LevitBase(nn.Module):
             ValueError: the variables do not fit the model.
             OSError: the directory cannot be written.
 
-        Example:
+        Examples:
             >>> import tempfile
             >>> backbone, variables = LevitModel.from_pretrained("cifar10")
             >>> with tempfile.TemporaryDirectory() as folder:
@@ -190,7 +190,7 @@ class LevitBase(nn.Module):
         token: str | None = None,
         private: bool = False,
         revision: str | None = None,
-        commit_message: str = COMMIT_MESSAGE,
+        commit_message: str = _COMMIT_MESSAGE,
     ) -> str:
         """Upload this model and its variables to the Hub; see `levit_flax.push_to_hub`.
 
@@ -210,7 +210,7 @@ class LevitBase(nn.Module):
             ValueError: the variables do not fit the model.
             HubError: the upload failed.
 
-        Example:
+        Examples:
             >>> backbone, variables = LevitModel.from_pretrained("cifar10")
             >>> url = backbone.push_to_hub("someone/backbone", variables)  # with the token of `hf auth login`
         """
@@ -228,9 +228,9 @@ class LevitBase(nn.Module):
         )
 
     @property
-    def shared(self) -> dict[str, Any]:
+    def _shared(self) -> dict[str, Any]:
         """The fields that are passed on to every layer, with `dtype` resolved."""
-        dtype = self.dtype or at_least_float32(self.param_dtype)
+        dtype = self.dtype or _at_least_float32(self.param_dtype)
         return {
             "folded": self.folded,
             "dtype": dtype,
@@ -238,7 +238,7 @@ class LevitBase(nn.Module):
             "precision": self.precision,
         }
 
-    def backbone(
+    def _backbone(
         self,
         pixel_values: jax.Array,
         train: bool = False,
@@ -247,22 +247,22 @@ class LevitBase(nn.Module):
         output_features: bool = False,
     ) -> LevitModelOutput:
         """Compute the output of the model without heads; the arguments are those of `LevitModel`."""
-        config, shared = self.config, self.shared
-        check_pixel_values(pixel_values, config)
+        config, shared = self.config, self._shared
+        _check_pixel_values(pixel_values, config)
         if train and self.folded:
             raise ValueError(
                 "A folded model cannot be trained: expected a model with folded=False, found folded=True. Train the"
                 " model before calling fold_batch_norm."
             )
-        stem = Stem(config.hidden_sizes[0], config.kernel_size, config.stride, config.padding, **shared, name="stem")
+        stem = _Stem(config.hidden_sizes[0], config.kernel_size, config.stride, config.padding, **shared, name="stem")
         x = stem(pixel_values.astype(shared["dtype"]), train)  # [B N C]
         hidden_states, attentions, features = [x], [], []
         for i, (grid, width) in enumerate(zip(config.grids, config.hidden_sizes, strict=True)):
-            x, maps = Stage(config=config, index=i, **shared, name=f"stage_{i}")(x, train)
+            x, maps = _Stage(config=config, index=i, **shared, name=f"stage_{i}")(x, train)
             attentions += maps
             features.append(x.reshape(x.shape[0], *grid, width))
             if i < config.num_stages - 1:
-                x, attention = Downsample(config=config, index=i, **shared, name=f"downsample_{i}")(x, train)
+                x, attention = _Downsample(config=config, index=i, **shared, name=f"downsample_{i}")(x, train)
                 attentions.append(attention)
             hidden_states.append(x)
         return LevitModelOutput(
@@ -273,17 +273,17 @@ class LevitBase(nn.Module):
             features=tuple(features) if output_features else None,
         )
 
-    def apply_head(self, name: str, pooled: jax.Array, train: bool) -> jax.Array:
+    def _apply_head(self, name: str, pooled: jax.Array, train: bool) -> jax.Array:
         """Map pooled features [B C] to logits [B num_labels], or return them unchanged if there are no classes."""
         if self.config.num_labels == 0:
             return pooled
-        return NormLinear(self.config.num_labels, **self.shared, name=name)(pooled, train)
+        return _NormLinear(self.config.num_labels, **self._shared, name=name)(pooled, train)
 
 
 class LevitModel(LevitBase):
     """LeViT without a classifier.
 
-    Example:
+    Examples:
         >>> model = LevitModel(LevitConfig(image_size=64))
         >>> pixel_values = jnp.zeros((2, 64, 64, 3))
         >>> variables = jax.eval_shape(model.init, jax.random.key(0), pixel_values)
@@ -322,7 +322,7 @@ class LevitModel(LevitBase):
         Raises:
             ValueError: the batch does not fit the config, or `train` is True and the model is folded.
 
-        Example:
+        Examples:
             >>> model = LevitModel(LevitConfig(image_size=32, drop_path_rate=0.1))
             >>> pixel_values, key = jnp.zeros((2, 32, 32, 3)), jax.random.key(0)
             >>> variables = jax.eval_shape(model.init, key, pixel_values)
@@ -333,7 +333,7 @@ class LevitModel(LevitBase):
             >>> output.pooler_output.shape, list(updates)
             ((2, 384), ['batch_stats'])
         """
-        output = self.backbone(pixel_values, train, output_hidden_states, output_attentions, output_features)
+        output = self._backbone(pixel_values, train, output_hidden_states, output_attentions, output_features)
         return output if return_dict else output.to_tuple()
 
 
@@ -342,7 +342,7 @@ class LevitForImageClassification(LevitBase):
 
     The published checkpoints have two heads. Their accuracies refer to `LevitForImageClassificationWithTeacher`.
 
-    Example:
+    Examples:
         >>> model = LevitForImageClassification(LevitConfig(image_size=32, num_labels=4))
         >>> pixel_values, labels = jnp.zeros((2, 32, 32, 3)), jnp.array([0, 3])
         >>> variables = jax.eval_shape(model.init, jax.random.key(0), pixel_values)
@@ -383,8 +383,8 @@ class LevitForImageClassification(LevitBase):
         Raises:
             ValueError: the batch does not fit the config, or `train` is True and the model is folded.
         """
-        features = self.backbone(pixel_values, train, output_hidden_states, output_attentions, output_features)
-        logits = self.apply_head("head", features.pooler_output, train)
+        features = self._backbone(pixel_values, train, output_hidden_states, output_attentions, output_features)
+        logits = self._apply_head("head", features.pooler_output, train)
         output = LevitForImageClassificationOutput(
             loss=None if labels is None else classification_loss(logits, labels, self.config.problem_type),
             logits=logits,
@@ -398,7 +398,7 @@ class LevitForImageClassification(LevitBase):
 class LevitForImageClassificationWithTeacher(LevitBase):
     """LeViT with two classifier heads, one trained on labels and one on a teacher, whose logits are averaged.
 
-    Example:
+    Examples:
         >>> model, variables = LevitForImageClassificationWithTeacher.from_pretrained("cifar10")
         >>> out = jax.jit(model.apply)(variables, jnp.zeros((1, 144, 144, 3)))
         >>> bool(jnp.allclose(out.logits, (out.cls_logits + out.distillation_logits) / 2))
@@ -438,9 +438,9 @@ class LevitForImageClassificationWithTeacher(LevitBase):
         Raises:
             ValueError: the batch does not fit the config, or `train` is True and the model is folded.
         """
-        features = self.backbone(pixel_values, train, output_hidden_states, output_attentions, output_features)
-        cls_logits = self.apply_head("head", features.pooler_output, train)
-        distillation_logits = self.apply_head("head_dist", features.pooler_output, train)
+        features = self._backbone(pixel_values, train, output_hidden_states, output_attentions, output_features)
+        cls_logits = self._apply_head("head", features.pooler_output, train)
+        distillation_logits = self._apply_head("head_dist", features.pooler_output, train)
         output = LevitForImageClassificationWithTeacherOutput(
             logits=(cls_logits + distillation_logits) / 2,
             cls_logits=cls_logits,
@@ -452,14 +452,14 @@ class LevitForImageClassificationWithTeacher(LevitBase):
         return output if return_dict else output.to_tuple()
 
 
-MODEL_CLASSES: tuple[type[LevitBase], ...] = (
+_MODEL_CLASSES: tuple[type[LevitBase], ...] = (
     LevitModel,
     LevitForImageClassification,
     LevitForImageClassificationWithTeacher,
 )
 
 
-def abstract_variables(model: LevitBase) -> dict[str, jax.ShapeDtypeStruct]:
+def _abstract_variables(model: LevitBase) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shape and dtype of every variable by path, such as "params/stem/conv_0/conv/kernel".
 
     Nothing is computed or allocated.

@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from .configuration import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from .configuration import _MULTI_LABEL, _REGRESSION, _SINGLE_LABEL
 
 
-class ModelOutput:
+class _ModelOutput:
     """The base class of the model outputs."""
 
     def to_tuple(self) -> tuple[Any, ...]:
         """Return the fields that are not None, in transformers' order.
 
-        Example:
+        Examples:
             >>> tokens = jnp.ones((1, 4, 8))
             >>> output = LevitModelOutput(last_hidden_state=tokens, pooler_output=tokens.mean(1))
             >>> [value.shape for value in output.to_tuple()]
@@ -32,7 +32,7 @@ class ModelOutput:
 
 
 @struct.dataclass
-class LevitModelOutput(ModelOutput):
+class LevitModelOutput(_ModelOutput):
     """Output of `LevitModel`.
 
     All arrays are in the model's computation dtype.
@@ -46,7 +46,7 @@ class LevitModelOutput(ModelOutput):
             query sum to 1. None unless `output_attentions=True`.
         features: the feature map [B H W C] of each stage before its downsampling; None unless `output_features=True`.
 
-    Example:
+    Examples:
         >>> from levit_flax import LevitConfig, LevitModel
         >>> model = LevitModel(LevitConfig(image_size=64))
         >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
@@ -64,7 +64,7 @@ class LevitModelOutput(ModelOutput):
 
 
 @struct.dataclass
-class LevitForImageClassificationOutput(ModelOutput):
+class LevitForImageClassificationOutput(_ModelOutput):
     """Output of `LevitForImageClassification`.
 
     Attributes:
@@ -74,7 +74,7 @@ class LevitForImageClassificationOutput(ModelOutput):
         attentions: as in `LevitModelOutput`.
         features: as in `LevitModelOutput`.
 
-    Example:
+    Examples:
         >>> output = LevitForImageClassificationOutput(logits=jnp.array([[0.0, 2.0, 1.0]]))
         >>> [logits] = output.to_tuple()  # without labels there is no loss
         >>> int(logits.argmax(-1)[0])
@@ -89,7 +89,7 @@ class LevitForImageClassificationOutput(ModelOutput):
 
 
 @struct.dataclass
-class LevitForImageClassificationWithTeacherOutput(ModelOutput):
+class LevitForImageClassificationWithTeacherOutput(_ModelOutput):
     """Output of `LevitForImageClassificationWithTeacher`.
 
     Attributes:
@@ -100,7 +100,7 @@ class LevitForImageClassificationWithTeacherOutput(ModelOutput):
         attentions: as in `LevitModelOutput`.
         features: as in `LevitModelOutput`.
 
-    Example:
+    Examples:
         >>> first, second = jnp.array([[0.0, 2.0]]), jnp.array([[4.0, 0.0]])
         >>> output = LevitForImageClassificationWithTeacherOutput((first + second) / 2, first, second)
         >>> logits, cls_logits, distillation_logits = output.to_tuple()
@@ -130,7 +130,7 @@ def classification_loss(logits: jax.Array, labels: jax.Array, problem_type: str 
         A scalar: softmax cross entropy for single-label, mean sigmoid binary cross entropy for multi-label, mean
         squared error for regression.
 
-    Example:
+    Examples:
         >>> logits = jnp.array([[2.0, 0.0], [0.0, 2.0]])
         >>> round(float(classification_loss(logits, jnp.array([0, 1]))), 4)  # in nats
         0.1269
@@ -142,15 +142,15 @@ def classification_loss(logits: jax.Array, labels: jax.Array, problem_type: str 
     """
     if problem_type is None:
         if logits.shape[-1] == 1:
-            problem_type = REGRESSION
+            problem_type = _REGRESSION
         elif jnp.issubdtype(labels.dtype, jnp.integer):
-            problem_type = SINGLE_LABEL
+            problem_type = _SINGLE_LABEL
         else:
-            problem_type = MULTI_LABEL
+            problem_type = _MULTI_LABEL
     loss: jax.Array
-    if problem_type == SINGLE_LABEL:
+    if problem_type == _SINGLE_LABEL:
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels.reshape(-1))
-    elif problem_type == REGRESSION:
+    elif problem_type == _REGRESSION:
         loss = jnp.square(logits - labels.reshape(logits.shape).astype(logits.dtype))
     else:
         loss = optax.sigmoid_binary_cross_entropy(logits, labels.reshape(logits.shape).astype(logits.dtype))

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from .layers import BATCH_NORM_EPSILON, NormLinear
+from .layers import _BATCH_NORM_EPSILON, _NormLinear
 from .modeling import LevitBase, LevitForImageClassification, LevitForImageClassificationWithTeacher, Variables
 
-Model = TypeVar("Model", bound=LevitBase)
+_Model = TypeVar("_Model", bound=LevitBase)
 
 
 def fold_batch_norm(model: LevitBase, variables: Mapping[str, Any]) -> tuple[LevitBase, Variables]:
@@ -36,7 +36,7 @@ def fold_batch_norm(model: LevitBase, variables: Mapping[str, Any]) -> tuple[Lev
     Raises:
         ValueError: the model is already folded.
 
-    Example:
+    Examples:
         >>> from levit_flax import from_pretrained
         >>> model, variables = fold_batch_norm(*from_pretrained("cifar10", dtype="float32"))
         >>> model.folded, list(variables), sorted(variables["params"]["head"]["linear"])
@@ -79,7 +79,7 @@ def merge_heads(model: LevitBase, variables: Mapping[str, Any]) -> tuple[LevitFo
     Raises:
         ValueError: the model does not have two heads.
 
-    Example:
+    Examples:
         >>> from levit_flax import from_pretrained
         >>> model, variables = merge_heads(*from_pretrained("cifar10", dtype="float32"))
         >>> type(model).__name__, "head_dist" in variables["params"]
@@ -109,7 +109,7 @@ def merge_heads(model: LevitBase, variables: Mapping[str, Any]) -> tuple[LevitFo
     for name, parts in (("kernel", kernels), ("bias", biases)):
         path = f"params/head/linear/{name}"
         merged[path] = _like((parts[0] + parts[1]) / 2, flat[path])
-    return as_class(model, LevitForImageClassification), unflatten_dict(merged, sep="/")
+    return _as_class(model, LevitForImageClassification), unflatten_dict(merged, sep="/")
 
 
 def resize_image(
@@ -134,7 +134,7 @@ def resize_image(
     Raises:
         ValueError: the image size is invalid.
 
-    Example:
+    Examples:
         >>> from levit_flax import from_pretrained
         >>> model, variables = resize_image(*from_pretrained("cifar10"), (96, 128))
         >>> model.config.grids[0], variables["params"]["stage_0"]["block_0"]["attention"]["attention_biases"].shape
@@ -200,7 +200,7 @@ def replace_head(
     Raises:
         ValueError: the model has no heads or is folded, or `num_labels` is less than 1.
 
-    Example:
+    Examples:
         >>> from levit_flax import from_pretrained
         >>> model, variables = replace_head(*from_pretrained("cifar10"), num_labels=37, key=jax.random.key(0))
         >>> variables["params"]["head"]["linear"]["kernel"].shape
@@ -215,10 +215,10 @@ def replace_head(
         raise ValueError(f"num_labels must be at least 1, found {num_labels}.")
     labels: Any = {"num_labels": num_labels, "id2label": None}
     model = model.clone(config=dataclasses.replace(model.config, **labels))
-    pooled = jnp.zeros((1, model.config.hidden_sizes[-1]), model.shared["dtype"])
+    pooled = jnp.zeros((1, model.config.hidden_sizes[-1]), model._shared["dtype"])
     flat = dict(flatten_dict(variables, sep="/"))
     for i, name in enumerate(model.head_names):
-        head = NormLinear(num_labels, **model.shared)
+        head = _NormLinear(num_labels, **model._shared)
         initialized = head.init(jax.random.fold_in(key, i), pooled)
         flat = {path: leaf for path, leaf in flat.items() if path.split("/")[1] != name}
         flat |= {
@@ -229,7 +229,7 @@ def replace_head(
     return model, unflatten_dict(flat, sep="/")
 
 
-def as_class(model: LevitBase, model_class: type[Model]) -> Model:
+def _as_class(model: LevitBase, model_class: type[_Model]) -> _Model:
     """Return a model of another class with the same fields."""
     fields = {name: getattr(model, name) for name in ("folded", "dtype", "param_dtype", "precision")}
     return model_class(model.config, **fields)
@@ -238,7 +238,7 @@ def as_class(model: LevitBase, model_class: type[Model]) -> Model:
 def _statistics(flat: Mapping[str, Any], layer: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the running mean and standard deviation [C] of a layer's batch norm in float64."""
     mean, var = (np.asarray(flat[f"batch_stats/{layer}/norm/{name}"], np.float64) for name in ("mean", "var"))
-    return mean, np.sqrt(var + BATCH_NORM_EPSILON)
+    return mean, np.sqrt(var + _BATCH_NORM_EPSILON)
 
 
 def _scale_and_shift(flat: Mapping[str, Any], layer: str) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ import numpy as np
 from flax.typing import PrecisionLike
 
 
-def training_convolution(train: bool) -> Callable[..., jax.Array] | None:
+def _training_convolution(train: bool) -> Callable[..., jax.Array] | None:
     """Return the convolution function to pass to `nn.Conv`: None, the default, except for training on CPU."""
     return _convolve_patches if train and jax.default_backend() == "cpu" else None
 

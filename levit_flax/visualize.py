@@ -9,7 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from .classifier import ImageClassifier
-from .inference import scores
+from .inference import _scores
 from .modeling import LevitBase, LevitForImageClassificationWithTeacher
 from .surgery import fold_batch_norm, merge_heads
 
@@ -20,7 +20,7 @@ _CELL = 1.8  # inches
 _DPI = 120
 
 
-def new_figure(rows: int, columns: int, cell: float = _CELL) -> "tuple[Figure, np.ndarray]":
+def _new_figure(rows: int, columns: int, cell: float = _CELL) -> "tuple[Figure, np.ndarray]":
     """Create a figure with a grid of axes without frames.
 
     Args:
@@ -34,7 +34,7 @@ def new_figure(rows: int, columns: int, cell: float = _CELL) -> "tuple[Figure, n
     Raises:
         ImportError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> figure, axes = new_figure(2, 3)
         >>> axes.shape
         (2, 3)
@@ -50,13 +50,13 @@ def new_figure(rows: int, columns: int, cell: float = _CELL) -> "tuple[Figure, n
     return figure, axes
 
 
-def attention_names(model: LevitBase) -> list[str]:
+def _attention_names(model: LevitBase) -> list[str]:
     """Return the paths of all attentions in the order of `output_attentions`.
 
     Args:
         model: any model.
 
-    Example:
+    Examples:
         >>> from levit_flax import VARIANTS, LevitModel
         >>> attention_names(LevitModel(VARIANTS["levit-128S"]))[:4]
         ['stage_0/block_0', 'stage_0/block_1', 'downsample_0', 'stage_1/block_0']
@@ -84,7 +84,7 @@ def attention_maps(
         Attention weights [heads gh gw] by the path of the attention ("stage_0/block_0", "downsample_0"). gh and gw
         are the size of the key grid. The weights of each head sum to 1.
 
-    Example:
+    Examples:
         >>> from levit_flax import from_pretrained
         >>> maps = attention_maps(*from_pretrained("cifar10"), np.zeros((1, 144, 144, 3), np.float32), query=(0.5, 0.5))
         >>> maps["stage_0/block_0"].shape, maps["stage_2/block_0"].shape
@@ -93,7 +93,7 @@ def attention_maps(
     config = model.config
     output: Any = jax.jit(lambda v, x: model.apply(v, x, output_attentions=True))(variables, pixel_values)
     maps = {}
-    for name, attention in zip(attention_names(model), output.attentions, strict=True):
+    for name, attention in zip(_attention_names(model), output.attentions, strict=True):
         stage = int(name.partition("/")[0].rpartition("_")[2])
         weights = np.asarray(attention[0], np.float32)  # [H Q K]
         if query is None:
@@ -117,14 +117,14 @@ def bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> dict[str, np.
         the pixel dy rows below and dx columns right of it is the bias toward the token at that offset. Each image is
         symmetric in both directions, because LeViT only stores the absolute offsets.
 
-    Example:
+    Examples:
         >>> from levit_flax import from_pretrained
         >>> bias_tables(*from_pretrained("cifar10"))["stage_0/block_0"].shape  # a grid of 9 x 9 tokens
         (6, 17, 17)
     """
     flat = flatten_dict(variables, sep="/")
     images = {}
-    for name in attention_names(model):
+    for name in _attention_names(model):
         table = np.asarray(flat[f"params/{name}/attention/attention_biases"], np.float32)
         height, width = model.config.grids[int(name.partition("/")[0].rpartition("_")[2])]
         rows, columns = (np.abs(np.arange(-n + 1, n)) for n in (height, width))
@@ -148,7 +148,7 @@ def saliency(
     Returns:
         Nonnegative values [B H W].
 
-    Example:
+    Examples:
         >>> from levit_flax import from_pretrained
         >>> saliency(*from_pretrained("cifar10"), jnp.zeros((1, 144, 144, 3)), label=3).shape
         (1, 144, 144)
@@ -182,7 +182,7 @@ def class_activation_map(
     Returns:
         Logits [B gh gw] of the tokens. Their mean is the logit of the class.
 
-    Example:
+    Examples:
         >>> from levit_flax import from_pretrained
         >>> class_activation_map(*from_pretrained("cifar10"), jnp.zeros((1, 144, 144, 3)), label=3).shape
         (1, 3, 3)
@@ -217,7 +217,7 @@ def explain(classifier: ImageClassifier, image: Any, label: str | None = None) -
         ValueError: the model has no class of this name.
         ImageError: the image cannot be decoded.
 
-    Example:
+    Examples:
         >>> classifier = ImageClassifier.from_pretrained("cifar10")
         >>> figure = explain(classifier, np.zeros((60, 90, 3), np.uint8), label="cat")
         >>> figure.get_suptitle().partition(":")[0]
@@ -229,7 +229,7 @@ def explain(classifier: ImageClassifier, image: Any, label: str | None = None) -
         raise ValueError(f"The model has no class {label!r}: its classes are {', '.join(names[:8])}, ...")
     shown = processor.resize_and_crop(image)
     pixel_values = jnp.asarray(processor.rescale_and_normalize(shown), jnp.float32)[None]
-    row = scores(np.asarray(classifier.logits(np.asarray(pixel_values)))[0], model.config)
+    row = _scores(np.asarray(classifier.logits(np.asarray(pixel_values)))[0], model.config)
     index = int(row.argmax()) if label is None else names.index(label)
     variables = jax.device_get(classifier.variables)
     activation = class_activation_map(model, variables, pixel_values, index)[0]
@@ -237,13 +237,13 @@ def explain(classifier: ImageClassifier, image: Any, label: str | None = None) -
     attention = attention_maps(model, variables, pixel_values)
     count = 4 + len(attention)
     columns = _columns(count)
-    figure, axes = new_figure(-(-count // columns), columns)
+    figure, axes = _new_figure(-(-count // columns), columns)
     panels = iter(axes.flat)
     _draw_image(next(panels), shown, "input image")
     overlay(next(panels), shown, activation, f"class activation: {_shorten(names[index], 16)}")
     brightness = gradients / max(np.quantile(gradients, 0.995), np.finfo(np.float32).tiny)
     _draw_image(next(panels), np.clip(brightness, 0, 1), "gradient saliency")
-    draw_scores(next(panels), row, names)
+    _draw_scores(next(panels), row, names)
     for ax, (name, maps) in zip(panels, attention.items(), strict=False):
         overlay(ax, shown, maps.mean(0), f"attention: {_title(name)}")
     figure.suptitle(f"{_shorten(names[index], 60)}: {row[index]:.1%}", fontsize=11)
@@ -277,7 +277,7 @@ def overlay(ax: Any, image: np.ndarray, heat: np.ndarray, title: str) -> None:
         heat: [gh gw], stretched to the size of the image.
         title: title of the axes.
 
-    Example:
+    Examples:
         >>> figure, [[ax]] = new_figure(1, 1)
         >>> overlay(ax, np.zeros((80, 80, 3), np.uint8), heat=np.arange(25).reshape(5, 5), title="attention")
     """
@@ -288,7 +288,7 @@ def overlay(ax: Any, image: np.ndarray, heat: np.ndarray, title: str) -> None:
     ax.set_title(title, fontsize=8)
 
 
-def draw_scores(ax: Any, row: np.ndarray, names: Sequence[str], count: int = 5) -> None:
+def _draw_scores(ax: Any, row: np.ndarray, names: Sequence[str], count: int = 5) -> None:
     """Draw the scores of the most likely classes as bars.
 
     Args:
@@ -297,7 +297,7 @@ def draw_scores(ax: Any, row: np.ndarray, names: Sequence[str], count: int = 5) 
         names: names of the N classes.
         count: number of classes to draw.
 
-    Example:
+    Examples:
         >>> figure, [[ax]] = new_figure(1, 1)
         >>> draw_scores(ax, np.array([0.2, 0.7, 0.1]), ["ant", "bee", "cat"], count=2)
         >>> [text.get_text() for text in ax.texts]
@@ -330,14 +330,14 @@ def draw_bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> "Figure"
     Raises:
         ImportError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from levit_flax import from_pretrained
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     draw_bias_tables(*from_pretrained("cifar10")).savefig(f"{folder}/biases.png")
     """
     images = bias_tables(model, variables)
-    figure, axes = new_figure(len(images), max(map(len, images.values())), cell=1.0)
+    figure, axes = _new_figure(len(images), max(map(len, images.values())), cell=1.0)
     for row, (name, heads) in zip(axes, images.items(), strict=True):
         largest = float(np.abs(heads).max()) or 1.0  # biases are initialized to zero
         for ax, head in zip(row, heads, strict=False):
@@ -360,13 +360,13 @@ def draw_confusion(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
     Raises:
         ImportError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> figure = draw_confusion(np.array([[2, 1], [0, 1]]), ["cat", "dog"])
         >>> [text.get_text() for text in figure.axes[0].texts]
         ['67', '33', '100']
     """
     size = min(3.5 + 0.2 * len(labels), 16)
-    figure, [[ax]] = new_figure(1, 1)
+    figure, [[ax]] = _new_figure(1, 1)
     figure.set_size_inches(1.15 * size, size)
     figure.set_layout_engine("compressed")  # fits the color bar to the square matrix
     percent = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
@@ -406,14 +406,14 @@ def draw_curves(history: Sequence[Mapping[str, float]]) -> "Figure":
     Raises:
         ImportError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> rows = [{"epoch": i, "train_loss": 1 / i, "validation_loss": 2 / i, "learning_rate": 1e-3} for i in (1, 2)]
         >>> len(draw_curves(rows).axes)
         2
     """
     panels = {title: [name for name in names if name in history[0]] for title, names in _PANELS.items()}
     panels = {title: names for title, names in panels.items() if names}
-    figure, axes = new_figure(1, len(panels), cell=3.4)
+    figure, axes = _new_figure(1, len(panels), cell=3.4)
     for ax, (title, names) in zip(axes[0], panels.items(), strict=True):
         _draw_panel(ax, history, title, names)
     return figure

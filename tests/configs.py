@@ -9,7 +9,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from levit_flax import LevitConfig
-from levit_flax.modeling import LevitBase, Variables, abstract_variables
+from levit_flax.modeling import LevitBase, Variables, _abstract_variables
 
 SMALL = {
     "image_size": 64,
@@ -103,4 +103,4 @@ def random_variables(model: LevitBase, seed: int = 0) -> Variables:
             values = generator.standard_normal(leaf.shape) * (1.0 if name == "attention_biases" else 0.1)
         return values.astype(leaf.dtype)
 
-    return unflatten_dict({path: draw(path, leaf) for path, leaf in abstract_variables(model).items()}, sep="/")
+    return unflatten_dict({path: draw(path, leaf) for path, leaf in _abstract_variables(model).items()}, sep="/")

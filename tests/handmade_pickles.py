@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from levit_flax.convert.errors import ConversionError
-from levit_flax.convert.pickles import read_pickle
+from levit_flax.convert.pickles import _read_pickle
 
 ELEMENTS = np.arange(16, dtype="<f4")
 
@@ -62,7 +62,7 @@ def write(
 def refusal(path: Path) -> str:
     """Return the error that refuses a file."""
     with pytest.raises(ConversionError) as error:
-        read_pickle(path)
+        _read_pickle(path)
     message = str(error.value)
     assert message.startswith(f"{path} cannot be read as a PyTorch checkpoint: ")
     assert message.endswith(".")

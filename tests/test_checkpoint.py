@@ -16,8 +16,8 @@ from flax.traverse_util import flatten_dict
 import levit_flax as lf
 from configs import SMALL, random_variables
 from levit_flax import loading
-from levit_flax.checkpoint import check_variables
-from levit_flax.modeling import MODEL_CLASSES
+from levit_flax.checkpoint import _check_variables
+from levit_flax.modeling import _MODEL_CLASSES
 
 
 def small(model_class=lf.LevitForImageClassification, **fields):
@@ -25,7 +25,7 @@ def small(model_class=lf.LevitForImageClassification, **fields):
     return model, random_variables(model)
 
 
-@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+@pytest.mark.parametrize("model_class", _MODEL_CLASSES)
 @pytest.mark.parametrize("folded", [False, True])
 def test_saved_models_load_unchanged(model_class, folded, tmp_path):
     model = model_class(lf.LevitConfig(**SMALL, drop_path_rate=0.2, problem_type="regression"), folded=folded)
@@ -57,8 +57,8 @@ def test_types_are_kept_or_converted(tmp_path):
 def test_processor_is_saved_with_the_model(tmp_path):
     model, variables = small()
     lf.save_pretrained(tmp_path, model, variables, lf.LevitImageProcessor(size=56, crop_size=64))
-    assert loading.load_processor(tmp_path, model.config).size == {"shortest_edge": 56}
-    usual = loading.load_processor(None, lf.LevitConfig(image_size=(64, 96)))
+    assert loading._load_processor(tmp_path, model.config).size == {"shortest_edge": 56}
+    usual = loading._load_processor(None, lf.LevitConfig(image_size=(64, 96)))
     assert (usual.size, usual.crop_size) == ({"shortest_edge": 96}, {"height": 64, "width": 96})
 
 
@@ -173,13 +173,13 @@ def test_loading_one_head_of_two_warns(two_heads):
     assert type(model) is lf.LevitForImageClassification and model.config.num_labels == 5
     whole = leaves(lf.from_pretrained(two_heads)[1])
     assert leaves(variables).keys() == {path for path in whole if "head_dist" not in path}
-    check_variables(model, variables, "it")
+    _check_variables(model, variables, "it")
 
 
 def test_features_load_without_heads(two_heads):
     model, variables = lf.LevitModel.from_pretrained(two_heads)
     assert type(model) is lf.LevitModel
-    check_variables(model, variables, "it")
+    _check_variables(model, variables, "it")
 
 
 def test_missing_head_is_newly_initialized_with_a_warning(two_heads, tmp_path):
@@ -187,7 +187,7 @@ def test_missing_head_is_newly_initialized_with_a_warning(two_heads, tmp_path):
     model.save_pretrained(tmp_path / "one", variables)
     with pytest.warns(UserWarning, match="has no head_dist: these heads are newly initialized"):
         back, back_variables = lf.LevitForImageClassificationWithTeacher.from_pretrained(tmp_path / "one")
-    check_variables(back, back_variables, "it")
+    _check_variables(back, back_variables, "it")
     assert (
         leaves(back_variables)["params/head/linear/kernel"] == variables["params"]["head"]["linear"]["kernel"]
     ).all()
@@ -204,14 +204,14 @@ def test_another_number_of_classes_warns(two_heads):
     with pytest.warns(UserWarning, match="has 5 classes: the heads for 7 are newly initialized"):
         model, variables = lf.from_pretrained(two_heads, num_labels=7)
     assert model.config.num_labels == 7
-    check_variables(model, variables, "it")
+    _check_variables(model, variables, "it")
     assert lf.from_pretrained(two_heads, num_labels=5)[0].config.num_labels == 5
 
 
 def test_image_size_resizes_model_and_processor(two_heads):
     model, variables = lf.from_pretrained(two_heads, image_size=(96, 80))
     assert model.config.image_size == (96, 80)
-    check_variables(model, variables, "it")
+    _check_variables(model, variables, "it")
     classifier = lf.ImageClassifier.from_pretrained(two_heads, image_size=96)
     assert classifier.processor.size == {"shortest_edge": 96}
     assert len(classifier(np.zeros((50, 60, 3), np.uint8))[0]) == 5
@@ -224,7 +224,7 @@ def test_push_to_hub_uploads_the_model_directory(two_heads, tmp_path, monkeypatc
         sent.update(names=sorted(path.name for path in Path(directory).iterdir()), repo_id=repo_id, options=options)
         return "address"
 
-    monkeypatch.setattr("levit_flax.hub.push", push)
+    monkeypatch.setattr("levit_flax.hub._push", push)
     model, variables = lf.from_pretrained(two_heads)
     assert model.push_to_hub("me/levit", variables, private=True) == "address"
     assert sent == {

@@ -16,10 +16,10 @@ from PIL import Image
 import levit_flax as lf
 from configs import TINY, random_variables
 from levit_flax.convert import conversion, sources, verification
-from levit_flax.hub import EMBEDDED_DIRECTORY
+from levit_flax.hub import _EMBEDDED_DIRECTORY
 from levit_flax.images import ImageError
-from levit_flax.inference import normalize
-from levit_flax.loading import resolve
+from levit_flax.inference import _normalize
+from levit_flax.loading import _resolve
 
 # MiB that a stream of any length may add to the memory in use; readings differ by less than 3. An image takes 61 KiB at
 # the model's size, so keeping the 256 images of the shorter test would add 15 MiB.
@@ -46,21 +46,21 @@ def images(count, size=40):
 
 
 def test_the_embedded_model_computes_what_pytorch_computed():
-    converted = conversion.convert(sources.open_source(EMBEDDED_DIRECTORY))
-    with np.load(EMBEDDED_DIRECTORY / "probe.npz") as probe:
-        result = verification.forward(converted.model, converted.variables, probe["pixel_values"])
-        comparison = verification.compare(result, probe["logits"])
+    converted = conversion._convert(sources._open_source(_EMBEDDED_DIRECTORY))
+    with np.load(_EMBEDDED_DIRECTORY / "probe.npz") as probe:
+        result = verification._forward(converted.model, converted.variables, probe["pixel_values"])
+        comparison = verification._compare(result, probe["logits"])
     assert comparison.passed, comparison
 
 
 def test_the_embedded_model_is_small_and_described():
-    weights = EMBEDDED_DIRECTORY / "model.safetensors"
+    weights = _EMBEDDED_DIRECTORY / "model.safetensors"
     assert weights.stat().st_size <= 3_000_000
-    metrics = json.loads((EMBEDDED_DIRECTORY / "metrics.json").read_text())
+    metrics = json.loads((_EMBEDDED_DIRECTORY / "metrics.json").read_text())
     assert metrics["bytes"] == weights.stat().st_size
     assert metrics["top1"] >= 0.75
-    assert f"{metrics['top1']:.2%}" in (EMBEDDED_DIRECTORY / "README.md").read_text()
-    assert resolve("cifar10").directory == EMBEDDED_DIRECTORY
+    assert f"{metrics['top1']:.2%}" in (_EMBEDDED_DIRECTORY / "README.md").read_text()
+    assert _resolve("cifar10").directory == _EMBEDDED_DIRECTORY
 
 
 def test_answers_are_sorted_labels_and_scores(classifier):
@@ -100,7 +100,7 @@ def test_images_are_normalized_on_the_device_as_by_the_processor(classifier):
     levels = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
     for options in ({}, {"do_rescale": False}, {"do_normalize": False}, {"image_mean": 0.5, "image_std": 0.25}):
         processor = lf.LevitImageProcessor(**options)
-        on_device = jax.jit(lambda pixels, p=processor: normalize(pixels, p))(levels)
+        on_device = jax.jit(lambda pixels, p=processor: _normalize(pixels, p))(levels)
         np.testing.assert_allclose(on_device, processor.rescale_and_normalize(levels), rtol=1e-6, atol=1e-6)
 
 

@@ -9,7 +9,7 @@ pytest.importorskip("grain")
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tensorboardX")
 
-from levit_flax.datasets import DataError, read_split  # noqa: E402
+from levit_flax.datasets import DataError, _read_split  # noqa: E402
 from levit_flax.training import data  # noqa: E402
 
 NAMES = ["ant", "bee", "cat"]
@@ -39,7 +39,7 @@ def make(column, kind, values):
     ],
 )
 def test_targets_of_every_column_type(column, kind, values, targets, problem_type):
-    images = read_split(make(column, kind, values), "the data", "train")
+    images = _read_split(make(column, kind, values), "the data", "train")
     np.testing.assert_array_equal(images.targets, targets)
     assert images.targets.dtype == (np.int32 if problem_type.startswith("single") else np.float32)
     assert images.problem_type == problem_type
@@ -52,17 +52,17 @@ def test_rows_without_a_target_raise():
     with pytest.raises(
         DataError, match=r"expected a column of images and one of classes, .* the columns note, image, count"
     ):
-        read_split(make("count", datasets.Value("int64"), [1, 2]), "the data", "train")
+        _read_split(make("count", datasets.Value("int64"), [1, 2]), "the data", "train")
 
 
 def test_dataset_without_training_split_raises(monkeypatch):
     part = make("label", CLASS, [0, 1, 2, 0])
     both = datasets.DatasetDict({"train": part, "test": part.select([1, 2])})
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"whole": both}[name])
-    assert {name: len(found) for name, found in data.read_dataset("whole").items()} == {"train": 4, "test": 2}
+    assert {name: len(found) for name, found in data._read_dataset("whole").items()} == {"train": 4, "test": 2}
     monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict({"test": part}))
     with pytest.raises(DataError, match="has the splits test: expected one named train"):
-        data.read_dataset("part")
+        data._read_dataset("part")
 
 
 def test_rows_without_a_class_raise():
@@ -70,21 +70,21 @@ def test_rows_without_a_class_raise():
         with pytest.raises(
             DataError, match=rf"^the data, test has .* of 3 rows, found 1 rows .* the first of which is row {row}\."
         ):
-            read_split(make("label", CLASS, values), "the data", "test")
+            _read_split(make("label", CLASS, values), "the data", "test")
 
 
 def test_rows_are_left_out_by_name(monkeypatch, tmp_path):
     parts = {"train": make("label", CLASS, [0, 1, 2, 0]), "test": make("label", CLASS, [1, 2])}
     monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(parts))
-    found = data.read_dataset("zoo", {"train/1", "test/0"})
+    found = data._read_dataset("zoo", {"train/1", "test/0"})
     assert [shade(found["train"], i) for i in range(3)] == [0, 2, 3] and [shade(found["test"], 0)] == [1]
     assert found["train"].name(1) == "image train/2 of zoo, train"
 
-    whole = data.read_dataset("zoo")
-    train, validation = data.leave_out(whole["train"], whole["test"], tmp_path, {"train/0", "test/1"})
+    whole = data._read_dataset("zoo")
+    train, validation = data._leave_out(whole["train"], whole["test"], tmp_path, {"train/0", "test/1"})
     assert [shade(train, i) for i in range(4)] == [3, 1, 2, 3] and len(validation) == 1  # another ant in its place
     with pytest.raises(DataError, match="no image of the class bee left"):
-        data.leave_out(whole["train"], whole["test"], tmp_path, {"train/1"})
+        data._leave_out(whole["train"], whole["test"], tmp_path, {"train/1"})
 
 
 def test_undecodable_row_raises_with_its_name(monkeypatch):
@@ -93,7 +93,7 @@ def test_undecodable_row_raises_with_its_name(monkeypatch):
     broken = datasets.Dataset.from_dict(rows, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict({"train": broken}))
     with pytest.raises(DataError, match=r"^image train/1 of zoo, train cannot be used: "):
-        data.read_dataset("zoo")["train"].load(1)
+        data._read_dataset("zoo")["train"].load(1)
 
 
 def shade(images, index):

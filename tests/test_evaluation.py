@@ -12,9 +12,9 @@ import levit_flax as lf
 from configs import SMALL, random_variables
 from levit_flax import convert
 from levit_flax.cli import main
-from levit_flax.datasets import LabeledImages, match_classes
+from levit_flax.datasets import LabeledImages, _match_classes
 from levit_flax.evaluation import evaluate, evaluation_processor, read_data
-from levit_flax.hub import EMBEDDED_DIRECTORY
+from levit_flax.hub import _EMBEDDED_DIRECTORY
 
 CIFAR = os.environ.get("LEVIT_FLAX_CIFAR10")  # a directory with train/ and test/, a folder for each class in each
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
@@ -66,18 +66,18 @@ def test_metrics_equal_a_count_by_hand(classifier, folder):
 def test_embedded_model_reaches_the_accuracy_of_its_card(capsys):
     assert main(["evaluate", f"{CIFAR}/test", "--model", "cifar10", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    card = json.loads((EMBEDDED_DIRECTORY / "metrics.json").read_text())
+    card = json.loads((_EMBEDDED_DIRECTORY / "metrics.json").read_text())
     assert (found["images"], found["top1"]) == (card["images"], card["top1"])
 
 
 def test_classes_are_matched_by_name_or_by_order():
     labels = ["ant", "bee", "cat"]
-    assert match_classes(["cat", "ant"], labels, "here") == [2, 0]
-    assert match_classes(["n01", "n02", "n03"], labels, "here") == [0, 1, 2]
+    assert _match_classes(["cat", "ant"], labels, "here") == [2, 0]
+    assert _match_classes(["n01", "n02", "n03"], labels, "here") == [0, 1, 2]
     with pytest.raises(
         ValueError, match=r"of here do not match .* its 3 classes in order, found 2 classes, .* does not have yak"
     ):
-        match_classes(["ant", "yak"], labels, "here")
+        _match_classes(["ant", "yak"], labels, "here")
 
 
 def test_dataset_is_loaded_by_name(classifier, monkeypatch, folder):

@@ -88,7 +88,7 @@ def test_unknown_platforms_raise(capsys, tmp_path, monkeypatch):
     out, err = capsys.readouterr()
     assert (status, out) == (1, "") and len(err.splitlines()) == 1
     assert "error: Unknown platforms: expected one or more of cpu, cuda, tpu, rocm, found ['foo']." in err
-    monkeypatch.setattr("levit_flax.export.prepare", None)  # the check comes first
+    monkeypatch.setattr("levit_flax.export._prepare", None)  # the check comes first
     model = lf.LevitForImageClassification(lf.LevitConfig(**TINY))
     for platforms in ((), ("cpu", "foo"), ("",)):
         with pytest.raises(ValueError, match="Unknown platforms"):

@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 from hub_server import HubServer
-from levit_flax.hub import HubError, HubOptions, HubUnreachableError, Resolved, push, resolve
+from levit_flax.hub import HubError, HubUnreachableError, _HubOptions, _push, _resolve, _Resolved
 
 REPO = "levit/tiny"
 WEIGHTS = (
@@ -84,11 +84,11 @@ def directory(tmp_path: Path) -> Path:
     return directory
 
 
-def load(source: str | Path = REPO, **options: Any) -> Resolved:
-    return resolve(source, weights=WEIGHTS, files=FILES, options=HubOptions(**options))
+def load(source: str | Path = REPO, **options: Any) -> _Resolved:
+    return _resolve(source, weights=WEIGHTS, files=FILES, options=_HubOptions(**options))
 
 
-def names(resolved: Resolved) -> set[str]:
+def names(resolved: _Resolved) -> set[str]:
     return {path.name for path in resolved.directory.iterdir()}
 
 
@@ -109,7 +109,7 @@ def test_a_local_directory_wins_over_a_repository_of_the_same_name(hub: HubServe
     for name in ("pytorch_model.bin", "flax_model.safetensors"):
         (directory / name).write_bytes(b"local")
 
-    assert load(source) == Resolved(directory, directory / "flax_model.safetensors", None, None)
+    assert load(source) == _Resolved(directory, directory / "flax_model.safetensors", None, None)
     assert hub.requests == []
 
 
@@ -117,7 +117,7 @@ def test_a_home_directory_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "config.json").write_bytes(b"{}")
 
-    assert resolve("~", files=FILES) == Resolved(tmp_path, None, None, None)
+    assert _resolve("~", files=FILES) == _Resolved(tmp_path, None, None, None)
 
 
 def test_local_directory_without_weights_lists_its_files(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_the_families_of_repositories(hub: HubServer, repo_id: str, chosen: str)
 def test_the_processor_alone_downloads_no_weights(hub: HubServer) -> None:
     hub.add(REPO, MODEL | {"preprocessor_config.json": b"{}"})
 
-    resolved = resolve(REPO, files=("preprocessor_config.json",))
+    resolved = _resolve(REPO, files=("preprocessor_config.json",))
     assert resolved.weights is None and names(resolved) == {"preprocessor_config.json"}
 
 
@@ -300,7 +300,7 @@ def test_a_token_that_cannot_be_one_is_not_shown(hub: HubServer, directory: Path
     with pytest.raises(HubError, match=r"^The token is invalid: expected printable ASCII characters without spaces\.$"):
         load(token=token)
     with pytest.raises(HubError, match=r"^The token is invalid: expected printable ASCII characters without spaces\.$"):
-        push(directory, REPO, files=FILES, token=token)
+        _push(directory, REPO, files=FILES, token=token)
     assert hub.requests == []
 
 
@@ -459,7 +459,7 @@ def test_offline_and_not_in_the_cache(
 def test_offline_and_only_a_part_in_the_cache(hub: HubServer, missing: str) -> None:
     hub.add(REPO, SHARDED)
     if missing == "weights":
-        resolve(REPO, files=FILES)
+        _resolve(REPO, files=FILES)
     else:
         (load().directory / "model-00002-of-00002.safetensors").unlink()
 
@@ -494,7 +494,7 @@ def test_importing_the_module_leaves_huggingface_hub_alone() -> None:
 def test_push_creates_the_repository_and_uploads_the_named_files_only(hub: HubServer, directory: Path) -> None:
     hub.tokens.add("hf_writer")
 
-    url = push(directory, REPO, files=(*FILES, *WEIGHTS), token="hf_writer", private=True)
+    url = _push(directory, REPO, files=(*FILES, *WEIGHTS), token="hf_writer", private=True)
 
     assert url == f"{hub.url}/{REPO}"
     repository = hub.repositories[REPO]
@@ -508,7 +508,7 @@ def test_push_to_a_branch_of_a_repository_that_exists(hub: HubServer, directory:
     before = hub.add(REPO, MODEL)
     hub.add(REPO, {}, branch="next")
 
-    push(directory, REPO, files=FILES, token="hf_writer", revision="next")
+    _push(directory, REPO, files=FILES, token="hf_writer", revision="next")
 
     branches = hub.repositories[REPO].branches
     assert branches["main"] == before
@@ -518,7 +518,7 @@ def test_push_to_a_branch_of_a_repository_that_exists(hub: HubServer, directory:
 def test_push_without_an_owner_goes_to_the_owner_of_the_token(hub: HubServer, directory: Path) -> None:
     hub.tokens.add("hf_writer")
 
-    assert push(directory, "tiny", files=FILES, token="hf_writer") == f"{hub.url}/someone/tiny"
+    assert _push(directory, "tiny", files=FILES, token="hf_writer") == f"{hub.url}/someone/tiny"
     assert hub.repositories.keys() == {"someone/tiny"}
 
 
@@ -528,7 +528,7 @@ def test_push_without_the_right_to_write(hub: HubServer, directory: Path, token:
     hub.readers.add("hf_reader")
 
     with pytest.raises(HubError, match=rf"refused access to levit/tiny \(HTTP {status}, .*\)\. Log in with") as error:
-        push(directory, REPO, files=FILES, token=token)
+        _push(directory, REPO, files=FILES, token=token)
     one_sentence(error)
 
 
@@ -536,7 +536,7 @@ def test_push_to_a_missing_branch(hub: HubServer, directory: Path) -> None:
     hub.tokens.add("hf_writer")
 
     with pytest.raises(HubError, match="levit/tiny has no revision next: expected a branch"):
-        push(directory, REPO, files=FILES, token="hf_writer", revision="next")
+        _push(directory, REPO, files=FILES, token="hf_writer", revision="next")
 
 
 def test_push_without_network(no_network: str, directory: Path) -> None:
@@ -544,13 +544,13 @@ def test_push_without_network(no_network: str, directory: Path) -> None:
     with pytest.raises(
         HubUnreachableError, match=rf"The connection to the Hub at {no_network} failed \(.*refused.*\)\.$"
     ):
-        push(directory, REPO, files=FILES, token="hf_writer")
+        _push(directory, REPO, files=FILES, token="hf_writer")
     assert time.monotonic() - started < PROMPT_SECONDS
 
 
 def test_push_without_files_raises(hub: HubServer, directory: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no files to upload: expected model\.onnx, found config\.json,"):
-        push(directory, REPO, files=("model.onnx",))
+        _push(directory, REPO, files=("model.onnx",))
     with pytest.raises(FileNotFoundError, match=r"nowhere has no files to upload: expected a directory\."):
-        push(directory / "nowhere", REPO, files=FILES)
+        _push(directory / "nowhere", REPO, files=FILES)
     assert hub.requests == []

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from image_samples import FINE, assert_same_bits, make_image
-from levit_flax.hub import HubOptions
-from levit_flax.image_processing import PROCESSOR_FILE, LevitImageProcessor
+from levit_flax.hub import _HubOptions
+from levit_flax.image_processing import _PROCESSOR_FILE, LevitImageProcessor
 from levit_flax.images import ImageError
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -144,7 +144,7 @@ def test_attributes_can_be_assigned_and_are_checked():
 def test_settings_survive_the_disk(tmp_path):
     processor = LevitImageProcessor(size=(30, 40), crop_size=20, image_mean=0.5, resample=1, do_convert_rgb=False)
     processor.save_pretrained(tmp_path / "new" / "model")
-    assert [path.name for path in (tmp_path / "new" / "model").iterdir()] == [PROCESSOR_FILE]
+    assert [path.name for path in (tmp_path / "new" / "model").iterdir()] == [_PROCESSOR_FILE]
     assert vars(LevitImageProcessor.from_pretrained(tmp_path / "new" / "model")) == vars(processor)
     assert LevitImageProcessor.from_pretrained(str(tmp_path / "new" / "model"), crop_size=7).crop_size["width"] == 7
     assert vars(LevitImageProcessor.from_dict(processor.to_dict())) == vars(processor)
@@ -208,9 +208,9 @@ def test_unknown_settings_warn():
 
 
 def test_damaged_settings_files_raise(tmp_path):
-    path = tmp_path / PROCESSOR_FILE
+    path = tmp_path / _PROCESSOR_FILE
     with pytest.raises(
-        FileNotFoundError, match=re.escape(f"{tmp_path} is not a model directory: expected {PROCESSOR_FILE}")
+        FileNotFoundError, match=re.escape(f"{tmp_path} is not a model directory: expected {_PROCESSOR_FILE}")
     ):
         LevitImageProcessor.from_pretrained(tmp_path)
     path.write_text("{")
@@ -224,7 +224,7 @@ def test_damaged_settings_files_raise(tmp_path):
 
 
 def test_saving_over_a_file_raises_without_overwrite(tmp_path):
-    path = tmp_path / PROCESSOR_FILE
+    path = tmp_path / _PROCESSOR_FILE
     LevitImageProcessor(size=10).save_pretrained(tmp_path)
     before = path.read_text()
     with pytest.raises(FileExistsError, match=re.escape(f"{path} already exists. Pass overwrite=True to replace it.")):
@@ -233,7 +233,7 @@ def test_saving_over_a_file_raises_without_overwrite(tmp_path):
     LevitImageProcessor().save_pretrained(tmp_path, overwrite=True)
     assert json.loads(path.read_text()) == LevitImageProcessor().to_dict()
     with pytest.raises(
-        NotADirectoryError, match=re.escape(f"{path} is a file: expected a directory for {PROCESSOR_FILE}.")
+        NotADirectoryError, match=re.escape(f"{path} is a file: expected a directory for {_PROCESSOR_FILE}.")
     ):
         LevitImageProcessor().save_pretrained(path)
 
@@ -252,11 +252,11 @@ def test_a_name_that_is_no_directory_is_looked_up_on_the_hub(tmp_path, monkeypat
     LevitImageProcessor(size=10).save_pretrained(tmp_path)
     asked = {}
 
-    def resolve(source: str, options: HubOptions, **others: object) -> types.SimpleNamespace:
+    def resolve(source: str, options: _HubOptions, **others: object) -> types.SimpleNamespace:
         asked.update(dataclasses.asdict(options), **others, source=source)
         return types.SimpleNamespace(directory=tmp_path)
 
-    monkeypatch.setattr("levit_flax.image_processing.resolve", resolve)
+    monkeypatch.setattr("levit_flax.image_processing._resolve", resolve)
     found = LevitImageProcessor.from_pretrained("someone/levit", revision="v1", token="secret", crop_size=5)
     assert (found.size, found.crop_size["height"]) == ({"shortest_edge": 10}, 5)
     assert asked == {
@@ -265,7 +265,7 @@ def test_a_name_that_is_no_directory_is_looked_up_on_the_hub(tmp_path, monkeypat
         "token": "secret",
         "cache_dir": None,
         "local_files_only": False,
-        "files": (PROCESSOR_FILE,),
+        "files": (_PROCESSOR_FILE,),
     }
 
 

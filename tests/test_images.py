@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from image_samples import FINE, SEED, assert_same_bits, make_image, random_levels, values
 from levit_flax.image_processing import LevitImageProcessor
-from levit_flax.images import ImageError, load_image
+from levit_flax.images import ImageError, _load_image
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -160,7 +160,7 @@ def test_files_are_turned_upright_and_pil_images_are_left_alone(tmp_path, orient
     exif[0x0112] = orientation
     path = tmp_path / f"turned.{suffix}"
     stored.save(path, exif=exif, lossless=True)
-    assert_same_bits(np.asarray(load_image(path)), np.asarray(upright))
+    assert_same_bits(np.asarray(_load_image(path)), np.asarray(upright))
     assert_same_bits(values(path), values(upright))
     with Image.open(path) as opened:
         assert_same_bits(values(opened), values(stored))
@@ -183,7 +183,7 @@ def test_a_file_is_closed_and_left_as_it_was(tmp_path):
     path = tmp_path / "image.png"
     make_image().save(path)
     before = path.read_bytes()
-    image = load_image(path)
+    image = _load_image(path)
     path.unlink()
     assert image.mode == "RGB"
     assert_same_bits(np.asarray(image), random_levels())
@@ -238,7 +238,7 @@ def test_unreadable_files_raise(tmp_path):
         ),
     ]:
         with pytest.raises(ImageError, match="^" + re.escape(message)):
-            load_image(path)
+            _load_image(path)
         with pytest.raises(ImageError, match=re.escape(message)):
             values(path)
     with Image.open(tmp_path / "cut.jpg") as lazy, pytest.raises(ImageError, match=r"^The PIL image cannot be decoded"):
@@ -250,7 +250,7 @@ def test_unreadable_files_raise(tmp_path):
 def test_a_decompression_bomb(tmp_path, monkeypatch, limit, action):
     path = tmp_path / "bomb.png"
     make_image().save(path)  # 2,000 pixels
-    assert load_image(path).size == (50, 40)
+    assert _load_image(path).size == (50, 40)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     expected = (
         f"^{re.escape(str(path))} is too large: expected at most {limit:,} pixels, found more. "
@@ -259,7 +259,7 @@ def test_a_decompression_bomb(tmp_path, monkeypatch, limit, action):
     with warnings.catch_warnings():
         warnings.simplefilter(action)
         with pytest.raises(ImageError, match=expected):
-            load_image(path)
+            _load_image(path)
 
 
 def test_a_tiny_file_that_claims_to_be_huge(tmp_path):
@@ -267,7 +267,7 @@ def test_a_tiny_file_that_claims_to_be_huge(tmp_path):
     chunks = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + struct.pack(">I", 9) + b"IDAT"
     (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
     with pytest.raises(ImageError, match=r"huge.png is too large: expected at most 89,478,485 pixels"):
-        load_image(tmp_path / "huge.png")
+        _load_image(tmp_path / "huge.png")
 
 
 def test_a_strip_that_would_become_huge(monkeypatch):

@@ -10,8 +10,8 @@ from flax.traverse_util import flatten_dict
 
 import levit_flax as lf
 from configs import SMALL, TINY, UNUSUAL, compiled, random_variables, unusual_config
-from levit_flax.attention import offset_index
-from levit_flax.modeling import MODEL_CLASSES, abstract_variables, classification_loss
+from levit_flax.attention import _offset_index
+from levit_flax.modeling import _MODEL_CLASSES, _abstract_variables, classification_loss
 
 # Counted on the reference implementations: parameters with two heads and with one, the same two folded, and the entries
 # of all running means and variances.
@@ -35,7 +35,7 @@ def make(model_class=ONE_HEAD, batch=2, seed=0, **fields):
 
 
 def count(model, collection):
-    leaves = {path: leaf for path, leaf in abstract_variables(model).items() if path.startswith(collection)}
+    leaves = {path: leaf for path, leaf in _abstract_variables(model).items() if path.startswith(collection)}
     return sum(leaf.size for path, leaf in leaves.items() if not path.endswith("count"))
 
 
@@ -75,7 +75,7 @@ def test_initialization_follows_the_original_code(depths):
 
 
 def test_parameter_tree_follows_the_architecture():
-    paths = abstract_variables(TWO_HEADS(lf.LevitConfig(**SMALL)))
+    paths = _abstract_variables(TWO_HEADS(lf.LevitConfig(**SMALL)))
     top = {path.split("/")[1] for path in paths}
     stages = {f"stage_{i}" for i in range(3)}
     assert top == {"stem", "downsample_0", "downsample_1", "head", "head_dist", *stages}
@@ -99,14 +99,14 @@ def test_offset_index_equals_first_seen_enumeration(side, stride):
         for qy, qx in points
         if qy % stride == 0 and qx % stride == 0
     ]
-    np.testing.assert_array_equal(offset_index((side, side), stride)[: len(expected)], expected)
+    np.testing.assert_array_equal(_offset_index((side, side), stride)[: len(expected)], expected)
 
 
 def test_offset_index_of_a_wide_grid():
-    index = offset_index((2, 3))
+    index = _offset_index((2, 3))
     np.testing.assert_array_equal(index[0], [0, 1, 2, 3, 4, 5])
     np.testing.assert_array_equal(index[4], [4, 3, 4, 1, 0, 1])
-    assert offset_index((5, 8), 2).shape == (12, 40)
+    assert _offset_index((5, 8), 2).shape == (12, 40)
     with pytest.raises(ValueError, match="read-only"):
         index[0, 0] = 1
 
@@ -301,5 +301,5 @@ def test_the_model_returns_the_loss_of_its_labels():
 @pytest.mark.slow  # the parity tests build each of these with two heads
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_config_builds_every_model(name):
-    for model_class in MODEL_CLASSES:
-        assert abstract_variables(model_class(unusual_config(name)))
+    for model_class in _MODEL_CLASSES:
+        assert _abstract_variables(model_class(unusual_config(name)))

@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 import levit_flax as lf  # noqa: E402
 from configs import TINY, UNUSUAL, compiled, unusual_config  # noqa: E402
 from levit_flax import convert  # noqa: E402
-from levit_flax.convert.layouts import LAYOUTS, Permutation, Row, Structure  # noqa: E402
+from levit_flax.convert.layouts import _LAYOUTS, _Permutation, _Row, _Structure  # noqa: E402
 from oracles import pixels, state_dict, torch_model  # noqa: E402
 
 FLOAT32_LIMIT = 1e-5  # rounding through some sixty layers, at full matmul precision
@@ -131,7 +131,7 @@ def test_gradients_match_transformers_in_float64(name, train):
     out = reference(torch.from_numpy(pixel_values).permute(0, 3, 1, 2))
     ((out.cls_logits + out.distillation_logits) / 2 * torch.from_numpy(weights)).sum().backward()
     parameters = dict(reference.named_parameters())
-    rows = LAYOUTS["hf"].rows(Structure.of(config, model.head_names))
+    rows = _LAYOUTS["hf"].rows(_Structure.of(config, model.head_names))
     compared = [row for row in rows if row.flax.startswith("params/")]
     assert len(compared) == len(parameters)
     for row in compared:
@@ -169,7 +169,7 @@ def test_gradients_match_transformers_in_float32(name):
     reference(torch.from_numpy(pixel_values).permute(0, 3, 1, 2)).logits.mean().backward()
     parameters = dict(reference.named_parameters())
     largest = max(float(p.grad.abs().max()) for p in parameters.values())
-    for row in LAYOUTS["hf"].rows(Structure.of(config, model.head_names)):
+    for row in _LAYOUTS["hf"].rows(_Structure.of(config, model.head_names)):
         if row.flax.startswith("params/"):
             wanted = row.permutation.to_flax(parameters[row.torch].grad.numpy())
             assert (
@@ -182,7 +182,7 @@ SWAPPED = {"mean": "var", "var": "mean"}
 
 def forget_to_transpose(row):
     square = row.flax == "params/stage_0/block_0/attention/proj/linear/kernel"
-    return row._replace(permutation=Permutation.SAME) if square else row
+    return row._replace(permutation=_Permutation.SAME) if square else row
 
 
 def swap_mean_and_variance(row):
@@ -193,7 +193,7 @@ def swap_mean_and_variance(row):
 @pytest.mark.parametrize("mistake", [forget_to_transpose, swap_mean_and_variance])
 def test_parity_catches_mistakes_in_the_table(mistake, monkeypatch):
     config = unusual_config("small")
-    rows = type(LAYOUTS["hf"]).rows
+    rows = type(_LAYOUTS["hf"]).rows
 
     def wrong_rows(self, structure):
         changed = [mistake(row) for row in rows(self, structure)]
@@ -201,16 +201,16 @@ def test_parity_catches_mistakes_in_the_table(mistake, monkeypatch):
         return iter(changed)
 
     check_forward(config, TWO_HEADS, jnp.float32, FLOAT32_LIMIT)
-    monkeypatch.setattr(type(LAYOUTS["hf"]), "rows", wrong_rows)
+    monkeypatch.setattr(type(_LAYOUTS["hf"]), "rows", wrong_rows)
     # A negative mean in the place of a variance raises a ConversionError.
     with pytest.raises((AssertionError, convert.ConversionError)):
         check_forward(config, TWO_HEADS, jnp.float32, FLOAT32_LIMIT)
 
 
 def test_layout_row_names_both_tensors_and_the_permutation():
-    rows = list(LAYOUTS["hf"].rows(Structure.of(lf.VARIANTS["levit-128S"], ("head", "head_dist"))))
-    assert rows[0] == Row(
+    rows = list(_LAYOUTS["hf"].rows(_Structure.of(lf.VARIANTS["levit-128S"], ("head", "head_dist"))))
+    assert rows[0] == _Row(
         "levit.patch_embeddings.embedding_layer_1.convolution.weight",
         "params/stem/conv_0/conv/kernel",
-        Permutation.OIHW_TO_HWIO,
+        _Permutation.OIHW_TO_HWIO,
     )

@@ -10,8 +10,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import levit_flax as lf
 from configs import TINY, compiled, random_variables, unusual_config
-from levit_flax.attention import offset_index
-from levit_flax.modeling import MODEL_CLASSES, abstract_variables
+from levit_flax.attention import _offset_index
+from levit_flax.modeling import _MODEL_CLASSES, _abstract_variables
 
 FLOAT32_LIMIT = 1e-5  # of the largest logit
 FLOAT64_LIMIT = 1e-10
@@ -53,13 +53,13 @@ BOTH_PRECISIONS = pytest.mark.parametrize(
 
 
 @BOTH_PRECISIONS
-@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+@pytest.mark.parametrize("model_class", _MODEL_CLASSES)
 def test_folding_keeps_the_outputs(model_class, dtype, limit):
     with precision_of(dtype):
         model, variables = make("tiny", model_class, dtype)
         folded, folded_variables = lf.fold_batch_norm(model, variables)
         assert difference(logits(folded, folded_variables), logits(model, variables)) < limit
-        expected = abstract_variables(folded)
+        expected = _abstract_variables(folded)
     assert folded.folded and folded.config == model.config and list(folded_variables) == ["params"]
     flat = flatten_dict(folded_variables, sep="/")
     assert {path: leaf.shape for path, leaf in flat.items()} == {path: leaf.shape for path, leaf in expected.items()}
@@ -208,7 +208,7 @@ def test_resized_biases_interpolate_the_old_distances(image_size):
             for tree in (variables, resized_variables)
         )
         assert new_table.shape == (new_grid[0] * new_grid[1], table.shape[1])
-        index = offset_index(new_grid, stride)
+        index = _offset_index(new_grid, stride)
         keys = [(y, x) for y in range(new_grid[0]) for x in range(new_grid[1])]
         queries = [(y, x) for y, x in keys if y % stride == 0 and x % stride == 0]
         for _ in range(30):
@@ -252,12 +252,12 @@ def test_resizing_to_zero_pixels_raises():
 # Other classes.
 
 
-@pytest.mark.parametrize("model_class", MODEL_CLASSES[1:])
+@pytest.mark.parametrize("model_class", _MODEL_CLASSES[1:])
 def test_replaced_heads_are_newly_initialized(model_class):
     model, variables = make("small", model_class)
     renewed, renewed_variables = lf.replace_head(model, variables, num_labels=9, key=jax.random.key(0))
     assert renewed.config.num_labels == 9 and renewed.config.id2label[8] == "LABEL_8"
-    expected = abstract_variables(renewed)
+    expected = _abstract_variables(renewed)
     flat, before = (flatten_dict(tree, sep="/") for tree in (renewed_variables, variables))
     assert {path: leaf.shape for path, leaf in flat.items()} == {path: leaf.shape for path, leaf in expected.items()}
     for path, leaf in flat.items():

@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 import levit_flax as lf  # noqa: E402
 from configs import TINY, compiled  # noqa: E402
 from levit_flax import convert  # noqa: E402
-from levit_flax.hub import EMBEDDED_DIRECTORY  # noqa: E402
+from levit_flax.hub import _EMBEDDED_DIRECTORY  # noqa: E402
 from oracles import pixels, state_dict, torch_model  # noqa: E402
 
 LOSS_LIMIT = 1e-5
@@ -155,8 +155,8 @@ def test_other_image_size_resizes_the_attention_biases(tmp_path):
 def test_classifier_matches_the_pipeline():
     theirs = transformers.pipeline(
         "image-classification",
-        model=transformers.LevitForImageClassificationWithTeacher.from_pretrained(EMBEDDED_DIRECTORY, dtype="float32"),
-        image_processor=transformers.LevitImageProcessorPil.from_pretrained(EMBEDDED_DIRECTORY),
+        model=transformers.LevitForImageClassificationWithTeacher.from_pretrained(_EMBEDDED_DIRECTORY, dtype="float32"),
+        image_processor=transformers.LevitImageProcessorPil.from_pretrained(_EMBEDDED_DIRECTORY),
     )
     images = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (150, 130 + i, 3), np.uint8)) for i in range(3)]
     wanted = theirs(images, top_k=4)

@@ -89,9 +89,9 @@ def shared_steps(sessions: dict[str, Any], students: dict[str, Any]):
     """Make equal trainings of this process share what is traced and compiled for them; draw no curves."""
     from levit_flax.training import loop, plan
 
-    make_student = plan.make_student
+    make_student = plan._make_student
 
-    class Session(loop.Session):
+    class Session(loop._Session):
         def __init__(self, plan, show):
             super().__init__(plan, show)
             key = f"{plan.recipe} {plan.student.model} {self.rows.steps_per_epoch}"
@@ -104,8 +104,8 @@ def shared_steps(sessions: dict[str, Any], students: dict[str, Any]):
         return students[key]
 
     with pytest.MonkeyPatch.context() as patch, without_curves():
-        patch.setattr(loop, "Session", Session)
-        patch.setattr(plan, "make_student", make_student_once)
+        patch.setattr(loop, "_Session", Session)
+        patch.setattr(plan, "_make_student", make_student_once)
         yield
 
 
@@ -147,9 +147,9 @@ def truncate(path: Path) -> bytes:
 
 
 def tiny_recipe(**changes: Any):
-    from levit_flax.training.recipe import make_recipe
+    from levit_flax.training.recipe import _make_recipe
 
-    return make_recipe({**VALUES, **changes}, "The tests' recipe")
+    return _make_recipe({**VALUES, **changes}, "The tests' recipe")
 
 
 def write_recipe(path: Path, **changes: Any) -> Path:

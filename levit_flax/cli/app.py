@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 for success, 1 if the work failed, 2 if the arguments are wrong, 130 if interrupted, or
         128 plus the signal that stopped a training run.
 
-    Example:
+    Examples:
         >>> main(["info"])
         levit-128S  parameters 7777058, hidden_sizes [128, 256, 384], depths [2, 3, 4]
         levit-128   parameters 9213936, hidden_sizes [128, 256, 384], depths [4, 4, 4]

@@ -70,14 +70,14 @@ class _TablePrinter:
 
 def _list_images(paths: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
     """Return the files to classify, and an error for each directory without images."""
-    from levit_flax.datasets import image_files
+    from levit_flax.datasets import _image_files
 
     files, errors = [], {}
     for path in paths:
         if not path.is_dir():
             files.append(path)  # the classifier reports files that are not images
             continue
-        found = image_files(path)
+        found = _image_files(path)
         files += found
         if not found:
             errors[str(path)] = f"The directory {path} contains no images."

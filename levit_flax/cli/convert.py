@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from levit_flax.choices import WeightDType, WrittenLayout
+from levit_flax.choices import _WeightDType, _WrittenLayout
 
 from .options import ImageSizeOption, JsonOption, OfflineOption, RevisionOption
 from .output import print_fields, print_json
@@ -17,7 +17,7 @@ def convert(
     ],
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
     to: Annotated[
-        WrittenLayout | None, typer.Option(help="Write PyTorch weights in this layout instead of Flax weights.")
+        _WrittenLayout | None, typer.Option(help="Write PyTorch weights in this layout instead of Flax weights.")
     ] = None,
     fold: Annotated[bool, typer.Option("--fold", help="Fold the batch norms: faster, but only for inference.")] = False,
     merge_heads: Annotated[
@@ -30,7 +30,7 @@ def convert(
         bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch on seeded inputs, if it is installed.")
     ] = True,
     dtype: Annotated[
-        WeightDType | None, typer.Option(help="Data type of the weights; the default is the checkpoint's.")
+        _WeightDType | None, typer.Option(help="Data type of the weights; the default is the checkpoint's.")
     ] = None,
     image_size: ImageSizeOption = None,
     revision: RevisionOption = None,
@@ -40,9 +40,9 @@ def convert(
 ) -> None:
     """Convert a PyTorch checkpoint to a model directory or back, with a report that proves the conversion."""
     from levit_flax.convert import workflow
-    from levit_flax.hub import HubOptions
+    from levit_flax.hub import _HubOptions
 
-    report = workflow.convert_to_directory(
+    report = workflow._convert_to_directory(
         source,
         out,
         layout=to,
@@ -52,7 +52,7 @@ def convert(
         fold=fold,
         merge=merge_heads,
         verify=verify,
-        options=HubOptions(revision, local_files_only=offline),
+        options=_HubOptions(revision, local_files_only=offline),
         overwrite=force,
     )
     if as_json:

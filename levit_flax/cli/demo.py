@@ -3,6 +3,6 @@
 
 def demo() -> None:
     """Convert the model in the package, verify it, and classify photographs."""
-    from levit_flax.demo import run_demo
+    from levit_flax.demo import _run_demo
 
-    run_demo()
+    _run_demo()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from levit_flax.choices import CropRule
+from levit_flax.choices import _CropRule
 
 from .options import DEFAULT_MODEL, ImageSizeOption, JsonOption, ModelOption, OfflineOption, RevisionOption
 from .output import print_error, print_fields, print_json, with_progress
@@ -22,7 +22,7 @@ def evaluate(
     ],
     model: ModelOption = DEFAULT_MODEL,
     crop: Annotated[
-        CropRule, typer.Option(help="Resize and crop images as the model's processor or the named library does.")
+        _CropRule, typer.Option(help="Resize and crop images as the model's processor or the named library does.")
     ] = "model",
     split: Annotated[str, typer.Option(help="Split of a Hugging Face dataset.")] = "test",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 64,
@@ -41,10 +41,10 @@ def evaluate(
 
     keep_freed_memory()
     if output is not None:
-        from levit_flax.visualize import new_figure
+        from levit_flax.visualize import _new_figure
 
-        new_figure(1, 1)  # fails before the evaluation if Matplotlib is missing
-        files.make_directory(output)
+        _new_figure(1, 1)  # fails before the evaluation if Matplotlib is missing
+        files._make_directory(output)
     loaded = ImageClassifier.from_pretrained(model, image_size=image_size, revision=revision, local_files_only=offline)
     processor = evaluation.evaluation_processor(crop, loaded.processor)
     classifier = ImageClassifier(loaded.model, loaded.variables, processor, batch_size)
@@ -69,7 +69,7 @@ def _write_results(output: Path, numbers: dict[str, Any], result: "Evaluation") 
     from levit_flax import files
     from levit_flax.visualize import draw_confusion
 
-    files.write_text(output / "metrics.json", json.dumps(numbers, indent=2) + "\n")
-    files.write_text(output / "confusion.csv", result.confusion_csv())
+    files._write_text(output / "metrics.json", json.dumps(numbers, indent=2) + "\n")
+    files._write_text(output / "confusion.csv", result.confusion_csv())
     figure = draw_confusion(result.confusion, result.labels)
-    files.write_atomically(output / "confusion.png", lambda file: figure.savefig(file, format="png"))
+    files._write_atomically(output / "confusion.png", lambda file: figure.savefig(file, format="png"))

@@ -20,12 +20,12 @@ def explain(
     """Draw an explanation of a prediction: class activation, gradient and the attention of every block."""
     from levit_flax import visualize
     from levit_flax.classifier import ImageClassifier
-    from levit_flax.files import write_atomically
+    from levit_flax.files import _write_atomically
 
     classifier = ImageClassifier.from_pretrained(model, revision=revision, local_files_only=offline)
     if biases:
         figure = visualize.draw_bias_tables(classifier.model, classifier.variables)
     else:
         figure = visualize.explain(classifier, image, label)
-    write_atomically(output, lambda file: figure.savefig(file, format="png"))
+    _write_atomically(output, lambda file: figure.savefig(file, format="png"))
     print(f"written to {output}")

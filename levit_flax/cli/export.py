@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from levit_flax.choices import KNOWN_PLATFORMS, PLATFORMS, ExportFormat
+from levit_flax.choices import _KNOWN_PLATFORMS, _PLATFORMS, _ExportFormat
 
 from .options import DEFAULT_MODEL, ImageSizeOption, ModelOption, OfflineOption, RevisionOption
 
@@ -14,11 +14,12 @@ def export(
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
     model: ModelOption = DEFAULT_MODEL,
     format: Annotated[
-        ExportFormat, typer.Option(help="Format of the artifact: StableHLO runs in JAX, ONNX in onnxruntime.")
+        _ExportFormat, typer.Option(help="Format of the artifact: StableHLO runs in JAX, ONNX in onnxruntime.")
     ] = "stablehlo",
     platforms: Annotated[
-        str, typer.Option(help=f"Platforms of a StableHLO artifact, separated by commas: {', '.join(KNOWN_PLATFORMS)}.")
-    ] = ",".join(PLATFORMS),
+        str,
+        typer.Option(help=f"Platforms of a StableHLO artifact, separated by commas: {', '.join(_KNOWN_PLATFORMS)}."),
+    ] = ",".join(_PLATFORMS),
     image_size: ImageSizeOption = None,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
@@ -27,9 +28,9 @@ def export(
     """Export a model as an artifact that runs without levit-flax."""
     from levit_flax.classifier import ImageClassifier
     from levit_flax.export import export_model
-    from levit_flax.files import check_free
+    from levit_flax.files import _check_free
 
-    check_free(out, overwrite=force)
+    _check_free(out, overwrite=force)
     classifier = ImageClassifier.from_pretrained(
         model, image_size=image_size, revision=revision, local_files_only=offline
     )

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from levit_flax.choices import RECIPE_NAMES, WrittenLayout
+from levit_flax.choices import _RECIPE_NAMES, _WrittenLayout
 
 from .options import JsonOption, OfflineOption, RevisionOption
 from .output import print_fields, print_json, print_notice, training_progress
@@ -31,7 +31,7 @@ def finetune(  # long: its parameters are the options, with their help
         ),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help=f"Training recipe: {', '.join(RECIPE_NAMES)}, or a TOML file with the same keys.")
+        str, typer.Option(help=f"Training recipe: {', '.join(_RECIPE_NAMES)}, or a TOML file with the same keys.")
     ] = "finetune",
     changes: Annotated[
         list[str] | None,
@@ -42,7 +42,7 @@ def finetune(  # long: its parameters are the options, with their help
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in OUTPUT.")] = False,
     export_torch: Annotated[
-        WrittenLayout | None, typer.Option(help="Also write the best model as PyTorch weights in this layout.")
+        _WrittenLayout | None, typer.Option(help="Also write the best model as PyTorch weights in this layout.")
     ] = None,
     skip: Annotated[
         Path | None,
@@ -82,10 +82,10 @@ def finetune(  # long: its parameters are the options, with their help
     keep_freed_memory()
     _start_distributed(distributed, coordinator, process_count, process_id)
     from levit_flax import training
-    from levit_flax.training.data import read_skip_list
-    from levit_flax.training.recipe import parse_change
+    from levit_flax.training.data import _read_skip_list
+    from levit_flax.training.recipe import _parse_change
 
-    chosen = training.read_recipe(recipe, **dict(map(parse_change, changes or ())))
+    chosen = training.read_recipe(recipe, **dict(map(_parse_change, changes or ())))
     try:
         with training_progress() as show:
             report = training.finetune(
@@ -96,7 +96,7 @@ def finetune(  # long: its parameters are the options, with their help
                 teacher=teacher,
                 resume=resume,
                 overwrite=force,
-                skip=read_skip_list(skip) if skip else (),
+                skip=_read_skip_list(skip) if skip else (),
                 check_data=check_data,
                 export_torch=export_torch,
                 threads=threads,

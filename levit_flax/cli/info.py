@@ -29,11 +29,11 @@ def _describe_variants() -> dict[str, Any]:
     import math
 
     from levit_flax.configuration import VARIANTS
-    from levit_flax.modeling import LevitForImageClassificationWithTeacher, abstract_variables
+    from levit_flax.modeling import LevitForImageClassificationWithTeacher, _abstract_variables
 
     facts = {}
     for name, config in VARIANTS.items():
-        leaves = abstract_variables(LevitForImageClassificationWithTeacher(config))
+        leaves = _abstract_variables(LevitForImageClassificationWithTeacher(config))
         facts[name] = {
             "parameters": sum(math.prod(leaf.shape) for path, leaf in leaves.items() if path.startswith("params/")),
             "hidden_sizes": list(config.hidden_sizes),
@@ -46,15 +46,15 @@ def _describe_model(source: str, revision: str | None, offline: bool) -> dict[st
     """Return the class, weights, config, preprocessing and provenance of a model."""
     import jax
 
-    from levit_flax.checkpoint import read_provenance
-    from levit_flax.configuration import OWN_BLOCK
-    from levit_flax.hub import HubOptions
-    from levit_flax.loading import load_model
+    from levit_flax.checkpoint import _read_provenance
+    from levit_flax.configuration import _OWN_BLOCK
+    from levit_flax.hub import _HubOptions
+    from levit_flax.loading import _load_model
 
-    model, variables, processor, found = load_model(source, HubOptions(revision, local_files_only=offline))
+    model, variables, processor, found = _load_model(source, _HubOptions(revision, local_files_only=offline))
     config = model.config.to_dict()
     labels = model.config.id2label
-    for key in ("id2label", "label2id", OWN_BLOCK):
+    for key in ("id2label", "label2id", _OWN_BLOCK):
         config.pop(key, None)
     return {
         "model": type(model).__name__,
@@ -67,5 +67,5 @@ def _describe_model(source: str, revision: str | None, offline: bool) -> dict[st
         "preprocessing": processor.to_dict(),
         "weights": str(found.weights),
         "revision": found.revision,
-        "provenance": read_provenance(found.directory) or None,
+        "provenance": _read_provenance(found.directory) or None,
     }

@@ -3,17 +3,17 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-from levit_flax.configuration import LevitConfig, imagenet_labels
-from levit_flax.modeling import MODEL_CLASSES, LevitBase
+from levit_flax.configuration import LevitConfig, _imagenet_labels
+from levit_flax.modeling import _MODEL_CLASSES, LevitBase
 
-from .errors import ConversionError, explain_malformed
-from .inference import INFERRED_FIELDS, infer_config
-from .layouts import CheckpointLayout, Shape, Structure
-from .sources import Source
-from .timm_files import is_timm_config, read_timm_config
+from .errors import ConversionError, _explain_malformed
+from .inference import _INFERRED_FIELDS, _infer_config
+from .layouts import _CheckpointLayout, _Shape, _Structure
+from .sources import _Source
+from .timm_files import _is_timm_config, _read_timm_config
 
 
-class Architecture(NamedTuple):
+class _Architecture(NamedTuple):
     """The architecture of a checkpoint and how it was found.
 
     Attributes:
@@ -23,23 +23,23 @@ class Architecture(NamedTuple):
         notes: the assumptions made, as sentences for the report.
     """
 
-    layout: CheckpointLayout
+    layout: _CheckpointLayout
     model: LevitBase
     inferred: bool
     notes: tuple[str, ...]
 
     @property
-    def structure(self) -> Structure:
+    def structure(self) -> _Structure:
         """The structure of the module."""
-        return Structure.of(self.model.config, self.model.head_names, self.model.folded)
+        return _Structure.of(self.model.config, self.model.head_names, self.model.folded)
 
 
-def choose_architecture(
-    source: Source,
-    layout: CheckpointLayout,
+def _choose_architecture(
+    source: _Source,
+    layout: _CheckpointLayout,
     config: LevitConfig | None,
     image_size: int | tuple[int, int] | None,
-) -> Architecture:
+) -> _Architecture:
     """Return the architecture of a checkpoint, after checking a given config against the shapes.
 
     Args:
@@ -62,11 +62,11 @@ def choose_architecture(
     if config is None and structure.heads:
         chosen, labeled = _with_imagenet_labels(chosen)
         notes += labeled
-    return Architecture(layout, model_class(chosen, folded=structure.folded), given is None, notes)
+    return _Architecture(layout, model_class(chosen, folded=structure.folded), given is None, notes)
 
 
-def _model_class(structure: Structure, where: str) -> type[LevitBase]:
-    classes = {model.head_names: model for model in MODEL_CLASSES}
+def _model_class(structure: _Structure, where: str) -> type[LevitBase]:
+    classes = {model.head_names: model for model in _MODEL_CLASSES}
     if structure.heads not in classes:
         raise ConversionError(
             f"{where} has a distillation head but no classifier head: expected both heads, the classifier head alone,"
@@ -75,21 +75,21 @@ def _model_class(structure: Structure, where: str) -> type[LevitBase]:
     return classes[structure.heads]
 
 
-def _read_config(source: Source, structure: Structure) -> LevitConfig | None:
+def _read_config(source: _Source, structure: _Structure) -> LevitConfig | None:
     """Parse the config.json next to the weights, which is transformers' or timm's."""
     if source.config is None:
         return None
-    read = read_timm_config if is_timm_config(source.config) else LevitConfig.from_dict
-    with explain_malformed(f"The config.json of {source.where}"):
+    read = _read_timm_config if _is_timm_config(source.config) else LevitConfig.from_dict
+    with _explain_malformed(f"The config.json of {source.where}"):
         config = read(source.config)
     _check_heads(source.config.get("architectures"), config, structure, source.where)
     return config
 
 
-def _check_heads(architectures: Any, config: LevitConfig, structure: Structure, where: str) -> None:
+def _check_heads(architectures: Any, config: LevitConfig, structure: _Structure, where: str) -> None:
     """Raise ConversionError if transformers' config names a class with other heads than the checkpoint has."""
-    for model_class in MODEL_CLASSES:
-        heads = Structure.of(config, model_class.head_names).heads
+    for model_class in _MODEL_CLASSES:
+        heads = _Structure.of(config, model_class.head_names).heads
         if architectures == [model_class.__name__] and structure.heads != heads:
             raise ConversionError(
                 f"The config of {where} is for another model: expected the heads of {model_class.__name__} with"
@@ -100,11 +100,11 @@ def _check_heads(architectures: Any, config: LevitConfig, structure: Structure, 
 
 
 def _infer(
-    source: Source, layout: CheckpointLayout, structure: Structure, image_size: int | tuple[int, int] | None
+    source: _Source, layout: _CheckpointLayout, structure: _Structure, image_size: int | tuple[int, int] | None
 ) -> tuple[LevitConfig, tuple[str, ...]]:
     """Return the config that the shapes determine, and a note if they had to determine the image size."""
     names = {row.flax: row.torch for row in layout.rows(structure)}
-    config = infer_config(_inferable_shapes(source, layout, structure), names, structure, image_size)
+    config = _infer_config(_inferable_shapes(source, layout, structure), names, structure, image_size)
     if image_size is not None:
         return config, ()
     note = (
@@ -114,7 +114,7 @@ def _infer(
     return config, (note,)
 
 
-def _inferable_shapes(source: Source, layout: CheckpointLayout, structure: Structure) -> dict[str, Shape]:
+def _inferable_shapes(source: _Source, layout: _CheckpointLayout, structure: _Structure) -> dict[str, _Shape]:
     """Return the shapes of a checkpoint's parameters by their path, in Flax's axis order."""
     found = {}
     for row in layout.rows(structure):
@@ -124,14 +124,14 @@ def _inferable_shapes(source: Source, layout: CheckpointLayout, structure: Struc
     return found
 
 
-def _check_agreement(given: LevitConfig, source: Source, layout: CheckpointLayout, structure: Structure) -> None:
+def _check_agreement(given: LevitConfig, source: _Source, layout: _CheckpointLayout, structure: _Structure) -> None:
     """Raise ConversionError if a config and the shapes describe different models."""
     try:
         # No shape depends on the image size, and one token is always valid.
         inferred, _ = _infer(source, layout, structure, image_size=16)
     except ConversionError:
         return  # the checks of the tensors will list what is wrong
-    fields = INFERRED_FIELDS + (("num_labels",) if structure.heads else ())
+    fields = _INFERRED_FIELDS + (("num_labels",) if structure.heads else ())
     pairs = {name: (getattr(given, name), getattr(inferred, name)) for name in fields}
     # Shapes do not determine the stride of a downsampling.
     as_strided = [op._replace(stride=g.stride) for op, g in zip(inferred.down_ops, given.down_ops, strict=False)]
@@ -143,7 +143,7 @@ def _check_agreement(given: LevitConfig, source: Source, layout: CheckpointLayou
 
 def _with_imagenet_labels(config: LevitConfig) -> tuple[LevitConfig, tuple[str, ...]]:
     """Name the classes after ImageNet's if there are 1000 without names, and return a note on it."""
-    labels = imagenet_labels()
+    labels = _imagenet_labels()
     numbered = tuple(f"LABEL_{i}" for i in range(config.num_labels))
     if config.num_labels != len(labels) or config.id2label != numbered:
         return config, ()

@@ -7,17 +7,17 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from levit_flax.modeling import abstract_variables
+from levit_flax.modeling import _abstract_variables
 
-from .architecture import Architecture
+from .architecture import _Architecture
 from .errors import ConversionError
-from .layouts import IGNORED, Row, Shape, index_table
-from .sources import Tensors
+from .layouts import _IGNORED, _index_table, _Row, _Shape
+from .sources import _Tensors
 
-LISTED = 8  # names of one kind that an error message lists
+_LISTED = 8  # names of one kind that an error message lists
 
 
-class Problem(enum.Enum):
+class _Problem(enum.Enum):
     """The kinds of problems, in the order in which they are reported."""
 
     MISSING = "missing"
@@ -30,13 +30,13 @@ class Problem(enum.Enum):
     WRONG_TABLE = "index tables that disagree with the image size"
 
 
-class Problems:
+class _Problems:
     """All problems of a checkpoint, by kind."""
 
     def __init__(self) -> None:
-        self.names: dict[Problem, list[str]] = {kind: [] for kind in Problem}
+        self.names: dict[_Problem, list[str]] = {kind: [] for kind in _Problem}
 
-    def add(self, kind: Problem, *names: str) -> None:
+    def add(self, kind: _Problem, *names: str) -> None:
         """Record tensors that have a problem, each with its details if there are any."""
         self.names[kind] += names
 
@@ -53,11 +53,11 @@ class Problems:
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
-class Mapped(NamedTuple):
+class _Mapped(NamedTuple):
     """The tensors of a checkpoint after comparison with those of its architecture.
 
     Attributes:
@@ -66,55 +66,55 @@ class Mapped(NamedTuple):
         ignored: names of the tensors that are ignored on purpose, by reason.
     """
 
-    rows: tuple[Row, ...]
-    readable: tuple[Row, ...]
+    rows: tuple[_Row, ...]
+    readable: tuple[_Row, ...]
     ignored: dict[str, tuple[str, ...]]
 
 
-def check_names(shapes: Mapping[str, Shape], architecture: Architecture, problems: Problems) -> Mapped:
+def _check_names(shapes: Mapping[str, _Shape], architecture: _Architecture, problems: _Problems) -> _Mapped:
     """Compare the names and shapes of a checkpoint with those that its architecture expects."""
     rows = tuple(architecture.layout.rows(architecture.structure))
-    leaves = abstract_variables(architecture.model)
+    leaves = _abstract_variables(architecture.model)
     expected = {row.torch: row.permutation.torch_shape(leaves[row.flax].shape) for row in rows}
     ignored = _find_ignored(name for name in shapes if name not in expected)
     known = expected.keys() | set().union(*ignored.values())
-    problems.add(Problem.MISSING, *(name for name in expected if name not in shapes))
-    problems.add(Problem.UNEXPECTED, *(name for name in shapes if name not in known))
+    problems.add(_Problem.MISSING, *(name for name in expected if name not in shapes))
+    problems.add(_Problem.UNEXPECTED, *(name for name in shapes if name not in known))
     for name, shape in expected.items():
         if name in shapes and shapes[name] != shape:
-            problems.add(Problem.WRONG_SHAPE, f"{name} (expected {shape}, found {shapes[name]})")
-    return Mapped(rows, tuple(row for row in rows if shapes.get(row.torch) == expected[row.torch]), ignored)
+            problems.add(_Problem.WRONG_SHAPE, f"{name} (expected {shape}, found {shapes[name]})")
+    return _Mapped(rows, tuple(row for row in rows if shapes.get(row.torch) == expected[row.torch]), ignored)
 
 
 def _find_ignored(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Return the names that are ignored on purpose, by reason."""
     ignored: dict[str, list[str]] = {}
     for name in names:
-        reason = IGNORED.get(name.rpartition(".")[2])
+        reason = _IGNORED.get(name.rpartition(".")[2])
         if reason:
             ignored.setdefault(reason, []).append(name)
     return {reason: tuple(names) for reason, names in ignored.items()}
 
 
-def check_values(row: Row, tensor: np.ndarray, problems: Problems) -> bool:
+def _check_values(row: _Row, tensor: np.ndarray, problems: _Problems) -> bool:
     """Check the type and the values of a tensor, and return whether it can be converted."""
     if row.flax.endswith("/count"):
         if tensor.dtype.kind in "iu" and 0 <= int(tensor) < 2**31:
             return True
         found = f"{tensor} of {tensor.dtype}"
-        problems.add(Problem.WRONG_TYPE, f"{row.torch} (expected an integer from 0 to 2^31 - 1, found {found})")
+        problems.add(_Problem.WRONG_TYPE, f"{row.torch} (expected an integer from 0 to 2^31 - 1, found {found})")
     elif not jnp.issubdtype(tensor.dtype, jnp.floating):
-        problems.add(Problem.WRONG_TYPE, f"{row.torch} (expected floating point, found {tensor.dtype})")
+        problems.add(_Problem.WRONG_TYPE, f"{row.torch} (expected floating point, found {tensor.dtype})")
     elif not np.isfinite(tensor).all():
-        problems.add(Problem.NOT_FINITE, row.torch)
+        problems.add(_Problem.NOT_FINITE, row.torch)
     elif row.flax.endswith("/var") and (tensor < 0).any():
-        problems.add(Problem.NEGATIVE, row.torch)
+        problems.add(_Problem.NEGATIVE, row.torch)
     else:
         return True
     return False
 
 
-def check_tables(tensors: Tensors, architecture: Architecture, problems: Problems) -> dict[str, np.ndarray]:
+def _check_tables(tensors: _Tensors, architecture: _Architecture, problems: _Problems) -> dict[str, np.ndarray]:
     """Compare the stored index tables with those computed from the image size.
 
     A table that numbers the same offsets in another order determines the order of the stored attention biases.
@@ -125,21 +125,21 @@ def check_tables(tensors: Tensors, architecture: Architecture, problems: Problem
     orders = {}
     config, homes = architecture.model.config, architecture.layout.tables(architecture.structure)
     for name in tensors:
-        if name.rpartition(".")[2] not in IGNORED:
+        if name.rpartition(".")[2] not in _IGNORED:
             continue
         if name not in homes:
-            problems.add(Problem.WRONG_TABLE, f"{name} (there is no attention layer with this name)")
+            problems.add(_Problem.WRONG_TABLE, f"{name} (there is no attention layer with this name)")
             continue
-        table, found = index_table(config, homes[name]), tensors[name]
+        table, found = _index_table(config, homes[name]), tensors[name]
         if found.shape != table.shape or found.dtype.kind not in "iu":
             wrong = f"{name} (expected integers {table.shape}, found {found.dtype} {found.shape})"
-            problems.add(Problem.WRONG_TABLE, wrong)
+            problems.add(_Problem.WRONG_TABLE, wrong)
         elif (found != table).any():
             order = _find_order(table, found)
             if order is None:
                 query, key = np.argwhere(found != table)[0]
                 wrong = f"first at query {query}, key {key}: expected {table[query, key]}, found {found[query, key]}"
-                problems.add(Problem.WRONG_TABLE, f"{name} ({wrong})")
+                problems.add(_Problem.WRONG_TABLE, f"{name} ({wrong})")
             else:
                 orders[homes[name]] = order
     return orders

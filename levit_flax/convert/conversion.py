@@ -10,19 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from levit_flax.checkpoint import to_device
+from levit_flax.checkpoint import _to_device
 from levit_flax.configuration import LevitConfig
-from levit_flax.hub import HubOptions
+from levit_flax.hub import _HubOptions
 from levit_flax.modeling import LevitBase, Variables
 
-from .architecture import choose_architecture
-from .checks import Problem, Problems, check_names, check_tables, check_values
-from .layouts import CheckpointLayout, Row, detect_layout
-from .sources import Source, Tensors, open_source
+from .architecture import _choose_architecture
+from .checks import _check_names, _check_tables, _check_values, _Problem, _Problems
+from .layouts import _CheckpointLayout, _detect_layout, _Row
+from .sources import _open_source, _Source, _Tensors
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversion:
+class _Conversion:
     """A converted checkpoint, and how it was converted.
 
     Attributes:
@@ -41,8 +41,8 @@ class Conversion:
 
     model: LevitBase
     variables: Variables
-    layout: CheckpointLayout
-    rows: tuple[Row, ...]
+    layout: _CheckpointLayout
+    rows: tuple[_Row, ...]
     ignored: dict[str, tuple[str, ...]]
     reordered: dict[str, np.ndarray]
     dtype: Any
@@ -95,31 +95,31 @@ def from_torch(
         ConversionError: tensors are missing, unexpected, of the wrong shape or not finite; the message lists all.
         OSError: the source does not exist, or cannot be read or downloaded.
 
-    Example:
+    Examples:
         >>> from levit_flax import convert, from_pretrained
         >>> tensors = convert.to_torch(*from_pretrained("cifar10"), layout="timm")
         >>> model, variables = convert.from_torch(tensors)
         >>> type(model).__name__, model.config.image_size, model.config.depths
         ('LevitForImageClassificationWithTeacher', 144, (2, 3, 1))
     """
-    opened = open_source(source, ema=ema, options=HubOptions(revision, token, cache_dir, local_files_only))
-    conversion = convert(opened, dtype, config=config, image_size=image_size)
-    return conversion.model, to_device(conversion.variables, opened.where)
+    opened = _open_source(source, ema=ema, options=_HubOptions(revision, token, cache_dir, local_files_only))
+    conversion = _convert(opened, dtype, config=config, image_size=image_size)
+    return conversion.model, _to_device(conversion.variables, opened.where)
 
 
-def convert(
-    source: Source,
+def _convert(
+    source: _Source,
     dtype: Any = None,
     *,
     config: LevitConfig | None = None,
     image_size: int | tuple[int, int] | None = None,
-) -> Conversion:
+) -> _Conversion:
     """Convert an opened source; the arguments are those of `from_torch`."""
-    problems = Problems()
-    layout = detect_layout(source.shapes, source.where)
-    architecture = choose_architecture(source, layout, config, image_size)
-    mapped = check_names(source.shapes, architecture, problems)
-    orders = check_tables(source.tensors, architecture, problems)
+    problems = _Problems()
+    layout = _detect_layout(source.shapes, source.where)
+    architecture = _choose_architecture(source, layout, config, image_size)
+    mapped = _check_names(source.shapes, architecture, problems)
+    orders = _check_tables(source.tensors, architecture, problems)
     leaves = _read_leaves(source.tensors, mapped.readable, dtype, problems)
     name = type(architecture.model).__name__
     problems.raise_if_any(f"{source.where} cannot be converted as {name} in the {layout.name} layout")
@@ -128,7 +128,7 @@ def convert(
     if orders:
         notes += (f"{len(orders)} tables of attention biases were stored in another order and have been permuted.",)
     param_dtype = jnp.dtype(leaves["params/stem/conv_0/conv/kernel"].dtype)
-    return Conversion(
+    return _Conversion(
         model=architecture.model.clone(param_dtype=param_dtype),
         variables=unflatten_dict(leaves, sep="/"),
         layout=layout,
@@ -142,12 +142,12 @@ def convert(
     )
 
 
-def _read_leaves(tensors: Tensors, rows: Iterable[Row], dtype: Any, problems: Problems) -> dict[str, np.ndarray]:
+def _read_leaves(tensors: _Tensors, rows: Iterable[_Row], dtype: Any, problems: _Problems) -> dict[str, np.ndarray]:
     """Read each tensor once, check its values, and return the leaves of the Flax tree by path."""
     leaves = {}
     for row in rows:
         tensor = tensors[row.torch]
-        if not check_values(row, tensor, problems):
+        if not _check_values(row, tensor, problems):
             continue
         if row.flax.endswith("/count"):
             leaves[row.flax] = np.asarray(tensor, np.int32)
@@ -155,6 +155,6 @@ def _read_leaves(tensors: Tensors, rows: Iterable[Row], dtype: Any, problems: Pr
         with np.errstate(over="ignore"):
             leaf = np.asarray(row.permutation.to_flax(tensor), dtype, order="C")
         if dtype is not None and not np.isfinite(leaf).all():
-            problems.add(Problem.OVERFLOW, row.torch)
+            problems.add(_Problem.OVERFLOW, row.torch)
         leaves[row.flax] = leaf
     return leaves

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 class ConversionError(ValueError):
     """Raised if a checkpoint cannot be converted; the message lists every problem.
 
-    Example:
+    Examples:
         >>> import levit_flax
         >>> from levit_flax import convert
         >>> tensors = convert.to_torch(*levit_flax.from_pretrained("cifar10"))
@@ -23,7 +23,7 @@ class ConversionError(ValueError):
 
 
 @contextlib.contextmanager
-def explain_malformed(name: str) -> Iterator[None]:
+def _explain_malformed(name: str) -> Iterator[None]:
     """Turn the exceptions that malformed content causes into a ConversionError that names it."""
     try:
         yield

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from levit_flax.configuration import DownOp, LevitConfig
 
 from .errors import ConversionError
-from .layouts import Shape, Structure
+from .layouts import _Shape, _Structure
 
 # The fields of a config that shapes determine. Labels, drop path and strides leave no trace in them.
-INFERRED_FIELDS = (
+_INFERRED_FIELDS = (
     "num_channels",
     "kernel_size",
     "hidden_sizes",
@@ -23,10 +23,10 @@ INFERRED_FIELDS = (
 )
 
 
-def infer_config(
-    shapes: Mapping[str, Shape],
+def _infer_config(
+    shapes: Mapping[str, _Shape],
     names: Mapping[str, str],
-    structure: Structure,
+    structure: _Structure,
     image_size: int | tuple[int, int] | None = None,
 ) -> LevitConfig:
     """Infer a config from the parameter shapes of a Flax tree.
@@ -78,10 +78,10 @@ def infer_config(
 class _Shapes:
     """Parameter shapes by path, and the checkpoint's names of the parameters for messages."""
 
-    shapes: Mapping[str, Shape]
+    shapes: Mapping[str, _Shape]
     names: Mapping[str, str]
 
-    def get(self, path: str, rank: int) -> Shape:
+    def get(self, path: str, rank: int) -> _Shape:
         path = f"params/{path}"
         found = self.shapes.get(path)
         if found is None or len(found) != rank:
@@ -92,7 +92,7 @@ class _Shapes:
             )
         return found
 
-    def kernel(self, path: str) -> Shape:
+    def kernel(self, path: str) -> _Shape:
         return self.get(f"{path}/linear/kernel", 2)
 
 

@@ -2,7 +2,7 @@
 
 A row holds the tensor's name in the file, its path in the variables, and the permutation of its axes. The rows of a
 layout are generated from the structure of a model alone, so they can be counted, inverted and tested without a
-checkpoint. To add a layout, write a generator of prefixes and its inverse, name the parts, and add it to `LAYOUTS`.
+checkpoint. To add a layout, write a generator of prefixes and its inverse, name the parts, and add it to `_LAYOUTS`.
 """
 
 import enum
@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from levit_flax.attention import offset_index
+from levit_flax.attention import _offset_index
 from levit_flax.configuration import LevitConfig
 
 from .errors import ConversionError
 
-Shape = tuple[int, ...]
+_Shape = tuple[int, ...]
 
 
-class Permutation(enum.Enum):
+class _Permutation(enum.Enum):
     """Permutation of a PyTorch tensor's axes into a Flax array's; the value is the order of PyTorch's axes."""
 
     SAME = ()
@@ -30,41 +30,41 @@ class Permutation(enum.Enum):
 
     def to_flax(self, tensor: np.ndarray) -> np.ndarray:
         """Return a view of a PyTorch tensor with Flax's axis order."""
-        if self is Permutation.SAME:
+        if self is _Permutation.SAME:
             return tensor
         array = tensor.transpose(self.value)
-        return array.squeeze((2, 3)) if self is Permutation.OI11_TO_IO else array
+        return array.squeeze((2, 3)) if self is _Permutation.OI11_TO_IO else array
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
         """Return a view of a Flax array with PyTorch's axis order."""
-        if self is Permutation.SAME:
+        if self is _Permutation.SAME:
             return array
-        if self is Permutation.OI11_TO_IO:
+        if self is _Permutation.OI11_TO_IO:
             array = array[..., None, None]
         return array.transpose(np.argsort(self.value))
 
-    def flax_shape(self, shape: Shape) -> Shape | None:
+    def flax_shape(self, shape: _Shape) -> _Shape | None:
         """Return the Flax shape of a PyTorch tensor of this shape, or None if the permutation does not apply."""
-        if self is Permutation.SAME:
+        if self is _Permutation.SAME:
             return shape
-        if len(shape) != len(self.value) or (self is Permutation.OI11_TO_IO and shape[2:] != (1, 1)):
+        if len(shape) != len(self.value) or (self is _Permutation.OI11_TO_IO and shape[2:] != (1, 1)):
             return None
         return self.to_flax(np.broadcast_to(False, shape)).shape
 
-    def torch_shape(self, shape: Shape) -> Shape:
+    def torch_shape(self, shape: _Shape) -> _Shape:
         """Return the PyTorch shape of a Flax array of this shape."""
         return self.to_torch(np.broadcast_to(False, shape)).shape
 
 
-class Row(NamedTuple):
+class _Row(NamedTuple):
     """A tensor: its name in the file, its path in the variables ("params/stem/..."), and its permutation."""
 
     torch: str
     flax: str
-    permutation: Permutation
+    permutation: _Permutation
 
 
-class Structure(NamedTuple):
+class _Structure(NamedTuple):
     """The properties of a model that determine its tensor names.
 
     Attributes:
@@ -82,7 +82,7 @@ class Structure(NamedTuple):
     folded: bool = False
 
     @classmethod
-    def of(cls, config: LevitConfig, heads: tuple[str, ...], folded: bool = False) -> "Structure":
+    def of(cls, config: LevitConfig, heads: tuple[str, ...], folded: bool = False) -> "_Structure":
         """Return the structure of a model with this config and these heads."""
         return cls(
             depths=config.depths,
@@ -93,7 +93,7 @@ class Structure(NamedTuple):
         )
 
 
-class Part(enum.Enum):
+class _Part(enum.Enum):
     """A part of the network, with the names of its linear layers in the Flax tree."""
 
     STEM = ("",)
@@ -103,10 +103,10 @@ class Part(enum.Enum):
     HEAD = ()
 
 
-Prefix = tuple[str, str, Part]  # in the file, in the Flax tree, of which part
+_Prefix = tuple[str, str, _Part]  # in the file, in the Flax tree, of which part
 
 
-class CheckpointLayout(NamedTuple):
+class _CheckpointLayout(NamedTuple):
     """A naming scheme for LeViT's tensors.
 
     Attributes:
@@ -129,7 +129,7 @@ class CheckpointLayout(NamedTuple):
     name: str
     marker: re.Pattern[str]
     folded_marker: re.Pattern[str] | None
-    prefixes: Callable[[Structure], Iterator[Prefix]]
+    prefixes: Callable[[_Structure], Iterator[_Prefix]]
     layers: Callable[[Iterable[str]], list[str]]
     heads: Mapping[str, str]
     linears: Mapping[str, str]
@@ -137,45 +137,45 @@ class CheckpointLayout(NamedTuple):
     linear: str
     head_linear: str
     norm: str
-    kernel: Permutation = Permutation.TRANSPOSE
+    kernel: _Permutation = _Permutation.TRANSPOSE
     index_tables: bool = False
 
-    def rows(self, structure: Structure) -> Iterator[Row]:
+    def rows(self, structure: _Structure) -> Iterator[_Row]:
         """Yield a row for every tensor of a model with this structure."""
         folded = structure.folded
         for torch, flax, part in self.prefixes(structure):
-            if part is Part.STEM:
+            if part is _Part.STEM:
                 conv = torch if folded else f"{torch}.{self.conv}"
-                yield Row(f"{conv}.weight", f"params/{flax}/conv/kernel", Permutation.OIHW_TO_HWIO)
+                yield _Row(f"{conv}.weight", f"params/{flax}/conv/kernel", _Permutation.OIHW_TO_HWIO)
                 yield from _bias_row(conv, f"{flax}/conv") if folded else _norm_rows(f"{torch}.{self.norm}", flax)
-            elif part is Part.HEAD:
+            elif part is _Part.HEAD:
                 if not folded:
                     yield from _norm_rows(f"{torch}.{self.norm}", flax)
                 linear = torch if folded else f"{torch}.{self.head_linear}"
-                yield Row(f"{linear}.weight", f"params/{flax}/linear/kernel", Permutation.TRANSPOSE)
+                yield _Row(f"{linear}.weight", f"params/{flax}/linear/kernel", _Permutation.TRANSPOSE)
                 yield from _bias_row(linear, f"{flax}/linear")
             else:
-                if part is not Part.MLP:
-                    yield Row(f"{torch}.attention_biases", f"params/{flax}/attention_biases", Permutation.TRANSPOSE)
+                if part is not _Part.MLP:
+                    yield _Row(f"{torch}.attention_biases", f"params/{flax}/attention_biases", _Permutation.TRANSPOSE)
                 for name in part.value:
                     layer = f"{torch}.{self.linears[name]}"
                     linear = layer if folded else f"{layer}.{self.linear}"
-                    yield Row(f"{linear}.weight", f"params/{flax}/{name}/linear/kernel", self.kernel)
+                    yield _Row(f"{linear}.weight", f"params/{flax}/{name}/linear/kernel", self.kernel)
                     yield from (
                         _bias_row(linear, f"{flax}/{name}/linear")
                         if folded
                         else _norm_rows(f"{layer}.{self.norm}", f"{flax}/{name}")
                     )
 
-    def tables(self, structure: Structure) -> dict[str, str]:
+    def tables(self, structure: _Structure) -> dict[str, str]:
         """Return the path of each table of attention biases, by the name of its index table."""
         return {
             f"{torch}.attention_bias_idxs": f"params/{flax}/attention_biases"
             for torch, flax, part in self.prefixes(structure)
-            if part in (Part.ATTENTION, Part.DOWNSAMPLE)
+            if part in (_Part.ATTENTION, _Part.DOWNSAMPLE)
         }
 
-    def structure(self, names: Iterable[str]) -> Structure:
+    def structure(self, names: Iterable[str]) -> _Structure:
         """Read the structure from the tensor names.
 
         Raises:
@@ -190,7 +190,7 @@ class CheckpointLayout(NamedTuple):
                     f" a downsampling (d) except in the last stage, found {' '.join(layers) or 'no layers'}. Check"
                     " that the checkpoint is complete."
                 )
-        return Structure(
+        return _Structure(
             depths=tuple(layers.count("a") for layers in stages),
             mlp=tuple("am" in layers for layers in stages),
             downsample_mlp=tuple(layers.endswith("dm") for layers in stages[:-1]),
@@ -201,46 +201,46 @@ class CheckpointLayout(NamedTuple):
         )
 
 
-def _norm_rows(torch: str, flax: str) -> Iterator[Row]:
+def _norm_rows(torch: str, flax: str) -> Iterator[_Row]:
     """Yield the five rows of a batch norm; `flax` is the path of its layer."""
-    yield Row(f"{torch}.weight", f"params/{flax}/norm/scale", Permutation.SAME)
-    yield Row(f"{torch}.bias", f"params/{flax}/norm/bias", Permutation.SAME)
-    yield Row(f"{torch}.running_mean", f"batch_stats/{flax}/norm/mean", Permutation.SAME)
-    yield Row(f"{torch}.running_var", f"batch_stats/{flax}/norm/var", Permutation.SAME)
-    yield Row(f"{torch}.num_batches_tracked", f"batch_stats/{flax}/norm/count", Permutation.SAME)
+    yield _Row(f"{torch}.weight", f"params/{flax}/norm/scale", _Permutation.SAME)
+    yield _Row(f"{torch}.bias", f"params/{flax}/norm/bias", _Permutation.SAME)
+    yield _Row(f"{torch}.running_mean", f"batch_stats/{flax}/norm/mean", _Permutation.SAME)
+    yield _Row(f"{torch}.running_var", f"batch_stats/{flax}/norm/var", _Permutation.SAME)
+    yield _Row(f"{torch}.num_batches_tracked", f"batch_stats/{flax}/norm/count", _Permutation.SAME)
 
 
-def _bias_row(torch: str, flax: str) -> Iterator[Row]:
+def _bias_row(torch: str, flax: str) -> Iterator[_Row]:
     """Yield the row of a bias."""
-    yield Row(f"{torch}.bias", f"params/{flax}/bias", Permutation.SAME)
+    yield _Row(f"{torch}.bias", f"params/{flax}/bias", _Permutation.SAME)
 
 
 _HF_HEADS = {"head": "classifier", "head_dist": "classifier_distill"}
 
 
-def _hf_prefixes(structure: Structure) -> Iterator[Prefix]:
+def _hf_prefixes(structure: _Structure) -> Iterator[_Prefix]:
     """Yield transformers' prefixes: layers are numbered per stage, and a downsampling ends the stage before it.
 
     In a model with heads, all other names start with `levit.`.
     """
     root = "levit." if structure.heads else ""
     for i in range(4):
-        yield f"{root}patch_embeddings.embedding_layer_{i + 1}", f"stem/conv_{i}", Part.STEM
+        yield f"{root}patch_embeddings.embedding_layer_{i + 1}", f"stem/conv_{i}", _Part.STEM
     for stage, depth in enumerate(structure.depths):
         layers = f"{root}encoder.stages.{stage}.layers"
         layer = 0
         for block in range(depth):
-            yield f"{layers}.{layer}.module", f"stage_{stage}/block_{block}/attention", Part.ATTENTION
+            yield f"{layers}.{layer}.module", f"stage_{stage}/block_{block}/attention", _Part.ATTENTION
             layer += 1
             if structure.mlp[stage]:
-                yield f"{layers}.{layer}.module", f"stage_{stage}/block_{block}/mlp", Part.MLP
+                yield f"{layers}.{layer}.module", f"stage_{stage}/block_{block}/mlp", _Part.MLP
                 layer += 1
         if stage < len(structure.depths) - 1:
-            yield f"{layers}.{layer}", f"downsample_{stage}/attention", Part.DOWNSAMPLE  # no residual, so no `.module`
+            yield f"{layers}.{layer}", f"downsample_{stage}/attention", _Part.DOWNSAMPLE  # no residual, so no `.module`
             if structure.downsample_mlp[stage]:
-                yield f"{layers}.{layer + 1}.module", f"downsample_{stage}/mlp", Part.MLP
+                yield f"{layers}.{layer + 1}.module", f"downsample_{stage}/mlp", _Part.MLP
     for head in structure.heads:
-        yield _HF_HEADS[head], head, Part.HEAD
+        yield _HF_HEADS[head], head, _Part.HEAD
 
 
 _HF_LAYER = re.compile(r"(?:levit\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.(?:module\.)?(\w+)\.")
@@ -260,26 +260,26 @@ def _hf_layers(names: Iterable[str]) -> list[str]:
 _SAME_HEADS = {"head": "head", "head_dist": "head_dist"}
 
 
-def _facebook_prefixes(structure: Structure) -> Iterator[Prefix]:
+def _facebook_prefixes(structure: _Structure) -> Iterator[_Prefix]:
     """Yield the original code's prefixes: blocks are numbered across stages, convolutions along with activations."""
     for i in range(4):
-        yield f"patch_embed.{2 * i}", f"stem/conv_{i}", Part.STEM
+        yield f"patch_embed.{2 * i}", f"stem/conv_{i}", _Part.STEM
     block = 0
     for stage, depth in enumerate(structure.depths):
         for i in range(depth):
-            yield f"blocks.{block}.m", f"stage_{stage}/block_{i}/attention", Part.ATTENTION
+            yield f"blocks.{block}.m", f"stage_{stage}/block_{i}/attention", _Part.ATTENTION
             block += 1
             if structure.mlp[stage]:
-                yield f"blocks.{block}.m", f"stage_{stage}/block_{i}/mlp", Part.MLP
+                yield f"blocks.{block}.m", f"stage_{stage}/block_{i}/mlp", _Part.MLP
                 block += 1
         if stage < len(structure.depths) - 1:
-            yield f"blocks.{block}", f"downsample_{stage}/attention", Part.DOWNSAMPLE  # no residual, so no `.m`
+            yield f"blocks.{block}", f"downsample_{stage}/attention", _Part.DOWNSAMPLE  # no residual, so no `.m`
             block += 1
             if structure.downsample_mlp[stage]:
-                yield f"blocks.{block}.m", f"downsample_{stage}/mlp", Part.MLP
+                yield f"blocks.{block}.m", f"downsample_{stage}/mlp", _Part.MLP
                 block += 1
     for head in structure.heads:
-        yield head, head, Part.HEAD
+        yield head, head, _Part.HEAD
 
 
 _FACEBOOK_BLOCK = re.compile(r"blocks\.(\d+)\.(m\.qkv|m\.0|kv)\.")
@@ -293,23 +293,23 @@ def _facebook_layers(names: Iterable[str]) -> list[str]:
     return re.findall("[am]*dm?|[am]+$", "".join(kind for _, kind in sorted(kinds.items())))
 
 
-def _timm_prefixes(structure: Structure) -> Iterator[Prefix]:
+def _timm_prefixes(structure: _Structure) -> Iterator[_Prefix]:
     """Yield timm's prefixes: a downsampling begins the stage after it."""
     for i in range(4):
-        yield f"stem.conv{i + 1}", f"stem/conv_{i}", Part.STEM
+        yield f"stem.conv{i + 1}", f"stem/conv_{i}", _Part.STEM
     for stage, depth in enumerate(structure.depths):
         if stage:
             downsample = f"stages.{stage}.downsample"
-            yield f"{downsample}.attn_downsample", f"downsample_{stage - 1}/attention", Part.DOWNSAMPLE
+            yield f"{downsample}.attn_downsample", f"downsample_{stage - 1}/attention", _Part.DOWNSAMPLE
             if structure.downsample_mlp[stage - 1]:
-                yield f"{downsample}.mlp", f"downsample_{stage - 1}/mlp", Part.MLP
+                yield f"{downsample}.mlp", f"downsample_{stage - 1}/mlp", _Part.MLP
         for i in range(depth):
             block = f"stages.{stage}.blocks.{i}"
-            yield f"{block}.attn", f"stage_{stage}/block_{i}/attention", Part.ATTENTION
+            yield f"{block}.attn", f"stage_{stage}/block_{i}/attention", _Part.ATTENTION
             if structure.mlp[stage]:
-                yield f"{block}.mlp", f"stage_{stage}/block_{i}/mlp", Part.MLP
+                yield f"{block}.mlp", f"stage_{stage}/block_{i}/mlp", _Part.MLP
     for head in structure.heads:
-        yield head, head, Part.HEAD
+        yield head, head, _Part.HEAD
 
 
 _TIMM_LAYER = re.compile(r"stages\.(\d+)\.(?:blocks\.(\d+)|downsample)\.(attn|attn_downsample|mlp)\.")
@@ -327,7 +327,7 @@ def _timm_layers(names: Iterable[str]) -> list[str]:
     return stages
 
 
-HF = CheckpointLayout(
+_HF = _CheckpointLayout(
     name="hf",
     marker=re.compile(r"(levit\.)?patch_embeddings\.embedding_layer_1\.convolution\.weight"),
     folded_marker=None,
@@ -347,7 +347,7 @@ HF = CheckpointLayout(
     head_linear="linear",
     norm="batch_norm",
 )
-TIMM = CheckpointLayout(
+_TIMM = _CheckpointLayout(
     name="timm",
     marker=re.compile(r"stem\.conv1\.linear\.weight"),
     folded_marker=re.compile(r"stem\.conv1\.weight"),
@@ -360,7 +360,7 @@ TIMM = CheckpointLayout(
     head_linear="linear",
     norm="bn",
 )
-FACEBOOK = CheckpointLayout(
+_FACEBOOK = _CheckpointLayout(
     name="facebook",
     marker=re.compile(r"patch_embed\.0\.c\.weight"),
     folded_marker=re.compile(r"patch_embed\.0\.weight"),
@@ -375,32 +375,32 @@ FACEBOOK = CheckpointLayout(
     index_tables=True,
 )
 
-# A layout and its convolutional form use the same names; `detect_layout` distinguishes them by shapes.
-LAYOUTS = {
+# A layout and its convolutional form use the same names; `_detect_layout` distinguishes them by shapes.
+_LAYOUTS = {
     layout.name: layout
     for layout in (
-        HF,
-        TIMM,
-        TIMM._replace(name="timm_conv", kernel=Permutation.OI11_TO_IO),
-        FACEBOOK,  # also timm before 0.8
-        FACEBOOK._replace(name="facebook_conv", kernel=Permutation.OI11_TO_IO),  # levit_c.py; read only
+        _HF,
+        _TIMM,
+        _TIMM._replace(name="timm_conv", kernel=_Permutation.OI11_TO_IO),
+        _FACEBOOK,  # also timm before 0.8
+        _FACEBOOK._replace(name="facebook_conv", kernel=_Permutation.OI11_TO_IO),  # levit_c.py; read only
     )
 }
 
 # Tensors that are not converted, by the last part of their name, each with the reason.
-IGNORED = {
+_IGNORED = {
     "attention_bias_idxs": "index tables, recomputed from the image size and compared",
 }
 
 
-def index_table(config: LevitConfig, path: str) -> np.ndarray:
+def _index_table(config: LevitConfig, path: str) -> np.ndarray:
     """Return the index table [Q K] of the attention biases at this path."""
     place, _, index = path.split("/")[1].rpartition("_")
     stride = config.down_ops[int(index)].stride if place == "downsample" else 1
-    return offset_index(config.grids[int(index)], stride)
+    return _offset_index(config.grids[int(index)], stride)
 
 
-def detect_layout(shapes: Mapping[str, Shape], where: str) -> CheckpointLayout:
+def _detect_layout(shapes: Mapping[str, _Shape], where: str) -> _CheckpointLayout:
     """Return the layout of a checkpoint, from its tensor names and the shapes of its kernels.
 
     Args:
@@ -412,14 +412,14 @@ def detect_layout(shapes: Mapping[str, Shape], where: str) -> CheckpointLayout:
     """
     found = [
         layout
-        for layout in LAYOUTS.values()
+        for layout in _LAYOUTS.values()
         if any(layout.marker.fullmatch(name) for name in shapes)
         or (layout.folded_marker and any(layout.folded_marker.fullmatch(name) for name in shapes))
     ]
     if not found:
         shown = ", ".join(list(shapes)[:3]) or "none"
         raise ConversionError(
-            f"{where} does not contain a LeViT in a known layout ({', '.join(LAYOUTS)}): expected a tensor named"
+            f"{where} does not contain a LeViT in a known layout ({', '.join(_LAYOUTS)}): expected a tensor named"
             " levit.patch_embeddings.embedding_layer_1.convolution.weight, stem.conv1.linear.weight or"
             f" patch_embed.0.c.weight, found {len(shapes)} tensors ({shown}, ...). Check that it is a LeViT checkpoint."
         )
@@ -430,9 +430,9 @@ def detect_layout(shapes: Mapping[str, Shape], where: str) -> CheckpointLayout:
             " the tensors of the other model."
         )
 
-    def count_kernels(layout: CheckpointLayout) -> int:
+    def count_kernels(layout: _CheckpointLayout) -> int:
         rank = len(layout.kernel.value)
-        stem = [prefix for prefix, _, part in layout.prefixes(Structure((), (), (), ())) if part is Part.STEM]
+        stem = [prefix for prefix, _, part in layout.prefixes(_Structure((), (), (), ())) if part is _Part.STEM]
         return sum(
             len(shape) == rank and name.endswith(".weight") and not name.startswith(tuple(stem))
             for name, shape in shapes.items()

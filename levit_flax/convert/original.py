@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from levit_flax.configuration import LevitConfig
 
 
-class TokenNorm(nn.BatchNorm1d):
+class _TokenNorm(nn.BatchNorm1d):
     """Batch norm over the batch and token axes."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -23,32 +23,32 @@ class TokenNorm(nn.BatchNorm1d):
         return super().forward(x.flatten(0, 1)).view_as(x)
 
 
-def normed(layer: nn.Module, norm: nn.Module) -> nn.Module:
+def _normed(layer: nn.Module, norm: nn.Module) -> nn.Module:
     """Return a layer and its batch norm under the names `c` and `bn`."""
     return nn.Sequential(OrderedDict(c=layer, bn=norm))
 
 
-def linear(inputs: int, outputs: int, fused: bool) -> nn.Module:
+def _linear(inputs: int, outputs: int, fused: bool) -> nn.Module:
     """Return the original `Linear_BN`, or its fused form."""
     if fused:
         return nn.Linear(inputs, outputs)
-    return normed(nn.Linear(inputs, outputs, bias=False), TokenNorm(outputs))
+    return _normed(nn.Linear(inputs, outputs, bias=False), _TokenNorm(outputs))
 
 
-def conv(inputs: int, outputs: int, config: LevitConfig, fused: bool) -> nn.Module:
+def _conv(inputs: int, outputs: int, config: LevitConfig, fused: bool) -> nn.Module:
     """Return the original `Conv2d_BN`, or its fused form."""
     layer = nn.Conv2d(inputs, outputs, config.kernel_size, config.stride, config.padding, bias=fused)
-    return layer if fused else normed(layer, nn.BatchNorm2d(outputs))
+    return layer if fused else _normed(layer, nn.BatchNorm2d(outputs))
 
 
-def head(inputs: int, outputs: int, fused: bool) -> nn.Module:
+def _head(inputs: int, outputs: int, fused: bool) -> nn.Module:
     """Return the original `BN_Linear`, or its fused form."""
     if fused:
         return nn.Linear(inputs, outputs)
     return nn.Sequential(OrderedDict(bn=nn.BatchNorm1d(inputs), l=nn.Linear(inputs, outputs)))
 
 
-class Residual(nn.Module):
+class _Residual(nn.Module):
     """Add the output of the inner module to its input."""
 
     def __init__(self, m: nn.Module) -> None:
@@ -60,7 +60,7 @@ class Residual(nn.Module):
         return x + self.m(x)
 
 
-class Attention(nn.Module):
+class _Attention(nn.Module):
     """Self-attention on a grid of tokens; with a stride, only every `stride`-th token in each direction is a query."""
 
     def __init__(
@@ -78,11 +78,11 @@ class Attention(nn.Module):
         self.heads, self.key_dim, self.grid, self.stride = heads, key_dim, grid, stride
         keys, values = heads * key_dim, heads * key_dim * ratio
         if stride is None:
-            self.qkv = linear(inputs, 2 * keys + values, fused)
+            self.qkv = _linear(inputs, 2 * keys + values, fused)
         else:
-            self.kv = linear(inputs, keys + values, fused)
-            self.q = nn.Sequential(nn.Identity(), linear(inputs, keys, fused))
-        self.proj = nn.Sequential(nn.Hardswish(), linear(values, outputs, fused))
+            self.kv = _linear(inputs, keys + values, fused)
+            self.q = nn.Sequential(nn.Identity(), _linear(inputs, keys, fused))
+        self.proj = nn.Sequential(nn.Hardswish(), _linear(values, outputs, fused))
         self.attention_biases = nn.Parameter(torch.zeros(heads, grid[0] * grid[1]))
         self.register_buffer("attention_bias_idxs", self.offsets())
 
@@ -119,7 +119,7 @@ class Attention(nn.Module):
         return tuple(x.split(sizes, -1))
 
 
-class OriginalLevit(nn.Module):
+class _OriginalLevit(nn.Module):
     """The complete model. Its logits in evaluation mode are the average of its heads, as in the original.
 
     Args:
@@ -134,28 +134,31 @@ class OriginalLevit(nn.Module):
         stem: list[nn.Module] = []
         channels = [config.num_channels, widths[0] // 8, widths[0] // 4, widths[0] // 2, widths[0]]
         for inputs, outputs in itertools.pairwise(channels):
-            stem += [conv(inputs, outputs, config, fused), nn.Hardswish()]
+            stem += [_conv(inputs, outputs, config, fused), nn.Hardswish()]
         self.patch_embed = nn.Sequential(*stem[:-1])
 
         def mlp(width: int, ratio: int) -> list[nn.Module]:
             if not ratio:
                 return []
-            layers = linear(width, ratio * width, fused), nn.Hardswish(), linear(ratio * width, width, fused)
-            return [Residual(nn.Sequential(*layers))]
+            layers = _linear(width, ratio * width, fused), nn.Hardswish(), _linear(ratio * width, width, fused)
+            return [_Residual(nn.Sequential(*layers))]
 
         blocks: list[nn.Module] = []
         for i, width in enumerate(widths):
             for _ in range(config.depths[i]):
                 shape = config.key_dim[i], config.num_attention_heads[i], config.attention_ratio[i], grids[i]
-                blocks += [Residual(Attention(width, width, *shape, None, fused)), *mlp(width, config.mlp_ratio[i])]
+                blocks += [_Residual(_Attention(width, width, *shape, None, fused)), *mlp(width, config.mlp_ratio[i])]
             if i < len(widths) - 1:
                 op = config.down_ops[i]
                 shape = op.key_dim, op.num_attention_heads, op.attention_ratio, grids[i]
-                blocks += [Attention(width, widths[i + 1], *shape, op.stride, fused), *mlp(widths[i + 1], op.mlp_ratio)]
+                blocks += [
+                    _Attention(width, widths[i + 1], *shape, op.stride, fused),
+                    *mlp(widths[i + 1], op.mlp_ratio),
+                ]
         self.blocks = nn.Sequential(*blocks)
         self.head_names = heads
         for name in heads:
-            self.add_module(name, head(widths[-1], config.num_labels, fused))
+            self.add_module(name, _head(widths[-1], config.num_labels, fused))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map [B C H W] to logits [B num_labels], or to the last stage's tokens [B N C] if there are no heads."""

@@ -1,11 +1,11 @@
 """Build plain data and tensors from a pickle, without running code from it.
 
 A pickle is a program whose instructions import names and call them, so Python's unpicklers are not used. `pickletools`
-splits the pickle into instructions, and `Machine` executes the few that containers, numbers, strings and tensors need:
+splits the pickle into instructions, and `_Machine` executes the few that containers, numbers, strings and tensors need:
 
 - A global is looked up by its exact name in a fixed table and never imported.
 - Values on the stack are data, never callables; a call looks up its target's name in a second table.
-- Objects that training scripts save with the weights (`argparse.Namespace` and the like) stay `Inert` records.
+- Objects that training scripts save with the weights (`argparse.Namespace` and the like) stay `_Inert` records.
 - Everything else is refused by name.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from .errors import ConversionError
 
-STORAGES = {
+_STORAGES = {
     "torch.DoubleStorage": np.dtype(np.float64),
     "torch.FloatStorage": np.dtype(np.float32),
     "torch.HalfStorage": np.dtype(np.float16),
@@ -74,11 +74,11 @@ _MAX_DEPTH = 64
 _MAX_DIMENSIONS = 64  # numpy's limit
 # torch.Tensor.expand repeats a storage for free, but copies of the tensor have the full size.
 _MAX_EXPANDED = 2**20
-SAVE_WEIGHTS_ALONE = "if you trust the file, load it with PyTorch and save its state dict alone with torch.save"
+_SAVE_WEIGHTS_ALONE = "if you trust the file, load it with PyTorch and save its state dict alone with torch.save"
 
 
 @dataclasses.dataclass
-class Inert:
+class _Inert:
     """Record of an object that a checkpoint contains besides weights; the object itself is never built.
 
     Attributes:
@@ -93,21 +93,21 @@ class Inert:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Storage:
+class _Storage:
     """The flat array that tensors are views of: C-contiguous, read-only, in native byte order."""
 
     elements: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
-class Global:
+class _Global:
     """Placeholder for a class or function of PyTorch or Python whose name is allowed."""
 
     name: str
 
 
 def _rebuild_tensor(
-    storage: Storage,
+    storage: _Storage,
     offset: int,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
@@ -117,7 +117,7 @@ def _rebuild_tensor(
 ) -> np.ndarray:
     """Return a read-only view of a storage; offset and strides are in elements."""
     numbers = (offset, *shape, *strides)
-    if type(storage) is not Storage or any(type(n) is not int or not 0 <= n <= sys.maxsize for n in numbers):
+    if type(storage) is not _Storage or any(type(n) is not int or not 0 <= n <= sys.maxsize for n in numbers):
         raise ValueError("a tensor is not described by a storage and integers")
     if len(shape) != len(strides) or len(shape) > _MAX_DIMENSIONS:
         raise ValueError(f"a tensor has {len(shape)} dimensions and {len(strides)} strides")
@@ -165,20 +165,20 @@ _CONSTRUCTORS: dict[str, Callable[..., object]] = {
 }
 
 
-def refused_global(name: str) -> ConversionError:
+def _refused_global(name: str) -> ConversionError:
     """Return the error for a global that is not allowed."""
     return ConversionError(
-        f"it contains {name!r:.100}, which is not plain data and could execute code; " + SAVE_WEIGHTS_ALONE
+        f"it contains {name!r:.100}, which is not plain data and could execute code; " + _SAVE_WEIGHTS_ALONE
     )
 
 
-class Machine:
+class _Machine:
     """Execute the pickle instructions that plain data and tensors need.
 
     Source: CPython Lib/pickletools.py, which documents every instruction.
     """
 
-    def __init__(self, load_storage: Callable[[object], Storage]) -> None:
+    def __init__(self, load_storage: Callable[[object], _Storage]) -> None:
         self._load_storage = load_storage
         self._stack: list[Any] = []
         self._outer_stacks: list[list[Any]] = []  # one per open mark
@@ -244,7 +244,7 @@ class Machine:
             case _:
                 raise ConversionError(
                     f"its pickle has the instruction {instruction}, which plain data does not need and which could"
-                    " execute code; " + SAVE_WEIGHTS_ALONE
+                    " execute code; " + _SAVE_WEIGHTS_ALONE
                 )
 
     def _pop(self, count: int) -> list[Any]:
@@ -276,35 +276,35 @@ class Machine:
         full_name = f"{module}.{name}"
         if full_name in _DTYPES:
             self._stack.append(full_name)
-        elif full_name in _CONSTRUCTORS or full_name in STORAGES or full_name in _INERT:
-            self._stack.append(Global(full_name))
+        elif full_name in _CONSTRUCTORS or full_name in _STORAGES or full_name in _INERT:
+            self._stack.append(_Global(full_name))
         else:
-            raise refused_global(full_name)
+            raise _refused_global(full_name)
 
     def _call(self, target: object, arguments: object) -> None:
-        if type(target) is not Global or target.name in STORAGES or type(arguments) is not tuple:
+        if type(target) is not _Global or target.name in _STORAGES or type(arguments) is not tuple:
             raise ValueError("it calls an object that is not a constructor")
         if target.name in _INERT:
-            self._stack.append(Inert(target.name, arguments))
+            self._stack.append(_Inert(target.name, arguments))
         else:
             self._stack.append(_CONSTRUCTORS[target.name](*arguments))
 
     def _set_state(self, state: object) -> None:
         target = self._stack[-1]
-        if type(target) is Inert:
+        if type(target) is _Inert:
             target.state = state
         elif type(target) is not OrderedDict:  # attributes of an OrderedDict are dropped
             raise ValueError("it sets attributes on an object that has none")
 
 
-def check_nesting(value: object) -> None:
+def _check_nesting(value: object) -> None:
     """Raise ConversionError if containers contain themselves or are nested too deeply."""
     level = [value]
     for _ in range(_MAX_DEPTH):
         level = list({id(child): child for parent in level for child in _children(parent)}.values())
         if not level:
             return
-    raise ConversionError(f"its containers are nested more than {_MAX_DEPTH} levels deep; " + SAVE_WEIGHTS_ALONE)
+    raise ConversionError(f"its containers are nested more than {_MAX_DEPTH} levels deep; " + _SAVE_WEIGHTS_ALONE)
 
 
 def _children(value: object) -> Iterable[object]:
@@ -312,6 +312,6 @@ def _children(value: object) -> Iterable[object]:
         return value.values()
     if isinstance(value, list | tuple):
         return value
-    if isinstance(value, Inert):
+    if isinstance(value, _Inert):
         return (value.arguments, value.state)
     return ()

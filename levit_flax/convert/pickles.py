@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from .errors import ConversionError
-from .pickle_machine import SAVE_WEIGHTS_ALONE, STORAGES, Global, Machine, Storage, check_nesting, refused_global
+from .pickle_machine import _SAVE_WEIGHTS_ALONE, _STORAGES, _check_nesting, _Global, _Machine, _refused_global, _Storage
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
@@ -31,7 +31,7 @@ _MALFORMED_ZIP = (*_MALFORMED, zipfile.BadZipFile, NotImplementedError)
 _MALFORMED_LEGACY = (*_MALFORMED, pickle.UnpicklingError, RuntimeError, EOFError, AssertionError, AttributeError)
 
 
-def read_pickle(path: Path) -> object:
+def _read_pickle(path: Path) -> object:
     """Read a checkpoint written by `torch.save` (`.pth`, `.pt`, `.bin`) without running code from it.
 
     PyTorch is not required, except for files in the format used before PyTorch 1.6, which `torch.load` reads with
@@ -78,12 +78,12 @@ def _describe_foreign_file(start: bytes) -> str:
 def _read_zip(path: Path) -> object:
     try:
         checkpoint = _ZipCheckpoint(path)
-        value = Machine(checkpoint.load_storage).run(checkpoint.read_entry("data.pkl").tobytes())
+        value = _Machine(checkpoint.load_storage).run(checkpoint.read_entry("data.pkl").tobytes())
     except ConversionError:
         raise
     except _MALFORMED_ZIP as error:
         raise ConversionError(f"it is truncated or damaged ({error!s:.200}); copy or download it again") from error
-    check_nesting(value)
+    _check_nesting(value)
     return value
 
 
@@ -99,7 +99,7 @@ class _ZipCheckpoint:
             raise ValueError("two of its entries have the same name")
         self._folder = self._find_folder()
         self._byteorder = self._read_byteorder()
-        self._storages: dict[str, Storage] = {}
+        self._storages: dict[str, _Storage] = {}
 
     def _find_folder(self) -> str:
         """Return the single top-level folder, which is named after the file that was first saved."""
@@ -146,11 +146,11 @@ class _ZipCheckpoint:
             raise ValueError(f"its entry {name!r:.50} does not match its checksum")
         return content
 
-    def load_storage(self, identifier: object) -> Storage:
+    def load_storage(self, identifier: object) -> _Storage:
         """Return the storage of a persistent identifier ("storage", class, key, device, length)."""
         match identifier:
-            case ("storage", Global(name), str(key), str(), int(length)) if name in STORAGES:
-                dtype = STORAGES[name]
+            case ("storage", _Global(name), str(key), str(), int(length)) if name in _STORAGES:
+                dtype = _STORAGES[name]
             case _:
                 raise ValueError("a reference to a storage is malformed")
         if key not in self._storages:
@@ -158,7 +158,7 @@ class _ZipCheckpoint:
             if self._byteorder != sys.byteorder:
                 elements = elements.view(f"u{dtype.itemsize}").byteswap().view(dtype)
                 elements.flags.writeable = False
-            self._storages[key] = Storage(elements)
+            self._storages[key] = _Storage(elements)
         storage = self._storages[key]
         if (storage.elements.dtype, storage.elements.size) != (dtype, length):
             raise ValueError(f"storage {key!r:.50} does not have the type or length in the reference to it")
@@ -175,17 +175,17 @@ def _read_legacy(path: Path) -> object:
         ) from error
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
-        check_nesting(value)
+        _check_nesting(value)
         return _with_arrays(value)
     except ConversionError:
         raise
     except _MALFORMED_LEGACY as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
-            raise refused_global(refused[1]) from error
+            raise _refused_global(refused[1]) from error
         raise ConversionError(
             "torch.load(weights_only=True) rejects it as damaged or as more than plain weights; copy or download it"
-            " again, or " + SAVE_WEIGHTS_ALONE
+            " again, or " + _SAVE_WEIGHTS_ALONE
         ) from error
 
 
@@ -194,7 +194,7 @@ def _with_arrays(value: Any) -> Any:
     import torch
 
     if isinstance(value, torch.Tensor):
-        array = as_numpy(value)
+        array = _as_numpy(value)
         array.flags.writeable = False
         return array
     if isinstance(value, dict):
@@ -206,7 +206,7 @@ def _with_arrays(value: Any) -> Any:
     return str(value) if isinstance(value, torch.dtype) else value
 
 
-def as_numpy(tensor: Any) -> np.ndarray:
+def _as_numpy(tensor: Any) -> np.ndarray:
     """Return a tensor of any library as a NumPy array, without importing PyTorch for those of others."""
     if not hasattr(tensor, "detach"):
         return np.asarray(tensor)

@@ -12,13 +12,13 @@ import numpy as np
 
 from levit_flax.modeling import LevitBase, Variables
 
-from .conversion import Conversion
+from .conversion import _Conversion
 from .errors import ConversionError
-from .sources import Source
-from .verification import PROBE_SEED, PROBES, Comparison, PyTorchComparison
+from .sources import _Source
+from .verification import _PROBE_SEED, _PROBES, _Comparison, _PyTorchComparison
 
 
-class Result(Protocol):
+class _Result(Protocol):
     """The result of one verification; `str` returns it as a sentence without its full stop."""
 
     @property
@@ -65,7 +65,7 @@ class _SameTensors:
 
 
 @dataclass(frozen=True)
-class RoundTrip(_SameTensors):
+class _RoundTrip(_SameTensors):
     """The comparison of the source with the conversion converted back; `dtype` is the requested dtype, if any."""
 
     dtype: Any = None
@@ -77,15 +77,15 @@ class RoundTrip(_SameTensors):
 
 
 @dataclass(frozen=True)
-class ReadBack(_SameTensors):
+class _ReadBack(_SameTensors):
     """The comparison of a written PyTorch file with the model, after reading and converting it."""
 
 
 @dataclass(frozen=True)
-class Surgery:
+class _Surgery:
     """The comparison of the model's logits before and after merging heads and folding batch norms."""
 
-    logits: Comparison
+    logits: _Comparison
 
     @property
     def passed(self) -> bool:
@@ -101,10 +101,10 @@ class Surgery:
 
 
 @dataclass(frozen=True)
-class Parity:
+class _Parity:
     """The comparison of the converted model with PyTorch."""
 
-    comparison: PyTorchComparison
+    comparison: _PyTorchComparison
 
     @property
     def passed(self) -> bool:
@@ -118,8 +118,8 @@ class Parity:
         """Return the result JSON-ready."""
         return {
             "reference": self.comparison.reference,
-            "probes": PROBES,
-            "seed": PROBE_SEED,
+            "probes": _PROBES,
+            "seed": _PROBE_SEED,
             "passed": self.passed,
             **self.comparison.logits._asdict(),
             "blocks": {
@@ -130,7 +130,7 @@ class Parity:
 
 
 @dataclass(frozen=True)
-class Skipped:
+class _Skipped:
     """A comparison with PyTorch that did not take place."""
 
     reason: str
@@ -149,7 +149,7 @@ class Skipped:
         return {"passed": None, "outcome": self.outcome, "because": self.reason}
 
 
-def _difference(comparison: Comparison) -> str:
+def _difference(comparison: _Comparison) -> str:
     return (
         f"at most {comparison.absolute:.1e}, or {comparison.relative:.1e} of the largest value (limit"
         f" {comparison.limit:.0e})"
@@ -157,7 +157,7 @@ def _difference(comparison: Comparison) -> str:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class _Checkpoint:
     """The content of a PyTorch checkpoint.
 
     Attributes:
@@ -187,7 +187,7 @@ class Checkpoint:
     notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, source: Source, conversion: Conversion) -> "Checkpoint":
+    def of(cls, source: _Source, conversion: _Conversion) -> "_Checkpoint":
         """Describe a converted checkpoint."""
         model, config = conversion.model, conversion.model.config
         return cls(
@@ -248,7 +248,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Written:
+class _Written:
     """The model that was written, and its files.
 
     Attributes:
@@ -272,7 +272,7 @@ class Written:
     @classmethod
     def of(
         cls, model: LevitBase, variables: Variables, directory: Path, layout: str, note: str | None = None
-    ) -> "Written":
+    ) -> "_Written":
         """Describe a model that was written into a directory."""
         return cls(
             model_class=type(model).__name__,
@@ -310,7 +310,7 @@ def _versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Report:
+class _Report:
     """The report of a conversion.
 
     Attributes:
@@ -322,9 +322,9 @@ class Report:
     """
 
     source: Mapping[str, Any]
-    checkpoint: Checkpoint | None
-    results: Mapping[str, Result]
-    written: Written
+    checkpoint: _Checkpoint | None
+    results: Mapping[str, _Result]
+    written: _Written
     versions: Mapping[str, str] = field(default_factory=_versions)
 
     def check(self) -> None:
@@ -358,7 +358,7 @@ class Report:
         lines = ["# Conversion report", "", "| | |", "|---|---|"]
         lines += [f"| {name} | {text} |" for name, text in self.summary().items()]
         parity = self.results.get("PyTorch")
-        if isinstance(parity, Parity):
+        if isinstance(parity, _Parity):
             lines += [
                 "",
                 "Largest difference after each block:",

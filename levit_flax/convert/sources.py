@@ -13,30 +13,30 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from levit_flax import hub
-from levit_flax.checkpoint import CONFIG_FILE, TORCH_WEIGHT_FILES
-from levit_flax.hub import HubOptions, Resolved
-from levit_flax.image_processing import PROCESSOR_FILE
+from levit_flax.checkpoint import _CONFIG_FILE, _TORCH_WEIGHT_FILES
+from levit_flax.hub import _HubOptions, _Resolved
+from levit_flax.image_processing import _PROCESSOR_FILE
 
 from .errors import ConversionError
-from .layouts import Shape
-from .pickles import as_numpy, read_pickle
+from .layouts import _Shape
+from .pickles import _as_numpy, _read_pickle
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".json")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".json")
 
 # The keys under which training scripts save the weights and their moving average (EMA).
-WRAPPERS = ("model", "state_dict")
-EMA_WRAPPERS = ("model_ema", "state_dict_ema")
+_WRAPPERS = ("model", "state_dict")
+_EMA_WRAPPERS = ("model_ema", "state_dict_ema")
 # Prefixes that DistributedDataParallel and torch.compile add to every name, and the one that transformers adds to every
 # name outside the heads, which are all names if a classification model has no classes (num_labels=0).
-NAME_PREFIXES = ("module.", "_orig_mod.", "levit.")
+_NAME_PREFIXES = ("module.", "_orig_mod.", "levit.")
 
 # torch.hub's convention: names of published files contain the first eight digits of their SHA-256.
-HASH_IN_NAME = re.compile(r"-([0-9a-f]{8})\.[a-z]+")
+_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8})\.[a-z]+")
 
-Tensors = Mapping[str, np.ndarray]
+_Tensors = Mapping[str, np.ndarray]
 
 
-class Source(NamedTuple):
+class _Source(NamedTuple):
     """An opened checkpoint.
 
     Attributes:
@@ -52,8 +52,8 @@ class Source(NamedTuple):
     """
 
     where: str
-    tensors: Tensors
-    shapes: Mapping[str, Shape]
+    tensors: _Tensors
+    shapes: Mapping[str, _Shape]
     wrappers: tuple[str, ...]
     notes: tuple[str, ...]
     config: dict[str, Any] | None
@@ -62,7 +62,7 @@ class Source(NamedTuple):
     provenance: dict[str, Any]
 
 
-class SafetensorsFile(Mapping[str, np.ndarray]):
+class _SafetensorsFile(Mapping[str, np.ndarray]):
     """The tensors of one safetensors file, each read on access.
 
     The file is not memory-mapped, because pages of a map stay resident until it is closed.
@@ -101,7 +101,7 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
 class _Renamed(Mapping[str, np.ndarray]):
     """Tensors of one or several files under new names."""
 
-    def __init__(self, homes: dict[str, tuple[Tensors, str]]) -> None:
+    def __init__(self, homes: dict[str, tuple[_Tensors, str]]) -> None:
         self.homes = homes
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -115,12 +115,12 @@ class _Renamed(Mapping[str, np.ndarray]):
         return len(self.homes)
 
 
-def open_source(
+def _open_source(
     source: str | Path | Mapping[str, Any],
     *,
     ema: bool = False,
-    options: HubOptions = hub.DEFAULTS,
-) -> Source:
+    options: _HubOptions = hub._DEFAULTS,
+) -> _Source:
     """Open a weight file, a directory, a Hub repository or a mapping.
 
     Args:
@@ -136,23 +136,23 @@ def open_source(
         weights = _check_tensors(source, "the mapping", ema)
         return _gather("the mapping", [(weights, None)], (), {"source": "a mapping of tensors"})
     path = Path(source).expanduser()
-    if not path.exists() and path.suffix in WEIGHT_SUFFIXES:
+    if not path.exists() and path.suffix in _WEIGHT_SUFFIXES:
         raise FileNotFoundError(
             f"There is no file {path}: expected a weight file, a directory or a Hub id. Check the path."
         )
     if path.is_file():
         return _open_weights(path, {"source": str(source)}, ema)
-    resolved = hub.resolve(source, weights=TORCH_WEIGHT_FILES, files=(CONFIG_FILE, PROCESSOR_FILE), options=options)
-    return open_resolved(source, resolved, ema)
+    resolved = hub._resolve(source, weights=_TORCH_WEIGHT_FILES, files=(_CONFIG_FILE, _PROCESSOR_FILE), options=options)
+    return _open_resolved(source, resolved, ema)
 
 
-def open_resolved(source: str | Path, resolved: Resolved, ema: bool = False) -> Source:
+def _open_resolved(source: str | Path, resolved: _Resolved, ema: bool = False) -> _Source:
     """Open the weights found in a directory or a Hub repository; `source` is the user's name for it."""
     provenance = {"source": str(source)} | ({"revision": resolved.revision} if resolved.revision else {})
     return _open_weights(cast(Path, resolved.weights), provenance, ema)
 
 
-def _open_weights(path: Path, provenance: dict[str, Any], ema: bool) -> Source:
+def _open_weights(path: Path, provenance: dict[str, Any], ema: bool) -> _Source:
     """Open a weight file, or the shards that an index lists."""
     files = _list_shards(path) if path.suffix == ".json" else {path: None}
     notes = tuple(filter(None, map(_check_hash, files)))
@@ -176,7 +176,7 @@ def _gather(
     files: tuple[Path, ...],
     provenance: dict[str, Any],
     notes: tuple[str, ...] = (),
-) -> Source:
+) -> _Source:
     """Combine the weights of one or several files, and remove the prefixes that all names share."""
     directory = files[0].parent if files else None
     homes, shapes = {}, {}
@@ -184,11 +184,11 @@ def _gather(
         for name in weights.tensors if names is None else names:
             homes[name], shapes[name] = (weights.tensors, name), weights.shapes[name]
     wrappers = [wrapper for weights, _ in parts for wrapper in weights.wrappers]
-    while homes and (prefix := next((p for p in NAME_PREFIXES if all(n.startswith(p) for n in homes)), None)):
+    while homes and (prefix := next((p for p in _NAME_PREFIXES if all(n.startswith(p) for n in homes)), None)):
         wrappers.append(prefix)
         homes = {name.removeprefix(prefix): home for name, home in homes.items()}
         shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
-    return Source(
+    return _Source(
         where=where,
         tensors=_Renamed(homes),
         shapes=shapes,
@@ -203,8 +203,8 @@ def _gather(
 
 def _check_hash(path: Path) -> str | None:
     """Warn if the hash in a file's name is not the file's own, and return the warning."""
-    match = HASH_IN_NAME.search(path.name)
-    if match is None or (digest := sha256(path)).startswith(match[1]):
+    match = _HASH_IN_NAME.search(path.name)
+    if match is None or (digest := _sha256(path)).startswith(match[1]):
         return None
     note = (
         f"{path.name} does not match the hash in its name: expected a SHA-256 that begins with {match[1]}, found"
@@ -235,10 +235,10 @@ def _list_shards(index: Path) -> dict[Path, list[str]]:
 
 
 class _Weights(NamedTuple):
-    """The content of one file or mapping; the attributes are those of `Source`."""
+    """The content of one file or mapping; the attributes are those of `_Source`."""
 
-    tensors: Tensors
-    shapes: Mapping[str, Shape]
+    tensors: _Tensors
+    shapes: Mapping[str, _Shape]
     wrappers: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -252,14 +252,14 @@ def _read_weights(path: Path, ema: bool) -> _Weights:
     if path.suffix == ".safetensors" or start[8:] == b"{":
         if ema:
             raise _no_average(str(path))
-        tensors = SafetensorsFile(path)
+        tensors = _SafetensorsFile(path)
         return _Weights(tensors, tensors.shapes)
-    return _check_tensors(read_pickle(path), str(path), ema)
+    return _check_tensors(_read_pickle(path), str(path), ema)
 
 
 def _no_average(where: str) -> ConversionError:
     return ConversionError(
-        f"{where} has no averaged weights: expected {' or '.join(EMA_WRAPPERS)}. Remove ema=True to convert the last"
+        f"{where} has no averaged weights: expected {' or '.join(_EMA_WRAPPERS)}. Remove ema=True to convert the last"
         " ones."
     )
 
@@ -267,7 +267,7 @@ def _no_average(where: str) -> ConversionError:
 def _check_tensors(value: object, where: str, ema: bool = False) -> _Weights:
     """Return the state dict inside a training checkpoint, or raise ConversionError if there is none."""
     value, wrappers, notes = _unwrap(value, where, ema)
-    if ema and not any(wrapper in EMA_WRAPPERS for wrapper in wrappers):
+    if ema and not any(wrapper in _EMA_WRAPPERS for wrapper in wrappers):
         raise _no_average(where)
     if not isinstance(value, Mapping):
         raise ConversionError(
@@ -281,7 +281,7 @@ def _check_tensors(value: object, where: str, ema: bool = False) -> _Weights:
                 f"{where} is not a state dict: expected a tensor under every name, found an object of type"
                 f" {type(tensor).__name__} under {name!r}."
             )
-        tensors[name] = as_numpy(tensor)
+        tensors[name] = _as_numpy(tensor)
     return _Weights(tensors, {name: array.shape for name, array in tensors.items()}, tuple(wrappers), tuple(notes))
 
 
@@ -290,14 +290,14 @@ def _unwrap(value: object, where: str, ema: bool) -> tuple[object, list[str], li
     wrappers: list[str] = []
     notes: list[str] = []
     while isinstance(value, Mapping):
-        present = [key for key in (*WRAPPERS, *EMA_WRAPPERS) if isinstance(value.get(key), Mapping)]
-        averaged = [key for key in present if key in EMA_WRAPPERS]
-        plain = [key for key in present if key in WRAPPERS]
+        present = [key for key in (*_WRAPPERS, *_EMA_WRAPPERS) if isinstance(value.get(key), Mapping)]
+        averaged = [key for key in present if key in _EMA_WRAPPERS]
+        plain = [key for key in present if key in _WRAPPERS]
         if not present:
             break
         if averaged and not plain and not ema:
             raise ConversionError(
-                f"{where} has only averaged weights: expected {' or '.join(WRAPPERS)}, found {averaged[0]}. Pass"
+                f"{where} has only averaged weights: expected {' or '.join(_WRAPPERS)}, found {averaged[0]}. Pass"
                 " ema=True to convert those."
             )
         if averaged and not ema:
@@ -310,7 +310,7 @@ def _unwrap(value: object, where: str, ema: bool) -> tuple[object, list[str], li
 
 def _read_config(directory: Path) -> dict[str, Any] | None:
     """Return the parsed config.json of a directory, or None if there is none."""
-    path = directory / CONFIG_FILE
+    path = directory / _CONFIG_FILE
     return _read_json(path) if path.is_file() else None
 
 
@@ -327,7 +327,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def sha256(path: Path) -> str:
+def _sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

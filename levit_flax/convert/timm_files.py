@@ -13,17 +13,17 @@ from PIL import Image
 
 from levit_flax.configuration import VARIANTS, LevitConfig
 from levit_flax.image_processing import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    TIMM_CROP_PCT,
+    _IMAGENET_MEAN,
+    _IMAGENET_STD,
+    _TIMM_CROP_PCT,
     LevitImageProcessor,
-    size_for_edge,
+    _size_for_edge,
 )
 
-from .errors import ConversionError, explain_malformed
+from .errors import ConversionError, _explain_malformed
 
 # Our names for the arguments of timm's model that define the architecture.
-ARGUMENTS = {
+_ARGUMENTS = {
     "img_size": "image_size",
     "in_chans": "num_channels",
     "num_classes": "num_labels",
@@ -35,9 +35,9 @@ ARGUMENTS = {
     "mlp_ratio": "mlp_ratio",
     "drop_path_rate": "drop_path_rate",
 }
-PER_STAGE = ("key_dim", "num_attention_heads", "attention_ratio", "mlp_ratio")
+_PER_STAGE = ("key_dim", "num_attention_heads", "attention_ratio", "mlp_ratio")
 # Arguments that change the architecture, with the values that levit-flax supports.
-FIXED_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+_FIXED_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "act_layer": ("hard_swish",),
     "attn_act_layer": (None, "hard_swish"),
     "stem_type": ("s16",),
@@ -46,11 +46,11 @@ FIXED_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "global_pool": ("avg",),
 }
 # Arguments that do not affect the architecture or its parameters.
-FREE_ARGUMENTS = ("use_conv", "distilled", "drop_rate", "stem_stride", "out_indices", "features_only")
+_FREE_ARGUMENTS = ("use_conv", "distilled", "drop_rate", "stem_stride", "out_indices", "features_only")
 
-VARIANT_NAMES = {name.lower().replace("-", "_"): name for name in VARIANTS}  # levit_128s -> levit-128S
+_VARIANT_NAMES = {name.lower().replace("-", "_"): name for name in VARIANTS}  # levit_128s -> levit-128S
 
-RESAMPLE = {
+_RESAMPLE = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
     "nearest": Image.Resampling.NEAREST,
@@ -58,7 +58,7 @@ RESAMPLE = {
 }
 
 
-def is_timm_config(values: Mapping[str, Any]) -> bool:
+def _is_timm_config(values: Mapping[str, Any]) -> bool:
     """Return whether the parsed config.json is timm's."""
     return isinstance(values.get("architecture"), str) and "model_type" not in values
 
@@ -71,7 +71,7 @@ def _pretrained_cfg(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return cfg
 
 
-def read_timm_config(values: Mapping[str, Any]) -> LevitConfig:
+def _read_timm_config(values: Mapping[str, Any]) -> LevitConfig:
     """Build a config from timm's parsed config.json.
 
     Args:
@@ -84,10 +84,10 @@ def read_timm_config(values: Mapping[str, Any]) -> LevitConfig:
         ConversionError: the architecture is not a published LeViT, or an argument has an unsupported value.
     """
     name = values["architecture"]
-    variant = VARIANT_NAMES.get(name.replace("levit_conv_", "levit_"))
+    variant = _VARIANT_NAMES.get(name.replace("levit_conv_", "levit_"))
     if variant is None:
         raise ConversionError(
-            f"timm's config has an unsupported architecture: expected one of {', '.join(VARIANT_NAMES)} or its"
+            f"timm's config has an unsupported architecture: expected one of {', '.join(_VARIANT_NAMES)} or its"
             f" levit_conv_ counterpart, found {name!r}. timm's other LeViTs have no published weights."
         )
     cfg = _pretrained_cfg(values)
@@ -98,15 +98,15 @@ def read_timm_config(values: Mapping[str, Any]) -> LevitConfig:
     arguments.setdefault("img_size", size)
     fields: dict[str, Any] = {}
     for key, value in arguments.items():
-        if key in ARGUMENTS:
-            fields[ARGUMENTS[key]] = value
-        elif value not in FIXED_ARGUMENTS.get(key, (value,) if key in FREE_ARGUMENTS else ()):
-            expected = f": expected {FIXED_ARGUMENTS[key][0]!r}" if key in FIXED_ARGUMENTS else ""
+        if key in _ARGUMENTS:
+            fields[_ARGUMENTS[key]] = value
+        elif value not in _FIXED_ARGUMENTS.get(key, (value,) if key in _FREE_ARGUMENTS else ()):
+            expected = f": expected {_FIXED_ARGUMENTS[key][0]!r}" if key in _FIXED_ARGUMENTS else ""
             raise ConversionError(
                 f"timm's config has the argument {key}={value!r}, which levit-flax does not support{expected}."
             )
     stages = len(fields.get("hidden_sizes", VARIANTS[variant].hidden_sizes))
-    for field in PER_STAGE:
+    for field in _PER_STAGE:
         if isinstance(fields.get(field), int | float):
             fields[field] = (fields[field],) * stages
     fields["id2label"] = _read_labels(values, cfg, fields["num_labels"])
@@ -125,7 +125,7 @@ def _read_labels(values: Mapping[str, Any], cfg: Mapping[str, Any], count: int) 
     return tuple(str(descriptions.get(name, name)) for name in names)
 
 
-def read_timm_processor(values: Mapping[str, Any], where: str = "timm's config.json") -> LevitImageProcessor:
+def _read_timm_processor(values: Mapping[str, Any], where: str = "timm's config.json") -> LevitImageProcessor:
     """Build the processor that prepares images like timm's evaluation transform.
 
     timm resizes the shorter edge to size / crop_pct and crops the center. `LevitImageProcessor` multiplies its `size`
@@ -139,29 +139,29 @@ def read_timm_processor(values: Mapping[str, Any], where: str = "timm's config.j
     Raises:
         ConversionError: LeViT's processor does not support the preprocessing.
     """
-    with explain_malformed(f"The preprocessing in {where}"):
+    with _explain_malformed(f"The preprocessing in {where}"):
         return _read_processor(_pretrained_cfg(values))
 
 
 def _read_processor(cfg: Mapping[str, Any]) -> LevitImageProcessor:
     _, height, width = cfg.get("input_size", (3, 224, 224))
     interpolation, mode = cfg.get("interpolation", "bicubic"), cfg.get("crop_mode", "center")
-    if interpolation not in RESAMPLE or mode != "center":
+    if interpolation not in _RESAMPLE or mode != "center":
         raise ConversionError(
-            f"timm's config has unsupported preprocessing: expected one of {', '.join(RESAMPLE)} and a center crop,"
+            f"timm's config has unsupported preprocessing: expected one of {', '.join(_RESAMPLE)} and a center crop,"
             f" found {interpolation} and a {mode} crop."
         )
-    edge = math.floor(max(height, width) / cfg.get("crop_pct", TIMM_CROP_PCT))
+    edge = math.floor(max(height, width) / cfg.get("crop_pct", _TIMM_CROP_PCT))
     return LevitImageProcessor(
-        size=size_for_edge(edge),
+        size=_size_for_edge(edge),
         crop_size=(height, width),
-        resample=RESAMPLE[interpolation],
-        image_mean=cfg.get("mean", IMAGENET_MEAN),
-        image_std=cfg.get("std", IMAGENET_STD),
+        resample=_RESAMPLE[interpolation],
+        image_mean=cfg.get("mean", _IMAGENET_MEAN),
+        image_std=cfg.get("std", _IMAGENET_STD),
     )
 
 
-def model_arguments(config: LevitConfig, heads: tuple[str, ...]) -> dict[str, Any]:
+def _model_arguments(config: LevitConfig, heads: tuple[str, ...]) -> dict[str, Any]:
     """Return the arguments of timm's model class for an architecture, JSON-ready.
 
     Args:
@@ -201,7 +201,7 @@ def model_arguments(config: LevitConfig, heads: tuple[str, ...]) -> dict[str, An
     }
 
 
-def write_timm_config(
+def _write_timm_config(
     config: LevitConfig, heads: tuple[str, ...], processor: LevitImageProcessor, convolutional: bool
 ) -> str:
     """Return the config.json that lets `timm.create_model("local-dir:...")` open a directory.
@@ -216,8 +216,8 @@ def write_timm_config(
     Raises:
         ConversionError: timm does not support the architecture.
     """
-    arguments = model_arguments(config, heads)
-    name = next((name for name, variant in VARIANT_NAMES.items() if _is_variant(config, variant)), "levit_128")
+    arguments = _model_arguments(config, heads)
+    name = next((name for name, variant in _VARIANT_NAMES.items() if _is_variant(config, variant)), "levit_128")
     height, width = config.image_height_width
     edge = processor.size.get("shortest_edge")
     resized = int(256 / 224 * edge) if edge else max(processor.size.values())

@@ -10,29 +10,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from levit_flax.blocks import Block, Downsample, Stem
+from levit_flax.blocks import _Block, _Downsample, _Stem
 from levit_flax.modeling import LevitBase, Variables
 
-from .conversion import Conversion
+from .conversion import _Conversion
 from .errors import ConversionError
-from .layouts import LAYOUTS, CheckpointLayout, Part, Permutation, Structure
-from .sources import Source
-from .timm_files import model_arguments
-from .writing import check_transformers_size, torch_tensors
+from .layouts import _LAYOUTS, _CheckpointLayout, _Part, _Permutation, _Structure
+from .sources import _Source
+from .timm_files import _model_arguments
+from .writing import _check_transformers_size, _torch_tensors
 
 if TYPE_CHECKING:
     import torch
 
-PROBES = 2
-PROBE_SEED = 0
+_PROBES = 2
+_PROBE_SEED = 0
 
 # Float32 rounding errors through about sixty layers are a few times smaller; a wrong tensor causes far larger ones.
-PARITY_LIMIT = 1e-5
+_PARITY_LIMIT = 1e-5
 # Rounding the weights to a narrow dtype changes the logits by several multiples of its machine epsilon.
-ROUNDED_LIMIT = 32
+_ROUNDED_LIMIT = 32
 
 
-class Comparison(NamedTuple):
+class _Comparison(NamedTuple):
     """The difference between two arrays.
 
     Attributes:
@@ -43,7 +43,7 @@ class Comparison(NamedTuple):
 
     absolute: float
     relative: float
-    limit: float = PARITY_LIMIT
+    limit: float = _PARITY_LIMIT
 
     @property
     def passed(self) -> bool:
@@ -51,7 +51,7 @@ class Comparison(NamedTuple):
         return self.relative <= self.limit
 
 
-class PyTorchComparison(NamedTuple):
+class _PyTorchComparison(NamedTuple):
     """The differences between a converted model and PyTorch.
 
     Attributes:
@@ -61,11 +61,11 @@ class PyTorchComparison(NamedTuple):
     """
 
     reference: str
-    blocks: dict[str, Comparison]
-    logits: Comparison
+    blocks: dict[str, _Comparison]
+    logits: _Comparison
 
 
-def compare(result: np.ndarray, reference: np.ndarray, limit: float = PARITY_LIMIT) -> Comparison:
+def _compare(result: np.ndarray, reference: np.ndarray, limit: float = _PARITY_LIMIT) -> _Comparison:
     """Compare two arrays.
 
     Raises:
@@ -79,39 +79,39 @@ def compare(result: np.ndarray, reference: np.ndarray, limit: float = PARITY_LIM
     absolute = float(np.abs(result - reference).max())
     largest = float(np.abs(reference).max())
     relative = absolute / largest if largest else float("inf" if absolute else 0)
-    return Comparison(absolute, relative, limit)
+    return _Comparison(absolute, relative, limit)
 
 
-def rounding_limit(dtype: Any) -> float:
+def _rounding_limit(dtype: Any) -> float:
     """Return the limit for weights of a dtype: float32's, or a larger one for narrower dtypes."""
-    return max(PARITY_LIMIT, ROUNDED_LIMIT * float(jnp.finfo(dtype).eps))
+    return max(_PARITY_LIMIT, _ROUNDED_LIMIT * float(jnp.finfo(dtype).eps))
 
 
-def probes(model: LevitBase) -> np.ndarray:
+def _probes(model: LevitBase) -> np.ndarray:
     """Return seeded random images [B H W C] in float32 for a model."""
-    shape = (PROBES, *model.config.image_height_width, model.config.num_channels)
-    return np.random.default_rng(PROBE_SEED).standard_normal(shape, np.float32)
+    shape = (_PROBES, *model.config.image_height_width, model.config.num_channels)
+    return np.random.default_rng(_PROBE_SEED).standard_normal(shape, np.float32)
 
 
-def forward(model: LevitBase, variables: Variables, pixel_values: np.ndarray) -> np.ndarray:
+def _forward(model: LevitBase, variables: Variables, pixel_values: np.ndarray) -> np.ndarray:
     """Return the first output of a model for float32 pixels [B H W C], computed at full precision."""
-    return np.asarray(apply_by_block(model, variables, pixel_values)[0][0])
+    return np.asarray(_apply_by_block(model, variables, pixel_values)[0][0])
 
 
-def apply_by_block(model: LevitBase, variables: Variables, pixel_values: np.ndarray) -> tuple[Any, Any]:
+def _apply_by_block(model: LevitBase, variables: Variables, pixel_values: np.ndarray) -> tuple[Any, Any]:
     """Return a model's outputs and the intermediates after its blocks, computed in float32 at full precision."""
     model = model.clone(precision="highest", dtype=jnp.float32)
-    outputs, state = _apply_by_block(model, _in_float32(variables), pixel_values)
+    outputs, state = _apply_jitted(model, _in_float32(variables), pixel_values)
     return outputs, state
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply_by_block(model: LevitBase, variables: Variables, pixel_values: jax.Array) -> tuple[Any, Any]:
+def _apply_jitted(model: LevitBase, variables: Variables, pixel_values: jax.Array) -> tuple[Any, Any]:
     return model.apply(
         variables,
         pixel_values,
         return_dict=False,
-        capture_intermediates=lambda module, _: isinstance(module, Stem | Block | Downsample),
+        capture_intermediates=lambda module, _: isinstance(module, _Stem | _Block | _Downsample),
         mutable=["intermediates"],
     )
 
@@ -124,11 +124,11 @@ def _in_float32(variables: Variables) -> Variables:
     return narrow
 
 
-def forward_by_block(
+def _forward_by_block(
     model: LevitBase, variables: Variables, pixel_values: np.ndarray
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Return every block's output [B N C] by its path ("stage_0/block_0"), and the model's first output."""
-    outputs, state = apply_by_block(model, variables, pixel_values)
+    outputs, state = _apply_by_block(model, variables, pixel_values)
     blocks: dict[str, np.ndarray] = {}
     for path, leaf in jax.tree.leaves_with_path(state["intermediates"]):
         keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
@@ -136,7 +136,7 @@ def forward_by_block(
     return blocks, np.asarray(outputs[0])
 
 
-def find_differing_bytes(source: Source, conversion: Conversion) -> list[str]:
+def _find_differing_bytes(source: _Source, conversion: _Conversion) -> list[str]:
     """Convert back into the source's layout, and return the names of tensors whose bytes differ from the source's.
 
     Args:
@@ -145,7 +145,7 @@ def find_differing_bytes(source: Source, conversion: Conversion) -> list[str]:
     """
     differing = []
     inverse = {path: np.argsort(order) for path, order in conversion.reordered.items()}
-    for row, (name, array) in zip(conversion.rows, torch_tensors(conversion.rows, conversion.variables), strict=True):
+    for row, (name, array) in zip(conversion.rows, _torch_tensors(conversion.rows, conversion.variables), strict=True):
         original = np.asarray(source.tensors[name])
         if row.flax.endswith("/count"):
             original = original.astype(np.int64)
@@ -153,12 +153,12 @@ def find_differing_bytes(source: Source, conversion: Conversion) -> list[str]:
             original = original.astype(conversion.dtype)
         if row.flax in inverse:
             array = array[:, inverse[row.flax]]
-        if not same_bytes(array, original):
+        if not _same_bytes(array, original):
             differing.append(name)
     return differing
 
 
-def same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
+def _same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
     """Return whether two arrays have the same dtype, shape and bytes; equal bytes count as equal even if NaN."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
@@ -166,7 +166,7 @@ def same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
     return np.array_equal(one, other)
 
 
-class Peer(NamedTuple):
+class _Peer(NamedTuple):
     """A PyTorch implementation that can load a layout's checkpoints.
 
     Attributes:
@@ -178,7 +178,7 @@ class Peer(NamedTuple):
 
     package: str
     needs: tuple[str, ...]
-    build: Callable[[Conversion], "torch.nn.Module"]
+    build: Callable[[_Conversion], "torch.nn.Module"]
     block: Callable[[str], str]
 
     @property
@@ -187,7 +187,7 @@ class Peer(NamedTuple):
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
-def _build_transformers(conversion: Conversion) -> "torch.nn.Module":
+def _build_transformers(conversion: _Conversion) -> "torch.nn.Module":
     """Return transformers' model of the converted architecture.
 
     Raises:
@@ -195,13 +195,13 @@ def _build_transformers(conversion: Conversion) -> "torch.nn.Module":
     """
     import transformers
 
-    check_transformers_size(conversion.model.config)
+    _check_transformers_size(conversion.model.config)
     config = transformers.LevitConfig.from_dict(conversion.model.config.to_dict())
     model: torch.nn.Module = getattr(transformers, type(conversion.model).__name__)(config)
     return model
 
 
-def _build_timm(conversion: Conversion) -> "torch.nn.Module":
+def _build_timm(conversion: _Conversion) -> "torch.nn.Module":
     """Return timm's model of the converted architecture, fused if the checkpoint is.
 
     Raises:
@@ -211,7 +211,7 @@ def _build_timm(conversion: Conversion) -> "torch.nn.Module":
     from timm.utils import reparameterize_model
 
     heads = conversion.model.head_names
-    arguments = model_arguments(conversion.model.config, heads)
+    arguments = _model_arguments(conversion.model.config, heads)
     model_class = LevitDistilled if len(heads) == 2 else Levit
     model: torch.nn.Module = model_class(
         **arguments, use_conv=conversion.layout.name == "timm_conv", global_pool="avg" if heads else ""
@@ -219,37 +219,39 @@ def _build_timm(conversion: Conversion) -> "torch.nn.Module":
     return reparameterize_model(model) if conversion.model.folded else model
 
 
-def _build_original(conversion: Conversion) -> "torch.nn.Module":
+def _build_original(conversion: _Conversion) -> "torch.nn.Module":
     """Return a PyTorch model with the original repository's tensor names."""
-    from .original import OriginalLevit
+    from .original import _OriginalLevit
 
     model = conversion.model
-    return OriginalLevit(model.config, model.head_names if model.config.num_labels else (), model.folded)
+    return _OriginalLevit(model.config, model.head_names if model.config.num_labels else (), model.folded)
 
 
-TRANSFORMERS = Peer("transformers", ("torch", "transformers"), _build_transformers, lambda p: p.removesuffix(".module"))
-TIMM = Peer("timm", ("torch", "timm"), _build_timm, lambda prefix: prefix.rpartition(".")[0])
-ORIGINAL = Peer("torch", ("torch",), _build_original, lambda prefix: prefix.removesuffix(".m"))
-PEERS = {
-    "hf": TRANSFORMERS,
-    "timm": TIMM,
-    "timm_conv": TIMM,
-    "facebook": ORIGINAL,
-    "facebook_conv": ORIGINAL,
+_TRANSFORMERS = _Peer(
+    "transformers", ("torch", "transformers"), _build_transformers, lambda p: p.removesuffix(".module")
+)
+_TIMM = _Peer("timm", ("torch", "timm"), _build_timm, lambda prefix: prefix.rpartition(".")[0])
+_ORIGINAL = _Peer("torch", ("torch",), _build_original, lambda prefix: prefix.removesuffix(".m"))
+_PEERS = {
+    "hf": _TRANSFORMERS,
+    "timm": _TIMM,
+    "timm_conv": _TIMM,
+    "facebook": _ORIGINAL,
+    "facebook_conv": _ORIGINAL,
 }
 
 
-def _block_modules(conversion: Conversion, layout: CheckpointLayout, peer: Peer) -> Iterator[tuple[str, str]]:
+def _block_modules(conversion: _Conversion, layout: _CheckpointLayout, peer: _Peer) -> Iterator[tuple[str, str]]:
     """Yield each block's path in the variables and the name of the PyTorch module that returns its output."""
     model, last = conversion.model, {}
-    structure = Structure.of(model.config, model.head_names, model.folded)
+    structure = _Structure.of(model.config, model.head_names, model.folded)
     for torch_prefix, flax, part in layout.prefixes(structure):
-        if part is not Part.HEAD:
+        if part is not _Part.HEAD:
             last[flax.rpartition("/")[0]] = peer.block(torch_prefix)  # keeps the last layer of each block
     yield from last.items()
 
 
-def compare_with_pytorch(source: Source, conversion: Conversion) -> PyTorchComparison | str:
+def _compare_with_pytorch(source: _Source, conversion: _Conversion) -> _PyTorchComparison | str:
     """Compare the converted model with PyTorch on seeded inputs; PyTorch uses the source's own tensors.
 
     transformers and timm run checkpoints in their own layouts. A plain PyTorch model with the original repository's
@@ -263,31 +265,31 @@ def compare_with_pytorch(source: Source, conversion: Conversion) -> PyTorchCompa
     Returns:
         The differences in float32, or the reason why no comparison was possible.
     """
-    if ORIGINAL.missing:
-        return f"{' and '.join(ORIGINAL.missing)} is not installed"
+    if _ORIGINAL.missing:
+        return f"{' and '.join(_ORIGINAL.missing)} is not installed"
     peer, layout, reference = _build_reference(conversion)
-    reference.load_state_dict(reference_state(reference, layout, source, conversion))
+    reference.load_state_dict(_reference_state(reference, layout, source, conversion))
     modules = {module: path for path, module in _block_modules(conversion, layout, peer)}
-    pixel_values = probes(conversion.model)
+    pixel_values = _probes(conversion.model)
     expected_blocks, expected = _run_pytorch(reference, modules, pixel_values)
-    blocks, result = forward_by_block(conversion.model, conversion.variables, pixel_values)
-    limit = PARITY_LIMIT if conversion.dtype is None else rounding_limit(conversion.dtype)
-    return PyTorchComparison(
+    blocks, result = _forward_by_block(conversion.model, conversion.variables, pixel_values)
+    limit = _PARITY_LIMIT if conversion.dtype is None else _rounding_limit(conversion.dtype)
+    return _PyTorchComparison(
         reference=f"{peer.package} {version(peer.package)}",
-        blocks={path: compare(blocks[path], expected_blocks[path], limit) for path in modules.values()},
-        logits=compare(result, expected, limit),
+        blocks={path: _compare(blocks[path], expected_blocks[path], limit) for path in modules.values()},
+        logits=_compare(result, expected, limit),
     )
 
 
-def _build_reference(conversion: Conversion) -> tuple[Peer, CheckpointLayout, "torch.nn.Module"]:
+def _build_reference(conversion: _Conversion) -> tuple[_Peer, _CheckpointLayout, "torch.nn.Module"]:
     """Return the peer that can build a conversion's model, its layout, and the model in evaluation mode."""
-    peer, layout = PEERS[conversion.layout.name], conversion.layout
+    peer, layout = _PEERS[conversion.layout.name], conversion.layout
     try:
         reference = None if peer.missing else peer.build(conversion)
     except (ConversionError, TypeError):  # transformers raises TypeError for some configs that it reads
         reference = None
     if reference is None:
-        peer, layout = ORIGINAL, LAYOUTS["facebook"]
+        peer, layout = _ORIGINAL, _LAYOUTS["facebook"]
         reference = peer.build(conversion)
     return peer, layout, reference.float().eval()
 
@@ -318,8 +320,8 @@ def _run_pytorch(
     return blocks, tokens(first).numpy()
 
 
-def reference_state(
-    reference: "torch.nn.Module", layout: CheckpointLayout, source: Source, conversion: Conversion
+def _reference_state(
+    reference: "torch.nn.Module", layout: _CheckpointLayout, source: _Source, conversion: _Conversion
 ) -> dict[str, "torch.Tensor"]:
     """Return the source's own tensors under the names that a PyTorch model of a layout expects.
 
@@ -330,7 +332,7 @@ def reference_state(
 
     model = conversion.model
     state: dict[str, torch.Tensor] = reference.state_dict()
-    structure = Structure.of(model.config, model.head_names, model.folded)
+    structure = _Structure.of(model.config, model.head_names, model.folded)
     names = {row.flax: row.torch for row in layout.rows(structure)}
     tables = {path: name for name, path in layout.tables(structure).items() if name in state}
     stored = {path: name for path, name in tables.items() if name in source.shapes}
@@ -342,7 +344,7 @@ def reference_state(
         if row.flax in conversion.reordered and row.flax not in stored:
             array = array[:, conversion.reordered[row.flax]]
         tensor = torch.from_numpy(np.array(array, np.float32 if array.dtype.kind in "fV" else array.dtype))
-        if row.permutation is Permutation.OI11_TO_IO and state[names[row.flax]].ndim == 2:
+        if row.permutation is _Permutation.OI11_TO_IO and state[names[row.flax]].ndim == 2:
             tensor = tensor.flatten(1)  # a 1x1 convolution that runs as a linear layer
         loaded[names[row.flax]] = tensor
     return loaded

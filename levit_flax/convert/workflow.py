@@ -11,27 +11,27 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from levit_flax import checkpoint, files, loading, surgery
-from levit_flax.hub import DEFAULTS, HubOptions, Resolved
+from levit_flax.hub import _DEFAULTS, _HubOptions, _Resolved
 from levit_flax.image_processing import LevitImageProcessor
 from levit_flax.modeling import LevitBase, Variables
 
-from .conversion import Conversion, convert
+from .conversion import _Conversion, _convert
 from .errors import ConversionError
-from .report import Checkpoint, Parity, ReadBack, Report, Result, RoundTrip, Skipped, Surgery, Written
-from .sources import WEIGHT_SUFFIXES, Source, open_resolved, open_source, sha256
-from .timm_files import write_timm_config
+from .report import _Checkpoint, _Parity, _ReadBack, _Report, _Result, _RoundTrip, _Skipped, _Surgery, _Written
+from .sources import _WEIGHT_SUFFIXES, _open_resolved, _open_source, _sha256, _Source
+from .timm_files import _write_timm_config
 from .verification import (
-    compare,
-    compare_with_pytorch,
-    find_differing_bytes,
-    forward,
-    probes,
-    rounding_limit,
-    same_bytes,
+    _compare,
+    _compare_with_pytorch,
+    _find_differing_bytes,
+    _forward,
+    _probes,
+    _rounding_limit,
+    _same_bytes,
 )
-from .writing import check_layout, check_transformers_size, save_torch
+from .writing import _check_layout, _check_transformers_size, save_torch
 
-TORCH_FILE = checkpoint.TORCH_WEIGHT_FILES[0]
+_TORCH_FILE = checkpoint._TORCH_WEIGHT_FILES[0]
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class _Loaded:
     variables: Variables
     processor: LevitImageProcessor
     provenance: dict[str, Any]
-    checkpoint: tuple[Source, Conversion] | None = None
+    checkpoint: tuple[_Source, _Conversion] | None = None
 
 
-def convert_to_directory(
+def _convert_to_directory(
     source: str,
     out: Path,
     *,
@@ -64,9 +64,9 @@ def convert_to_directory(
     fold: bool = False,
     merge: bool = False,
     verify: bool = True,
-    options: HubOptions = DEFAULTS,
+    options: _HubOptions = _DEFAULTS,
     overwrite: bool = False,
-) -> Report:
+) -> _Report:
     """Convert a model into a directory and verify it; the directory is written completely or not at all.
 
     Args:
@@ -89,7 +89,7 @@ def convert_to_directory(
         ValueError: the source cannot be converted, the layout cannot represent the model, or verification failed.
         OSError: the source cannot be read, or the directory cannot be written.
     """
-    files.check_free(out, overwrite)
+    files._check_free(out, overwrite)
     loaded = _load(source, layout is not None, dtype, image_size, ema, options)
     results = _verify_conversion(loaded, compare_pytorch=layout is None, verify=verify)
     model, variables, provenance = loaded.model, loaded.variables, loaded.provenance
@@ -98,23 +98,23 @@ def convert_to_directory(
         provenance = {**provenance, "merged_heads": merge, "folded_batch_norm": model.folded}
         results["surgery"] = _verify_surgery(loaded, model, variables)
     if layout is not None:
-        check_layout(model, layout)
-    with files.staged_directory(out, overwrite, checkpoint.OWN_FILES) as staging:
+        _check_layout(model, layout)
+    with files._staged_directory(out, overwrite, checkpoint._OWN_FILES) as staging:
         if layout is None:
-            checkpoint.write_model(staging, model, variables, loaded.processor, provenance)
+            checkpoint._write_model(staging, model, variables, loaded.processor, provenance)
         else:
             _write_torch_directory(staging, model, variables, loaded.processor, layout)
             results |= _verify_written(staging, model, variables, verify)
-        report = Report(
+        report = _Report(
             source=loaded.provenance,
-            checkpoint=loaded.checkpoint and Checkpoint.of(*loaded.checkpoint),
+            checkpoint=loaded.checkpoint and _Checkpoint.of(*loaded.checkpoint),
             results=results,
-            written=Written.of(model, variables, staging, layout or "levit_flax", _find_limitation(model, layout)),
+            written=_Written.of(model, variables, staging, layout or "levit_flax", _find_limitation(model, layout)),
         )
         report.check()
         text = json.dumps(report.to_dict(), indent=2) + "\n"
-        (staging / checkpoint.REPORT_FILE).write_text(text, encoding="utf-8")
-        (staging / checkpoint.READABLE_REPORT_FILE).write_text(report.to_markdown(), encoding="utf-8")
+        (staging / checkpoint._REPORT_FILE).write_text(text, encoding="utf-8")
+        (staging / checkpoint._READABLE_REPORT_FILE).write_text(report.to_markdown(), encoding="utf-8")
     return report
 
 
@@ -124,58 +124,58 @@ def _load(
     dtype: str | None,
     image_size: int | tuple[int, int] | None,
     ema: bool,
-    options: HubOptions,
+    options: _HubOptions,
 ) -> _Loaded:
     """Load a model directory of ours, or convert a PyTorch checkpoint; `prefer_own` decides if there are both."""
     found = _find(source, prefer_own, options)
-    if found is not None and found.weights is not None and found.weights.name == checkpoint.WEIGHTS_FILE:
+    if found is not None and found.weights is not None and found.weights.name == checkpoint._WEIGHTS_FILE:
         if image_size is not None or ema:
             raise ValueError(
                 f"{source} is a converted model, and image_size=... and ema=True apply only to PyTorch checkpoints:"
                 " remove them."
             )
         return _load_own(source, found, dtype)
-    opened = open_source(source, ema=ema, options=options) if found is None else open_resolved(source, found, ema)
+    opened = _open_source(source, ema=ema, options=options) if found is None else _open_resolved(source, found, ema)
     with ThreadPoolExecutor(1) as pool:  # hashing takes as long as converting, so it runs at the same time
         digests = pool.submit(_hash_files, opened.files)
-        conversion = convert(opened, dtype, image_size=image_size)
-        processor = loading.load_processor(opened.directory, conversion.model.config)
+        conversion = _convert(opened, dtype, image_size=image_size)
+        processor = loading._load_processor(opened.directory, conversion.model.config)
         if image_size is not None:
-            processor = loading.resize_processor(processor, conversion.model.config)
+            processor = loading._resize_processor(processor, conversion.model.config)
         provenance = {**conversion.provenance, "files": digests.result()}
     return _Loaded(conversion.model, conversion.variables, processor, provenance, (opened, conversion))
 
 
-def _find(source: str, prefer_own: bool, options: HubOptions) -> Resolved | None:
+def _find(source: str, prefer_own: bool, options: _HubOptions) -> _Resolved | None:
     """Return the files of a directory or a Hub repository, or None if the source is a file."""
     path = Path(source).expanduser()
-    if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
+    if path.is_file() or path.suffix in _WEIGHT_SUFFIXES:
         return None
-    own, torch = (checkpoint.WEIGHTS_FILE,), checkpoint.TORCH_WEIGHT_FILES
-    return loading.resolve(source, options, weights=own + torch if prefer_own else torch + own)
+    own, torch = (checkpoint._WEIGHTS_FILE,), checkpoint._TORCH_WEIGHT_FILES
+    return loading._resolve(source, options, weights=own + torch if prefer_own else torch + own)
 
 
 def _hash_files(files: Iterable[Path]) -> dict[str, str]:
     """Return the SHA-256 of each file by its name."""
-    return {file.name: sha256(file) for file in files}
+    return {file.name: _sha256(file) for file in files}
 
 
-def _load_own(source: str, resolved: Resolved, dtype: str | None) -> _Loaded:
+def _load_own(source: str, resolved: _Resolved, dtype: str | None) -> _Loaded:
     """Load a model directory of ours."""
     directory = resolved.directory
-    model, variables = checkpoint.read_directory(directory)
+    model, variables = checkpoint._read_directory(directory)
     if dtype is not None:
-        model, variables = checkpoint.cast(model, variables, dtype)
+        model, variables = checkpoint._cast(model, variables, dtype)
     return _Loaded(
         model=model,
         variables=variables,
-        processor=loading.load_processor(directory, model.config),
+        processor=loading._load_processor(directory, model.config),
         provenance={
             "source": source,
             **({"revision": resolved.revision} if resolved.revision else {}),
-            "files": _hash_files([directory / checkpoint.WEIGHTS_FILE]),
+            "files": _hash_files([directory / checkpoint._WEIGHTS_FILE]),
             "layout": "levit_flax",
-            "converted from": checkpoint.read_provenance(directory),
+            "converted from": checkpoint._read_provenance(directory),
         },
     )
 
@@ -192,62 +192,62 @@ def _write_torch_directory(
     directory: Path, model: LevitBase, variables: Variables, processor: LevitImageProcessor, layout: str
 ) -> None:
     """Write the files that the layout's library loads: weights, and its config and preprocessing if it has any."""
-    save_torch(directory / TORCH_FILE, model, variables, layout)
+    save_torch(directory / _TORCH_FILE, model, variables, layout)
     if layout == "hf":
         values = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-        (directory / checkpoint.CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (directory / checkpoint._CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         processor.save_pretrained(directory)
     elif layout.startswith("timm"):
-        config = write_timm_config(model.config, model.head_names, processor, convolutional=layout == "timm_conv")
-        (directory / checkpoint.CONFIG_FILE).write_text(config, encoding="utf-8")
+        config = _write_timm_config(model.config, model.head_names, processor, convolutional=layout == "timm_conv")
+        (directory / checkpoint._CONFIG_FILE).write_text(config, encoding="utf-8")
 
 
 def _find_limitation(model: LevitBase, layout: str | None) -> str | None:
     """Return why transformers cannot run a model written for it, or None."""
     if layout == "hf":
         try:
-            check_transformers_size(model.config)
+            _check_transformers_size(model.config)
         except ConversionError as error:
             return str(error)
     return None
 
 
-def _verify_conversion(loaded: _Loaded, *, compare_pytorch: bool, verify: bool) -> dict[str, Result]:
+def _verify_conversion(loaded: _Loaded, *, compare_pytorch: bool, verify: bool) -> dict[str, _Result]:
     """Check the round trip of a converted checkpoint, and compare it with PyTorch."""
     if loaded.checkpoint is None:
         return {}
     source, conversion = loaded.checkpoint
-    differing = find_differing_bytes(source, conversion)
-    results: dict[str, Result] = {
-        "round trip": RoundTrip(len(conversion.rows), tuple(differing), dtype=conversion.dtype)
+    differing = _find_differing_bytes(source, conversion)
+    results: dict[str, _Result] = {
+        "round trip": _RoundTrip(len(conversion.rows), tuple(differing), dtype=conversion.dtype)
     }
     if compare_pytorch:
-        results["PyTorch"] = _compare_with_pytorch(source, conversion, verify)
+        results["PyTorch"] = _verify_with_pytorch(source, conversion, verify)
     return results
 
 
-def _compare_with_pytorch(source: Source, conversion: Conversion, verify: bool) -> Parity | Skipped:
+def _verify_with_pytorch(source: _Source, conversion: _Conversion, verify: bool) -> _Parity | _Skipped:
     if not verify:
-        return Skipped("verify=False")
-    compared = compare_with_pytorch(source, conversion)
-    return Skipped(compared) if isinstance(compared, str) else Parity(compared)
+        return _Skipped("verify=False")
+    compared = _compare_with_pytorch(source, conversion)
+    return _Skipped(compared) if isinstance(compared, str) else _Parity(compared)
 
 
-def _verify_surgery(loaded: _Loaded, model: LevitBase, variables: Variables) -> Surgery:
+def _verify_surgery(loaded: _Loaded, model: LevitBase, variables: Variables) -> _Surgery:
     """Compare the logits before and after surgery."""
-    pixels = probes(model)
-    result, reference = forward(model, variables, pixels), forward(loaded.model, loaded.variables, pixels)
-    return Surgery(compare(result, reference, rounding_limit(model.param_dtype)))
+    pixels = _probes(model)
+    result, reference = _forward(model, variables, pixels), _forward(loaded.model, loaded.variables, pixels)
+    return _Surgery(_compare(result, reference, _rounding_limit(model.param_dtype)))
 
 
-def _verify_written(directory: Path, model: LevitBase, variables: Variables, verify: bool) -> dict[str, Result]:
+def _verify_written(directory: Path, model: LevitBase, variables: Variables, verify: bool) -> dict[str, _Result]:
     """Read a PyTorch directory back, and compare it with the model and with PyTorch."""
-    opened = open_source(directory)
+    opened = _open_source(directory)
     # A layout without a config.json needs the model's config; the others have theirs checked here.
-    conversion = convert(opened, config=model.config if opened.config is None else None)
+    conversion = _convert(opened, config=model.config if opened.config is None else None)
     flat, back = (flatten_dict(tree, sep="/") for tree in (variables, conversion.variables))
-    differing = tuple(path for path, leaf in flat.items() if not same_bytes(np.asarray(leaf), back[path]))
+    differing = tuple(path for path, leaf in flat.items() if not _same_bytes(np.asarray(leaf), back[path]))
     return {
-        "read back": ReadBack(len(flat), differing),
-        "PyTorch": _compare_with_pytorch(opened, conversion, verify),
+        "read back": _ReadBack(len(flat), differing),
+        "PyTorch": _verify_with_pytorch(opened, conversion, verify),
     }

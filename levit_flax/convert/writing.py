@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from levit_flax.checkpoint import check_variables, save_tensors
+from levit_flax.checkpoint import _check_variables, _save_tensors
 from levit_flax.choices import WRITTEN_LAYOUTS
 from levit_flax.configuration import LevitConfig
-from levit_flax.files import write_atomically
+from levit_flax.files import _write_atomically
 from levit_flax.modeling import LevitBase
 
 from .errors import ConversionError
-from .layouts import LAYOUTS, Row, Structure, index_table
+from .layouts import _LAYOUTS, _index_table, _Row, _Structure
 
 # Files with these suffixes are pickles, which only PyTorch writes.
-PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
+_PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
 
 
 def to_torch(model: LevitBase, variables: Mapping[str, Any], layout: str = "hf") -> dict[str, np.ndarray]:
@@ -38,34 +38,34 @@ def to_torch(model: LevitBase, variables: Mapping[str, Any], layout: str = "hf")
     Raises:
         ValueError: the layout is unknown or cannot represent the model, or the variables do not fit the model.
 
-    Example:
+    Examples:
         >>> from levit_flax import convert, from_pretrained
         >>> convert.to_torch(*from_pretrained("cifar10"), layout="facebook")["head.l.weight"].shape
         (10, 160)
     """
-    check_layout(model, layout)
-    check_variables(model, variables, "The given tree")
-    structure = Structure.of(model.config, model.head_names, model.folded)
-    tensors = dict(torch_tensors(LAYOUTS[layout].rows(structure), variables))
-    if LAYOUTS[layout].index_tables:
-        for name, path in LAYOUTS[layout].tables(structure).items():
-            tensors[name] = index_table(model.config, path).astype(np.int64)
+    _check_layout(model, layout)
+    _check_variables(model, variables, "The given tree")
+    structure = _Structure.of(model.config, model.head_names, model.folded)
+    tensors = dict(_torch_tensors(_LAYOUTS[layout].rows(structure), variables))
+    if _LAYOUTS[layout].index_tables:
+        for name, path in _LAYOUTS[layout].tables(structure).items():
+            tensors[name] = _index_table(model.config, path).astype(np.int64)
     return tensors
 
 
-def check_layout(model: LevitBase, layout: str) -> None:
+def _check_layout(model: LevitBase, layout: str) -> None:
     """Raise ValueError unless a layout can be written and can represent the model."""
     if layout not in WRITTEN_LAYOUTS:
         raise ValueError(f"Unknown layout: expected one of {', '.join(WRITTEN_LAYOUTS)}, found {layout!r}.")
-    if model.folded and LAYOUTS[layout].folded_marker is None:
-        fused = ", ".join(name for name in WRITTEN_LAYOUTS if LAYOUTS[name].folded_marker)
+    if model.folded and _LAYOUTS[layout].folded_marker is None:
+        fused = ", ".join(name for name in WRITTEN_LAYOUTS if _LAYOUTS[name].folded_marker)
         raise ValueError(
             "transformers has no layout for folded models: expected a model with batch norms, found a folded one."
             f" Export the original model, or write the layout {fused}."
         )
 
 
-def check_transformers_size(config: LevitConfig) -> None:
+def _check_transformers_size(config: LevitConfig) -> None:
     """Raise ConversionError unless transformers' model has the same token grid for the config's image size.
 
     transformers assumes square images and `image_size // patch_size` tokens per side, but its stem rounds up.
@@ -80,7 +80,7 @@ def check_transformers_size(config: LevitConfig) -> None:
         )
 
 
-def torch_tensors(rows: Iterable[Row], variables: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+def _torch_tensors(rows: Iterable[_Row], variables: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the name and the array of each row's tensor in a PyTorch state dict."""
     flat = flatten_dict(variables, sep="/")
     for row in rows:
@@ -111,7 +111,7 @@ def save_torch(
         OSError: the file cannot be written.
         ValueError: as in `to_torch`.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from levit_flax import convert, from_pretrained
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -123,10 +123,10 @@ def save_torch(
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists: pass overwrite=True to replace it, or choose another name.")
     tensors = to_torch(model, variables, layout)
-    if path.suffix in PICKLE_SUFFIXES:
-        write_atomically(path, lambda file: _save_pickle(file, tensors, layout))
+    if path.suffix in _PICKLE_SUFFIXES:
+        _write_atomically(path, lambda file: _save_pickle(file, tensors, layout))
     else:
-        write_atomically(path, lambda file: save_tensors(file, tensors, "pt"))
+        _write_atomically(path, lambda file: _save_tensors(file, tensors, "pt"))
 
 
 def _save_pickle(path: Path, tensors: dict[str, np.ndarray], layout: str) -> None:
@@ -134,7 +134,7 @@ def _save_pickle(path: Path, tensors: dict[str, np.ndarray], layout: str) -> Non
         import torch
     except ImportError:
         raise ImportError(
-            f"Only PyTorch writes {', '.join(PICKLE_SUFFIXES)} files: pip install 'levit-flax[torch]', or write a"
+            f"Only PyTorch writes {', '.join(_PICKLE_SUFFIXES)} files: pip install 'levit-flax[torch]', or write a"
             " .safetensors file."
         ) from None
 

@@ -16,14 +16,16 @@ from levit_flax.image_processing import LevitImageProcessor
 
 from .recipe import Recipe
 
-CROP_ATTEMPTS = 10
-ERASE_ATTEMPTS = 10
-ERASE_AREA = (0.02, 1 / 3)
-ERASE_RATIO = (0.3, 1 / 0.3)
-RESAMPLINGS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_CROP_ATTEMPTS = 10
+_ERASE_ATTEMPTS = 10
+_ERASE_AREA = (0.02, 1 / 3)
+_ERASE_RATIO = (0.3, 1 / 0.3)
+_RESAMPLINGS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-def augment(image: Image.Image, rng: np.random.Generator, recipe: Recipe, processor: LevitImageProcessor) -> np.ndarray:
+def _augment(
+    image: Image.Image, rng: np.random.Generator, recipe: Recipe, processor: LevitImageProcessor
+) -> np.ndarray:
     """Return a randomly cropped, flipped and altered image.
 
     Args:
@@ -36,20 +38,20 @@ def augment(image: Image.Image, rng: np.random.Generator, recipe: Recipe, proces
         uint8 levels [H W 3] of the processor's crop size.
     """
     if recipe.crop_padding:
-        image = crop_with_border(image, rng, recipe.crop_padding)
+        image = _crop_with_border(image, rng, recipe.crop_padding)
     if recipe.crop_scale:
-        image = random_resized_crop(image, rng, recipe, (processor.crop_size["width"], processor.crop_size["height"]))
+        image = _random_resized_crop(image, rng, recipe, (processor.crop_size["width"], processor.crop_size["height"]))
     if rng.random() < recipe.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if recipe.rand_augment:
         fill = tuple(round(255 * mean) for mean in np.broadcast_to(processor.image_mean, 3))
-        image = rand_augment(image, rng, recipe, fill)
+        image = _rand_augment(image, rng, recipe, fill)
     if recipe.color_jitter:
-        image = color_jitter(image, rng, recipe.color_jitter)
+        image = _color_jitter(image, rng, recipe.color_jitter)
     return np.asarray(image) if recipe.crop_scale else processor.resize_and_crop(image)
 
 
-def crop_with_border(image: Image.Image, rng: np.random.Generator, border: int) -> Image.Image:
+def _crop_with_border(image: Image.Image, rng: np.random.Generator, border: int) -> Image.Image:
     """Add a reflected border and return a random crop of the original size."""
     width, height = image.size
     pad = min(border, width - 1, height - 1)  # NumPy cannot reflect more than the image
@@ -58,15 +60,15 @@ def crop_with_border(image: Image.Image, rng: np.random.Generator, border: int) 
     return Image.fromarray(padded[top : top + height, left : left + width])
 
 
-def random_resized_crop(
+def _random_resized_crop(
     image: Image.Image, rng: np.random.Generator, recipe: Recipe, size: tuple[int, int]
 ) -> Image.Image:
     """Return a random crop resized to `size` (width, height)."""
-    box = random_box(image.size, rng, recipe.crop_scale, recipe.crop_ratio)
+    box = _random_box(image.size, rng, recipe.crop_scale, recipe.crop_ratio)
     return image.crop(box).resize(size, _draw_resampling(rng, recipe))
 
 
-def random_box(
+def _random_box(
     size: tuple[int, int], rng: np.random.Generator, scale: tuple[float, ...], ratio: tuple[float, ...]
 ) -> tuple[int, int, int, int]:
     """Return a random box (left, top, right, bottom) with an area and an aspect ratio in the given ranges.
@@ -74,7 +76,7 @@ def random_box(
     If no attempt fits into the image, return the largest centered box with an allowed ratio.
     """
     width, height = size
-    for _ in range(CROP_ATTEMPTS):
+    for _ in range(_CROP_ATTEMPTS):
         area = rng.uniform(scale[0], scale[1]) * width * height
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -89,11 +91,11 @@ def random_box(
 
 def _draw_resampling(rng: np.random.Generator, recipe: Recipe) -> Image.Resampling:
     """Return the filter of the recipe, drawn at random for "random"."""
-    name = str(rng.choice(list(RESAMPLINGS))) if recipe.interpolation == "random" else recipe.interpolation
-    return RESAMPLINGS[name]
+    name = str(rng.choice(list(_RESAMPLINGS))) if recipe.interpolation == "random" else recipe.interpolation
+    return _RESAMPLINGS[name]
 
 
-def color_jitter(image: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
+def _color_jitter(image: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
     """Scale brightness, contrast and saturation in random order, each by a factor in 1 ± strength."""
     for i in rng.permutation(3):
         enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[i]
@@ -101,7 +103,7 @@ def color_jitter(image: Image.Image, rng: np.random.Generator, strength: float) 
     return image
 
 
-def rand_augment(image: Image.Image, rng: np.random.Generator, recipe: Recipe, fill: tuple[int, ...]) -> Image.Image:
+def _rand_augment(image: Image.Image, rng: np.random.Generator, recipe: Recipe, fill: tuple[int, ...]) -> Image.Image:
     """Apply random operations of RandAugment, drawn with replacement; each is skipped with probability 1/2.
 
     Args:
@@ -113,20 +115,20 @@ def rand_augment(image: Image.Image, rng: np.random.Generator, recipe: Recipe, f
     Source: Cubuk et al. 2020, "RandAugment"; timm's variant "rand-m9-mstd0.5-inc1", in which a larger magnitude makes
         every operation stronger.
     """
-    for name in rng.choice(list(OPERATIONS), recipe.rand_augment):
+    for name in rng.choice(list(_OPERATIONS), recipe.rand_augment):
         if rng.random() < 0.5:
             continue
         magnitude = rng.normal(recipe.rand_augment_magnitude, recipe.rand_augment_deviation)
         strength = min(max(magnitude, 0.0), 10.0) / 10
         sign = int(rng.choice((-1, 1)))
-        image = OPERATIONS[name](image, strength, sign, fill, _draw_resampling(rng, recipe))
+        image = _OPERATIONS[name](image, strength, sign, fill, _draw_resampling(rng, recipe))
     return image
 
 
-Operation = Callable[[Image.Image, float, int, tuple[int, ...], Image.Resampling], Image.Image]
+_Operation = Callable[[Image.Image, float, int, tuple[int, ...], Image.Resampling], Image.Image]
 
 
-def _affine(coefficients: Callable[[Image.Image, float], tuple[float, ...]]) -> Operation:
+def _affine(coefficients: Callable[[Image.Image, float], tuple[float, ...]]) -> _Operation:
     def move(
         image: Image.Image, strength: float, sign: int, fill: tuple[int, ...], resample: Image.Resampling
     ) -> Image.Image:
@@ -136,7 +138,7 @@ def _affine(coefficients: Callable[[Image.Image, float], tuple[float, ...]]) -> 
     return move
 
 
-def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
+def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> _Operation:
     return lambda image, strength, sign, *_: kind(image).enhance(max(0.1, 1 + sign * 0.9 * strength))
 
 
@@ -145,7 +147,7 @@ def _add_below_middle(image: Image.Image, amount: int) -> Image.Image:
     return image.point(table * len(image.getbands()))
 
 
-OPERATIONS: dict[str, Operation] = {
+_OPERATIONS: dict[str, _Operation] = {
     "auto_contrast": lambda image, *_: ImageOps.autocontrast(image),
     "equalize": lambda image, *_: ImageOps.equalize(image),
     "invert": lambda image, *_: ImageOps.invert(image),
@@ -167,7 +169,7 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
-def erase(key: jax.Array, pixel_values: jax.Array, probability: float) -> jax.Array:
+def _erase(key: jax.Array, pixel_values: jax.Array, probability: float) -> jax.Array:
     """Replace a random rectangle by normal noise, in randomly chosen images of a batch.
 
     Args:
@@ -179,9 +181,9 @@ def erase(key: jax.Array, pixel_values: jax.Array, probability: float) -> jax.Ar
     """
     batch, height, width, _ = pixel_values.shape
     choose, area_key, ratio_key, place_key, noise_key = jax.random.split(key, 5)
-    draws = (batch, ERASE_ATTEMPTS)
-    area = jax.random.uniform(area_key, draws, minval=ERASE_AREA[0], maxval=ERASE_AREA[1]) * height * width
-    low, high = map(math.log, ERASE_RATIO)
+    draws = (batch, _ERASE_ATTEMPTS)
+    area = jax.random.uniform(area_key, draws, minval=_ERASE_AREA[0], maxval=_ERASE_AREA[1]) * height * width
+    low, high = map(math.log, _ERASE_RATIO)
     ratio = jnp.exp(jax.random.uniform(ratio_key, draws, minval=low, maxval=high))
     heights, widths = jnp.rint(jnp.sqrt(area * ratio)), jnp.rint(jnp.sqrt(area / ratio))
     fits = (heights < height) & (widths < width)
@@ -198,7 +200,7 @@ def erase(key: jax.Array, pixel_values: jax.Array, probability: float) -> jax.Ar
     return jnp.where(inside[..., None], noise, pixel_values)
 
 
-def mix(key: jax.Array, pixel_values: jax.Array, targets: jax.Array, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+def _mix(key: jax.Array, pixel_values: jax.Array, targets: jax.Array, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
     """Mix a batch with its reverse by mixup or cutmix, or return it unchanged.
 
     Args:

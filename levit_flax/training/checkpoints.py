@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from .state import State
+from .state import _State
 
-GOODNESS = "goodness"
+_GOODNESS = "goodness"
 
 
-class Restored(NamedTuple):
+class _Restored(NamedTuple):
     """The contents of a checkpoint.
 
     Attributes:
@@ -26,11 +26,11 @@ class Restored(NamedTuple):
         progress: JSON-ready values saved with it.
     """
 
-    state: State
+    state: _State
     progress: dict[str, Any]
 
 
-class Checkpoints:
+class _Checkpoints:
     """Save and restore the training state; the best and the last checkpoint are kept.
 
     Args:
@@ -43,7 +43,7 @@ class Checkpoints:
     def __init__(self, directory: Path) -> None:
         policies = ocp.checkpoint_managers.preservation_policy
         best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics[GOODNESS], n=1, keep_checkpoints_without_metrics=False
+            get_metric_fn=lambda metrics: metrics[_GOODNESS], n=1, keep_checkpoints_without_metrics=False
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
@@ -60,7 +60,7 @@ class Checkpoints:
         step: int | None = self._manager.latest_step()
         return step
 
-    def save(self, step: int, state: State, progress: dict[str, Any], goodness: float | None) -> None:
+    def save(self, step: int, state: _State, progress: dict[str, Any], goodness: float | None) -> None:
         """Start saving a checkpoint; it is written in the background.
 
         Args:
@@ -71,14 +71,14 @@ class Checkpoints:
         """
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         with self.writing():
-            self._manager.save(step, args=args, metrics=None if goodness is None else {GOODNESS: goodness}, force=True)
+            self._manager.save(step, args=args, metrics=None if goodness is None else {_GOODNESS: goodness}, force=True)
 
     def wait(self) -> None:
         """Wait until all checkpoints are written."""
         with self.writing():
             self._manager.wait_until_finished()
 
-    def restore(self, example: State) -> Restored:
+    def restore(self, example: _State) -> _Restored:
         """Return the last checkpoint.
 
         Args:
@@ -87,7 +87,7 @@ class Checkpoints:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), example)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), progress=ocp.args.JsonRestore())
         restored = self._manager.restore(self.latest, args=args)
-        return Restored(restored["state"], restored["progress"])
+        return _Restored(restored["state"], restored["progress"])
 
     def close(self) -> None:
         """Wait until all checkpoints are written, and release the directory."""

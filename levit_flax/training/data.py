@@ -18,16 +18,16 @@ from typing import Any
 import grain
 import numpy as np
 
-from levit_flax.datasets import DataError, LabeledImages, load_dataset, read_folder, read_split
+from levit_flax.datasets import DataError, LabeledImages, _load_dataset, _read_folder, _read_split
 from levit_flax.image_processing import LevitImageProcessor
-from levit_flax.images import ImageError, check_header
+from levit_flax.images import ImageError, _check_header
 
-from .augmentation import augment
+from .augmentation import _augment
 from .recipe import Recipe
 
-TRAIN_FOLDER = "train"
-VALIDATION_FOLDERS = ("validation", "val", "valid", "test")
-LISTED = 5  # unusable images or classes named in an error message
+_TRAIN_FOLDER = "train"
+_VALIDATION_FOLDERS = ("validation", "val", "valid", "test")
+_LISTED = 5  # unusable images or classes named in an error message
 
 
 def read_images(
@@ -50,7 +50,7 @@ def read_images(
         DataError: there are too few images or classes, the two parts have different classes, or an image is unusable.
         ImportError: the source is not a directory, and `datasets` is not installed.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> from PIL import Image
         >>> with TemporaryDirectory() as folder:
@@ -62,26 +62,26 @@ def read_images(
         >>> len(train), len(validation), train.labels
         (18, 2, ('cat', 'dog'))
     """
-    parts = find_images(source, recipe, skip)
+    parts = _find_images(source, recipe, skip)
     for part in parts:
-        check_images(part, decode=check)
+        _check_images(part, decode=check)
     return parts
 
 
-def find_images(source: str | Path, recipe: Recipe, skip: Collection[str]) -> tuple[LabeledImages, LabeledImages]:
+def _find_images(source: str | Path, recipe: Recipe, skip: Collection[str]) -> tuple[LabeledImages, LabeledImages]:
     """Like `read_images`, but does not open the files."""
     directory = Path(source).expanduser()
-    parts = _read_folders(directory, skip) if directory.is_dir() else read_dataset(str(source), skip)
-    train = parts[TRAIN_FOLDER]
+    parts = _read_folders(directory, skip) if directory.is_dir() else _read_dataset(str(source), skip)
+    train = parts[_TRAIN_FOLDER]
     if train.labels and len(train.labels) < 2:
         raise DataError(f"{train.where} has one class, {train.labels[0]}: expected two or more.")
     if len(parts) == 1:
         train, validation = _split(train, recipe)
     else:
-        validation = next(part for name, part in parts.items() if name != TRAIN_FOLDER)
+        validation = next(part for name, part in parts.items() if name != _TRAIN_FOLDER)
         if validation.labels != train.labels:
             odd = sorted(set(train.labels) ^ set(validation.labels))
-            found = f"only one has {', '.join(odd[:LISTED])}" if odd else "their order differs"
+            found = f"only one has {', '.join(odd[:_LISTED])}" if odd else "their order differs"
             raise DataError(
                 f"{train.where} has {len(train.labels)} classes and {validation.where} has {len(validation.labels)}:"
                 f" expected the same classes, but {found}."
@@ -94,21 +94,21 @@ def find_images(source: str | Path, recipe: Recipe, skip: Collection[str]) -> tu
 
 def _read_folders(directory: Path, skip: Collection[str]) -> dict[str, LabeledImages]:
     """Return the training part of a directory, under the name "train", and its validation part if there is one."""
-    if not (directory / TRAIN_FOLDER).is_dir():
-        return {TRAIN_FOLDER: read_folder(directory, skip=skip)}
-    other = next((name for name in VALIDATION_FOLDERS if (directory / name).is_dir()), None)
-    names = (TRAIN_FOLDER, other) if other else (TRAIN_FOLDER,)
-    return {name: read_folder(directory / name, directory, skip) for name in names}
+    if not (directory / _TRAIN_FOLDER).is_dir():
+        return {_TRAIN_FOLDER: _read_folder(directory, skip=skip)}
+    other = next((name for name in _VALIDATION_FOLDERS if (directory / name).is_dir()), None)
+    names = (_TRAIN_FOLDER, other) if other else (_TRAIN_FOLDER,)
+    return {name: _read_folder(directory / name, directory, skip) for name in names}
 
 
-def read_dataset(name: str, skip: Collection[str] = ()) -> dict[str, LabeledImages]:
+def _read_dataset(name: str, skip: Collection[str] = ()) -> dict[str, LabeledImages]:
     """Like `_read_folders`, for a Hugging Face dataset."""
-    found = load_dataset(name)
-    if TRAIN_FOLDER not in found:
-        raise DataError(f"The dataset {name} has the splits {', '.join(found)}: expected one named {TRAIN_FOLDER}.")
-    other = next((part for part in VALIDATION_FOLDERS if part in found), None)
-    names = (TRAIN_FOLDER, other) if other else (TRAIN_FOLDER,)
-    parts = {part: read_split(found[part], name, part) for part in names}
+    found = _load_dataset(name)
+    if _TRAIN_FOLDER not in found:
+        raise DataError(f"The dataset {name} has the splits {', '.join(found)}: expected one named {_TRAIN_FOLDER}.")
+    other = next((part for part in _VALIDATION_FOLDERS if part in found), None)
+    names = (_TRAIN_FOLDER, other) if other else (_TRAIN_FOLDER,)
+    parts = {part: _read_split(found[part], name, part) for part in names}
     if not skip:
         return parts
     return {
@@ -144,7 +144,7 @@ def _split(data: LabeledImages, recipe: Recipe) -> tuple[LabeledImages, LabeledI
     return data.select(rest, f"{where}, for training"), data.select(back, f"{where}, for validation")
 
 
-def leave_out(
+def _leave_out(
     train: LabeledImages, validation: LabeledImages, root: Path, skip: Collection[str]
 ) -> tuple[LabeledImages, LabeledImages]:
     """Leave images out of a run that has started, without moving the other images to other steps.
@@ -174,7 +174,7 @@ def leave_out(
     return train.select(places, train.where), validation.select(np.flatnonzero(kept_back), validation.where)
 
 
-def check_images(data: LabeledImages, decode: bool) -> None:
+def _check_images(data: LabeledImages, decode: bool) -> None:
     """Raise DataError unless every file has an image header, or with `decode`, unless every image can be decoded."""
 
     def fault(index: int) -> str | None:
@@ -182,7 +182,7 @@ def check_images(data: LabeledImages, decode: bool) -> None:
             if decode:
                 data.load(index)
             else:
-                check_header(data.images[index])
+                _check_header(data.images[index])
         except (DataError, ImageError, OSError) as error:
             return str(error)
         return None
@@ -194,18 +194,18 @@ def check_images(data: LabeledImages, decode: bool) -> None:
     if faults:
         raise DataError(
             f"{len(faults)} of the {len(data)} images of {data.where} cannot be used:"
-            f" {'; '.join(faults[:LISTED])}. Repair, remove or skip them (skip=...)."
+            f" {'; '.join(faults[:_LISTED])}. Repair, remove or skip them (skip=...)."
         )
 
 
-def read_skip_list(path: Path) -> frozenset[str]:
+def _read_skip_list(path: Path) -> frozenset[str]:
     """Return the paths in a skip list: one path per line, relative to the data directory."""
     lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
     return frozenset(line.strip() for line in lines if line.strip())
 
 
 @dataclass(frozen=True)
-class Shard:
+class _Shard:
     """The rows of each batch that a host reads: part `index` of `count` equal parts."""
 
     index: int = 0
@@ -213,7 +213,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class TrainingRows:
+class _TrainingRows:
     """The rows that a host reads during a whole run, in order; a source for Grain.
 
     A batch has `accumulation` parts. Each host reads an equal range of rows of each part.
@@ -223,7 +223,7 @@ class TrainingRows:
     recipe: Recipe
     processor: LevitImageProcessor
     teacher_logits: np.ndarray | None = None  # [N L]
-    shard: Shard = Shard()
+    shard: _Shard = _Shard()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -249,7 +249,7 @@ class TrainingRows:
         index = self._order[epoch * len(self.data) + place // self.recipe.repeats]
         rng = np.random.default_rng([self.recipe.seed, epoch, place])
         record = {
-            "pixels": augment(self.data.load(index), rng, self.recipe, self.processor),
+            "pixels": _augment(self.data.load(index), rng, self.recipe, self.processor),
             "targets": self.data.targets[index],
         }
         if self.teacher_logits is not None:
@@ -266,7 +266,7 @@ class TrainingRows:
         return epoch, step * self.recipe.batch_size + place
 
 
-def training_batches(rows: TrainingRows, threads: int, processes: int = 0, first: int = 0) -> Any:
+def _training_batches(rows: _TrainingRows, threads: int, processes: int = 0, first: int = 0) -> Any:
     """Return an iterator over a host's batches: dictionaries of arrays [A B ...], one for each step.
 
     A run is resumed by its step alone. Grain's iterator state would fix the number of processes.
@@ -308,8 +308,8 @@ def _follow_parent(*_: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def evaluation_batches(
-    data: LabeledImages, processor: LevitImageProcessor, batch_size: int, shard: Shard = Shard()
+def _evaluation_batches(
+    data: LabeledImages, processor: LevitImageProcessor, batch_size: int, shard: _Shard = _Shard()
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield a host's rows of batches that cover every image once; the last batch is padded with rows of weight 0.
 

@@ -6,16 +6,16 @@ from typing import Any
 
 import jax
 
-from levit_flax.hub import HubOptions
+from levit_flax.hub import _HubOptions
 
-from .hosts import together
-from .loop import Progress, run_plan
-from .outputs import MODEL_DIRECTORY, TORCH_DIRECTORY
-from .plan import make_plan
+from .hosts import _together
+from .loop import Progress, _run_plan
+from .outputs import _MODEL_DIRECTORY, _TORCH_DIRECTORY
+from .plan import _make_plan
 from .recipe import Recipe, RecipeError
-from .run_directory import prepare_output
+from .run_directory import _prepare_output
 
-DEFAULT_THREADS = 2
+_DEFAULT_THREADS = 2
 
 
 def finetune(
@@ -30,7 +30,7 @@ def finetune(
     skip: Any = (),
     check_data: bool = False,
     export_torch: str | None = None,
-    threads: int = DEFAULT_THREADS,
+    threads: int = _DEFAULT_THREADS,
     processes: int = 0,
     show: Callable[[Progress], None] | None = None,
     revision: str | None = None,
@@ -75,7 +75,7 @@ def finetune(
         FileExistsError: the directory holds a run, and neither `resume` nor `overwrite` is set.
         OSError: a file cannot be read or written.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from PIL import Image
         >>> shape = {"image_size": 32, "hidden_sizes": [8, 16], "num_attention_heads": [1, 1], "depths": [1, 1]}
@@ -92,7 +92,7 @@ def finetune(
         >>> sorted(report["best"])[:3]
         ['epoch', 'learning_rate', 'step']
     """
-    plan = make_plan(
+    plan = _make_plan(
         data,
         output,
         model=model,
@@ -105,11 +105,11 @@ def finetune(
         export_torch=export_torch,
         threads=threads,
         processes=processes,
-        options=HubOptions(revision, token, cache_dir, local_files_only),
+        options=_HubOptions(revision, token, cache_dir, local_files_only),
     )
-    together(lambda: prepare_output(plan.output, plan.settings, plan.resumed), only_first=True)
+    _together(lambda: _prepare_output(plan.output, plan.settings, plan.resumed), only_first=True)
     try:
-        report = run_plan(plan, show)
+        report = _run_plan(plan, show)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -118,10 +118,10 @@ def finetune(
             f" {plan.recipe.accumulation} parts. Lower batch_size, or raise accumulation."
         ) from error
     if plan.export_torch and jax.process_index() == 0:
-        from levit_flax.convert.workflow import convert_to_directory
+        from levit_flax.convert.workflow import _convert_to_directory
 
-        directory = plan.output / TORCH_DIRECTORY
-        convert_to_directory(
-            str(plan.output / MODEL_DIRECTORY), directory, layout=plan.export_torch, overwrite=True, verify=True
+        directory = plan.output / _TORCH_DIRECTORY
+        _convert_to_directory(
+            str(plan.output / _MODEL_DIRECTORY), directory, layout=plan.export_torch, overwrite=True, verify=True
         )
     return report

@@ -11,10 +11,10 @@ from jax.experimental import multihost_utils
 
 from .recipe import RecipeError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-def together(work: Callable[[], T], only_first: bool = False) -> T:
+def _together(work: Callable[[], _T], only_first: bool = False) -> _T:
     """Call `work` on every host and return its result, or raise on all hosts if it fails on one.
 
     Args:
@@ -38,10 +38,10 @@ def together(work: Callable[[], T], only_first: bool = False) -> T:
         raise error
     if any(failed):
         raise OSError(f"Host {failed.index(True)} cannot start training. See its output for the reason.")
-    return cast(T, result)
+    return cast(_T, result)
 
 
-def agree(settings: Any) -> None:
+def _agree(settings: Any) -> None:
     """Raise RecipeError unless all hosts have the same JSON-ready settings."""
     if jax.process_count() == 1:
         return

@@ -16,19 +16,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from levit_flax import files
-from levit_flax.configuration import REGRESSION
+from levit_flax.configuration import _REGRESSION
 from levit_flax.datasets import DataError
 
-from .checkpoints import Checkpoints
-from .data import Shard, TrainingRows, evaluation_batches, training_batches
-from .optimizer import learning_rate_schedule
-from .outputs import REPORT_FILE, History, TensorBoard, best_row, goodness, write_best, write_history
-from .plan import TrainingPlan
-from .run_directory import CHECKPOINT_DIRECTORY
-from .signals import StopSignal, stop_signals
-from .state import Batch, Metrics, State, Task
+from .checkpoints import _Checkpoints
+from .data import _evaluation_batches, _Shard, _training_batches, _TrainingRows
+from .optimizer import _learning_rate_schedule
+from .outputs import _REPORT_FILE, _best_row, _goodness, _History, _TensorBoard, _write_best, _write_history
+from .plan import _TrainingPlan
+from .run_directory import _CHECKPOINT_DIRECTORY
+from .signals import _stop_signals, _StopSignal
+from .state import _Batch, _Metrics, _State, _Task
 
-MAX_PENDING_STEPS = 4  # steps dispatched ahead of the device; more would only hold their images in memory
+_MAX_PENDING_STEPS = 4  # steps dispatched ahead of the device; more would only hold their images in memory
 
 
 class TrainingStopped(RuntimeError):
@@ -37,7 +37,7 @@ class TrainingStopped(RuntimeError):
     Attributes:
         signal: number of the signal received, such as `signal.SIGTERM`.
 
-    Example:
+    Examples:
         >>> TrainingStopped("Stopped at step 10 of 100.", signal.SIGTERM).signal == signal.SIGTERM
         True
     """
@@ -50,7 +50,7 @@ class TrainingStopped(RuntimeError):
 class NotFiniteError(ValueError):
     """Raised when the loss or a gradient is NaN or infinite.
 
-    Example:
+    Examples:
         >>> issubclass(NotFiniteError, ValueError)
         True
     """
@@ -69,7 +69,7 @@ class Progress(NamedTuple):
         seconds_left: estimated time to the end of the run.
         evaluation: the last row of metrics.csv; None before the first evaluation.
 
-    Example:
+    Examples:
         >>> now = Progress(50, 200, 1, 0.7, 0.5, 300.0, 60.0, None)
         >>> f"{now.step / now.total:.0%}, {now.seconds_left:.0f} s left"
         '25%, 60 s left'
@@ -85,18 +85,18 @@ class Progress(NamedTuple):
     evaluation: Mapping[str, float] | None
 
 
-def run_plan(plan: TrainingPlan, show: Callable[[Progress], None] | None = None) -> dict[str, Any]:
+def _run_plan(plan: _TrainingPlan, show: Callable[[Progress], None] | None = None) -> dict[str, Any]:
     """Train to the end, from the last checkpoint if there is one, and return the report.
 
     Args:
         plan: the run; its directory must be prepared.
         show: called after each step with the progress.
     """
-    return Session(plan, show).run()
+    return _Session(plan, show).run()
 
 
 @dataclasses.dataclass
-class Totals:
+class _Totals:
     """Sums over images: their losses, the number classified correctly, and their number."""
 
     loss: float = 0.0
@@ -137,47 +137,47 @@ class _Clock:
         return 0.0 if self.begin is None else time.perf_counter() - self.begin
 
 
-class Session:
+class _Session:
     """The state, the step and the checkpoints of a training run in this process; every host has its own session."""
 
     clock: _Clock
-    checkpoints: Checkpoints
-    stop_signal: StopSignal
-    state: State
+    checkpoints: _Checkpoints
+    stop_signal: _StopSignal
+    state: _State
 
-    def __init__(self, plan: TrainingPlan, show: Callable[[Progress], None] | None = None) -> None:
+    def __init__(self, plan: _TrainingPlan, show: Callable[[Progress], None] | None = None) -> None:
         self.plan, self.recipe, self.show = plan, plan.recipe, show
         mesh = Mesh(np.array(jax.devices()), ("batch",))
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.sharded = NamedSharding(mesh, PartitionSpec(None, "batch"))
-        self.shard = Shard(jax.process_index(), jax.process_count())
+        self.shard = _Shard(jax.process_index(), jax.process_count())
         student, teacher = plan.student, plan.teacher
-        self.rows = TrainingRows(plan.train, plan.recipe, student.processor, teacher.logits, self.shard)
+        self.rows = _TrainingRows(plan.train, plan.recipe, student.processor, teacher.logits, self.shard)
         self.total = plan.recipe.epochs * self.rows.steps_per_epoch
         self.batches: Any = None  # the iterator over training batches; None if no step is left
 
         params = student.variables["params"]
-        self.task = Task(
+        self.task = _Task(
             student.model, plan.recipe, student.processor, params, self.rows.steps_per_epoch, teacher.function
         )
         self.train_step = jax.jit(self.task.train_step, donate_argnums=0)
         self.evaluate_step = jax.jit(self.task.evaluate_step)
-        self.learning_rate = learning_rate_schedule(plan.recipe, self.rows.steps_per_epoch)
+        self.learning_rate = _learning_rate_schedule(plan.recipe, self.rows.steps_per_epoch)
         self.teacher_variables = jax.device_put(teacher.variables, self.replicated)
 
         self.step = 0  # steps dispatched so far
-        self.board = TensorBoard(plan.output)
-        self.history: History = []
-        self.totals = Totals()  # since the last evaluation
-        self.pending: deque[tuple[int, Metrics]] = deque()  # dispatched steps whose metrics were not read yet
+        self.board = _TensorBoard(plan.output)
+        self.history: _History = []
+        self.totals = _Totals()  # since the last evaluation
+        self.pending: deque[tuple[int, _Metrics]] = deque()  # dispatched steps whose metrics were not read yet
 
     def run(self) -> dict[str, Any]:
         """Train to the end, from the last checkpoint if there is one, and return the report."""
         with (
-            closing(Checkpoints(self.plan.output / CHECKPOINT_DIRECTORY)) as self.checkpoints,
+            closing(_Checkpoints(self.plan.output / _CHECKPOINT_DIRECTORY)) as self.checkpoints,
             closing(self.board),
             closing(self),
-            stop_signals(self.shard.count > 1) as self.stop_signal,
+            _stop_signals(self.shard.count > 1) as self.stop_signal,
         ):
             self.restore()
             self.clock = _Clock(self.step)
@@ -200,10 +200,10 @@ class Session:
         self.state = jax.device_put(self.task.init(self.plan.student.variables), self.replicated)
         if self.checkpoints.latest is not None:
             self.state, progress = self.checkpoints.restore(self.state)
-            self.history, self.totals = progress["history"], Totals(**progress["totals"])
+            self.history, self.totals = progress["history"], _Totals(**progress["totals"])
         self.step = int(self.state.step)
         if self.step < self.total:
-            self.batches = training_batches(self.rows, self.plan.threads, self.plan.processes, first=self.step)
+            self.batches = _training_batches(self.rows, self.plan.threads, self.plan.processes, first=self.step)
 
     def close(self) -> None:
         """End the threads and processes that read images."""
@@ -216,7 +216,7 @@ class Session:
         self.state, metrics = self.train_step(self.state, self.teacher_variables, batch)
         self.step += 1
         self.pending.append((self.step, metrics))
-        self.collect(MAX_PENDING_STEPS)
+        self.collect(_MAX_PENDING_STEPS)
         if self.clock.begin is None:
             self.clock = _Clock(self.step, time.perf_counter())
 
@@ -227,9 +227,9 @@ class Session:
             return
         progress = {"history": self.history, "totals": dataclasses.asdict(self.totals)}
         evaluated = bool(self.history) and self.history[-1]["step"] == self.step
-        self.checkpoints.save(self.step, self.state, progress, goodness(self.history[-1]) if evaluated else None)
+        self.checkpoints.save(self.step, self.state, progress, _goodness(self.history[-1]) if evaluated else None)
 
-    def next_batch(self) -> Batch:
+    def next_batch(self) -> _Batch:
         """Read the next batch and send it to the devices."""
         begin = time.perf_counter()
         try:
@@ -239,7 +239,7 @@ class Session:
         # While a step is still computing, the device does not wait.
         if not self.pending or cast(Any, self.pending[-1][1].loss).is_ready():
             self.clock.waiting += time.perf_counter() - begin
-        return Batch(**self.place(arrays))
+        return _Batch(**self.place(arrays))
 
     def unusable(self, error: DataError) -> DataError:
         """Save the state, and return the error to raise for an image that cannot be used."""
@@ -293,9 +293,9 @@ class Session:
         }
         for name, totals in (("train", self.totals), ("validation", validation)):
             row[f"{name}_loss"] = totals.loss / totals.images
-            if self.task.problem_type != REGRESSION:
+            if self.task.problem_type != _REGRESSION:
                 row[f"{name}_accuracy"] = totals.correct / totals.images
-        self.totals = Totals()
+        self.totals = _Totals()
         self.history.append(row)
         if jax.process_index() == 0:
             on_host = jax.device_get(variables)
@@ -307,20 +307,20 @@ class Session:
     def write(self, row: dict[str, Any], variables: Any) -> None:
         """Write the metrics, and the model if this evaluation is the best so far."""
         output, student = self.plan.output, self.plan.student
-        write_history(output, self.history)
+        _write_history(output, self.history)
         self.board.log(row)
-        if best_row(self.history) is row:
-            write_best(output, student.model, variables, student.processor, row, self.plan.settings.provenance())
+        if _best_row(self.history) is row:
+            _write_best(output, student.model, variables, student.processor, row, self.plan.settings.provenance())
 
-    def evaluate(self, variables: Any) -> Totals:
+    def evaluate(self, variables: Any) -> _Totals:
         """Return the totals over the validation images."""
         size = max(self.recipe.batch_size // self.recipe.accumulation, jax.device_count())
-        totals = Totals()
+        totals = _Totals()
         waiting = None
-        for arrays in evaluation_batches(self.plan.validation, self.plan.student.processor, size, self.shard):
+        for arrays in _evaluation_batches(self.plan.validation, self.plan.student.processor, size, self.shard):
             placed = self.place(arrays)
             weights = placed.pop("weights")
-            computing = self.evaluate_step(variables, Batch(**placed), weights)
+            computing = self.evaluate_step(variables, _Batch(**placed), weights)
             if waiting is not None:
                 totals.add_sums(waiting)
             waiting = computing
@@ -330,7 +330,7 @@ class Session:
     def progress(self) -> Progress:
         """Return the progress after the current step."""
         done, seconds, totals = self.step - self.clock.first_step, self.clock.seconds, self.totals
-        classes = self.task.problem_type != REGRESSION
+        classes = self.task.problem_type != _REGRESSION
         return Progress(
             step=self.step,
             total=self.total,
@@ -366,7 +366,7 @@ class Session:
         steps = self.step - self.clock.first_step
         report = {
             "output": str(self.plan.output),
-            "best": best_row(self.history),
+            "best": _best_row(self.history),
             "last": self.history[-1],
             "images_per_second": steps * self.recipe.batch_size / seconds if steps else None,
             "share_waiting_for_data": self.clock.waiting / seconds if steps else None,
@@ -375,5 +375,5 @@ class Session:
         }
         if jax.process_index() == 0:
             values = {**report, **self.plan.settings.provenance()}
-            files.write_text(self.plan.output / REPORT_FILE, json.dumps(values, indent=2) + "\n")
+            files._write_text(self.plan.output / _REPORT_FILE, json.dumps(values, indent=2) + "\n")
         return report

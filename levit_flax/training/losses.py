@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from levit_flax.configuration import SINGLE_LABEL
+from levit_flax.configuration import _SINGLE_LABEL
 from levit_flax.modeling_outputs import classification_loss
 
 
-def soft_targets(labels: jax.Array, num_labels: int, smoothing: float, dtype: jax.typing.DTypeLike) -> jax.Array:
+def _soft_targets(labels: jax.Array, num_labels: int, smoothing: float, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Return targets [B num_labels] for class indices [B], with the share `smoothing` spread over all classes."""
     return jax.nn.one_hot(labels, num_labels, dtype=dtype) * (1 - smoothing) + smoothing / num_labels
 
 
-def label_loss(logits: jax.Array, targets: jax.Array, problem_type: str) -> jax.Array:
+def _label_loss(logits: jax.Array, targets: jax.Array, problem_type: str) -> jax.Array:
     """Return the mean loss over a batch.
 
     Args:
@@ -29,17 +29,17 @@ def label_loss(logits: jax.Array, targets: jax.Array, problem_type: str) -> jax.
         A scalar: softmax cross entropy for single-label, sigmoid binary cross entropy for multi-label, mean squared
         error for regression.
 
-    Example:
+    Examples:
         >>> loss = label_loss(jnp.zeros((1, 2)), jnp.array([[0.9, 0.1]]), SINGLE_LABEL)
         >>> print(f"{loss:.4f}")
         0.6931
     """
-    if problem_type == SINGLE_LABEL:
+    if problem_type == _SINGLE_LABEL:
         return jnp.mean(optax.softmax_cross_entropy(logits, targets))
     return classification_loss(logits, targets, problem_type)
 
 
-def distillation_loss(logits: jax.Array, teacher_logits: jax.Array, kind: str, temperature: float = 1.0) -> jax.Array:
+def _distillation_loss(logits: jax.Array, teacher_logits: jax.Array, kind: str, temperature: float = 1.0) -> jax.Array:
     """Return the mean loss of the distillation head against a teacher.
 
     Args:

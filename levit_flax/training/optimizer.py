@@ -11,11 +11,11 @@ from flax.traverse_util import flatten_dict
 
 from .recipe import Recipe, RecipeError
 
-CLIP_EPSILON = 1e-3  # lower bound of a unit's weight norm
-GRADIENT_EPSILON = 1e-6
+_CLIP_EPSILON = 1e-3  # lower bound of a unit's weight norm
+_GRADIENT_EPSILON = 1e-6
 
 
-def match_patterns(table: Mapping[str, float], params: Mapping[str, Any], name: str) -> dict[str, float]:
+def _match_patterns(table: Mapping[str, float], params: Mapping[str, Any], name: str) -> dict[str, float]:
     """Return each parameter's value: that of the first pattern that matches its whole path.
 
     Args:
@@ -26,7 +26,7 @@ def match_patterns(table: Mapping[str, float], params: Mapping[str, Any], name: 
     Raises:
         RecipeError: a pattern is not a regular expression, a pattern is never used, or a parameter matches no pattern.
 
-    Example:
+    Examples:
         >>> match_patterns({"stem/.*": 0.0, ".*": 1.0}, {"stem": {"kernel": 0}, "head": {"bias": 0}}, "learning_rates")
         {'stem/kernel': 0.0, 'head/bias': 1.0}
     """
@@ -51,12 +51,12 @@ def match_patterns(table: Mapping[str, float], params: Mapping[str, Any], name: 
     return values
 
 
-def decays(path: str, parameter: Any) -> bool:
+def _decays(path: str, parameter: Any) -> bool:
     """Return whether weight decay applies to a parameter: not to 1-D tensors, biases and attention biases."""
     return parameter.ndim > 1 and not path.endswith(("/bias", "/attention_biases"))
 
 
-def learning_rate_schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
+def _learning_rate_schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
     """Return the learning rate schedule: linear warm-up to the peak, then cosine decay."""
     total, warmup = recipe.epochs * steps_per_epoch, round(recipe.warmup_epochs * steps_per_epoch)
     peak = recipe.peak_learning_rate
@@ -66,7 +66,7 @@ def learning_rate_schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedu
     return optax.join_schedules([optax.linear_schedule(recipe.warmup_learning_rate, peak, warmup), cosine], [warmup])
 
 
-def clip_adaptively(factor: float) -> optax.GradientTransformation:
+def _clip_adaptively(factor: float) -> optax.GradientTransformation:
     """Clip the norm of each unit's gradient to `factor` times the norm of the unit's weights.
 
     The last axis counts the units: the outputs of a kernel [I O] or [H W I O], the heads of attention biases [N H]. A
@@ -82,13 +82,13 @@ def clip_adaptively(factor: float) -> optax.GradientTransformation:
         return jnp.sqrt(jnp.sum(jnp.square(x), axes, keepdims=True))
 
     def clip(gradient: jax.Array, parameter: jax.Array) -> jax.Array:
-        norm, longest = unit_norm(gradient), factor * jnp.maximum(unit_norm(parameter), CLIP_EPSILON)
-        return jnp.where(norm < longest, gradient, gradient * (longest / jnp.maximum(norm, GRADIENT_EPSILON)))
+        norm, longest = unit_norm(gradient), factor * jnp.maximum(unit_norm(parameter), _CLIP_EPSILON)
+        return jnp.where(norm < longest, gradient, gradient * (longest / jnp.maximum(norm, _GRADIENT_EPSILON)))
 
     return optax.stateless(lambda updates, params: jax.tree.map(clip, updates, params))
 
 
-def make_optimizer(recipe: Recipe, factors: Mapping[str, float], steps_per_epoch: int) -> optax.GradientTransformation:
+def _make_optimizer(recipe: Recipe, factors: Mapping[str, float], steps_per_epoch: int) -> optax.GradientTransformation:
     """Return the optimizer of a recipe, for a flat dictionary of the trained parameters.
 
     Args:
@@ -100,13 +100,13 @@ def make_optimizer(recipe: Recipe, factors: Mapping[str, float], steps_per_epoch
     def scale_each(updates: Mapping[str, jax.Array], _: Any) -> dict[str, jax.Array]:
         return {path: update * factors[path] for path, update in updates.items()}
 
-    clip = [clip_adaptively(recipe.adaptive_clip)] if recipe.adaptive_clip else []
+    clip = [_clip_adaptively(recipe.adaptive_clip)] if recipe.adaptive_clip else []
     return optax.chain(
         *clip,
         optax.scale_by_adam(recipe.beta1, recipe.beta2, recipe.epsilon),
         optax.add_decayed_weights(
-            recipe.weight_decay, lambda flat: {path: decays(path, x) for path, x in flat.items()}
+            recipe.weight_decay, lambda flat: {path: _decays(path, x) for path, x in flat.items()}
         ),
         optax.stateless(scale_each),
-        optax.scale_by_learning_rate(learning_rate_schedule(recipe, steps_per_epoch)),
+        optax.scale_by_learning_rate(_learning_rate_schedule(recipe, steps_per_epoch)),
     )

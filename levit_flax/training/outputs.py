@@ -18,29 +18,29 @@ from levit_flax.image_processing import LevitImageProcessor
 from levit_flax.modeling import LevitBase, Variables
 from levit_flax.visualize import draw_curves
 
-METRICS_FILE = "metrics.csv"
-CURVES_FILE = "curves.png"
-REPORT_FILE = "report.json"
-CARD_FILE = "README.md"
-MODEL_DIRECTORY = "model"
-TORCH_DIRECTORY = "torch"
-TENSORBOARD_DIRECTORY = "tensorboard"
+_METRICS_FILE = "metrics.csv"
+_CURVES_FILE = "curves.png"
+_REPORT_FILE = "report.json"
+_CARD_FILE = "README.md"
+_MODEL_DIRECTORY = "model"
+_TORCH_DIRECTORY = "torch"
+_TENSORBOARD_DIRECTORY = "tensorboard"
 
-History = list[dict[str, float]]  # one row per evaluation: epoch, step, ...
+_History = list[dict[str, float]]  # one row per evaluation: epoch, step, ...
 
 
-def write_history(directory: Path, history: History) -> None:
+def _write_history(directory: Path, history: _History) -> None:
     """Write the metrics of all evaluations so far, as a CSV file and as a plot."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    files.write_text(directory / METRICS_FILE, text.getvalue())
+    files._write_text(directory / _METRICS_FILE, text.getvalue())
     figure = draw_curves(history)
-    files.write_atomically(directory / CURVES_FILE, lambda file: figure.savefig(file, format="png"))
+    files._write_atomically(directory / _CURVES_FILE, lambda file: figure.savefig(file, format="png"))
 
 
-class TensorBoard:
+class _TensorBoard:
     """Event files for TensorBoard, opened at the first evaluation of this process.
 
     A restart event makes TensorBoard drop later events of a killed run. Events are written synchronously, because
@@ -48,7 +48,7 @@ class TensorBoard:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory / TENSORBOARD_DIRECTORY
+        self.directory = directory / _TENSORBOARD_DIRECTORY
         self._writer: Any = None
 
     def log(self, row: Mapping[str, float]) -> None:
@@ -73,7 +73,7 @@ class TensorBoard:
                 self._writer.close()
 
 
-def write_best(
+def _write_best(
     directory: Path,
     model: LevitBase,
     variables: Variables,
@@ -82,13 +82,13 @@ def write_best(
     provenance: Mapping[str, Any],
 ) -> None:
     """Write the model directory with a model card and the metrics of the evaluation `row`."""
-    with files.staged_directory(directory / MODEL_DIRECTORY, True, checkpoint.OWN_FILES) as staging:
-        checkpoint.write_model(staging, model.clone(dtype=None), variables, processor, {"training": dict(provenance)})
+    with files._staged_directory(directory / _MODEL_DIRECTORY, True, checkpoint._OWN_FILES) as staging:
+        checkpoint._write_model(staging, model.clone(dtype=None), variables, processor, {"training": dict(provenance)})
         (staging / "metrics.json").write_text(json.dumps(dict(row), indent=2) + "\n", encoding="utf-8")
-        (staging / CARD_FILE).write_text(model_card(model, row, provenance), encoding="utf-8")
+        (staging / _CARD_FILE).write_text(_model_card(model, row, provenance), encoding="utf-8")
 
 
-def model_card(model: LevitBase, row: Mapping[str, float], provenance: Mapping[str, Any]) -> str:
+def _model_card(model: LevitBase, row: Mapping[str, float], provenance: Mapping[str, Any]) -> str:
     """Return the model card, with the front matter of the Hub."""
     labels = model.config.id2label
     metrics = "\n".join(f"| {name.replace('_', ' ')} | {value:.6g} |" for name, value in row.items())
@@ -110,7 +110,7 @@ tags: [levit, jax]
 ```python
 from levit_flax import ImageClassifier
 
-classifier = ImageClassifier.from_pretrained("{MODEL_DIRECTORY}")  # this directory, or its Hub id
+classifier = ImageClassifier.from_pretrained("{_MODEL_DIRECTORY}")  # this directory, or its Hub id
 classifier("image.jpg")
 ```
 
@@ -130,11 +130,11 @@ Training settings:
 """
 
 
-def best_row(history: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+def _best_row(history: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
     """Return the evaluation with the highest accuracy, or for regression, with the lowest loss."""
-    return max(history, key=goodness)
+    return max(history, key=_goodness)
 
 
-def goodness(row: Mapping[str, float]) -> float:
+def _goodness(row: Mapping[str, float]) -> float:
     """Return the number that evaluations are compared by; higher is better."""
     return row["validation_accuracy"] if "validation_accuracy" in row else -row["validation_loss"]

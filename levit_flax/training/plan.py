@@ -8,20 +8,20 @@ from typing import Any
 import jax
 
 from levit_flax.datasets import LabeledImages
-from levit_flax.hub import HubOptions
-from levit_flax.visualize import new_figure
+from levit_flax.hub import _HubOptions
+from levit_flax.visualize import _new_figure
 
-from .data import check_images, find_images, leave_out
-from .hosts import agree, together
-from .optimizer import match_patterns
+from .data import _check_images, _find_images, _leave_out
+from .hosts import _agree, _together
+from .optimizer import _match_patterns
 from .recipe import Recipe, RecipeError, read_recipe
-from .run_directory import RunSettings, check_output, check_same, check_sources, fingerprint, read_run
-from .student import Student, align_classes, make_student
-from .teacher import TeacherSource, check_teacher, make_teacher
+from .run_directory import _check_output, _check_same, _check_sources, _fingerprint, _read_run, _RunSettings
+from .student import _align_classes, _make_student, _Student
+from .teacher import _check_teacher, _make_teacher, _TeacherSource
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingPlan:
+class _TrainingPlan:
     """A training run that has passed all checks.
 
     Attributes:
@@ -40,9 +40,9 @@ class TrainingPlan:
 
     output: Path
     recipe: Recipe
-    settings: RunSettings
-    student: Student
-    teacher: TeacherSource
+    settings: _RunSettings
+    student: _Student
+    teacher: _TeacherSource
     train: LabeledImages
     validation: LabeledImages
     threads: int
@@ -51,7 +51,7 @@ class TrainingPlan:
     resumed: bool
 
 
-def make_plan(
+def _make_plan(
     source: str | Path,
     output: str | Path,
     *,
@@ -65,8 +65,8 @@ def make_plan(
     export_torch: str | None,
     threads: int,
     processes: int,
-    options: HubOptions,
-) -> TrainingPlan:
+    options: _HubOptions,
+) -> _TrainingPlan:
     """Check the arguments of `finetune` on all hosts, load the models and list the images.
 
     Creates the run directory but writes nothing to it.
@@ -74,45 +74,49 @@ def make_plan(
     output = Path(output).expanduser().absolute()
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     skipped = frozenset(PurePath(entry).as_posix() for entry in skip)
-    new_figure(1, 1)  # raises now, not after the first epoch, if Matplotlib is missing
-    together(lambda: check_output(output, resume, overwrite), only_first=True)
+    _new_figure(1, 1)  # raises now, not after the first epoch, if Matplotlib is missing
+    _together(lambda: _check_output(output, resume, overwrite), only_first=True)
 
-    def find() -> tuple[RunSettings | None, LabeledImages, LabeledImages]:
+    def find() -> tuple[_RunSettings | None, LabeledImages, LabeledImages]:
         if overwrite:
-            check_sources(output, model, teacher)
-        previous = read_run(output) if resume else None
-        return previous, *find_images(source, recipe, frozenset(previous.skip) if previous else skipped)
+            _check_sources(output, model, teacher)
+        previous = _read_run(output) if resume else None
+        return previous, *_find_images(source, recipe, frozenset(previous.skip) if previous else skipped)
 
-    previous, train, validation = together(find)
-    settings = RunSettings(
+    previous, train, validation = _together(find)
+    settings = _RunSettings(
         recipe=recipe.to_dict(),
         model=str(model) if model is not None else None,
         revision=options.revision,
         teacher=str(teacher) if isinstance(teacher, str | Path) else bool(teacher),
-        data=fingerprint(train, validation),
+        data=_fingerprint(train, validation),
         skip=tuple(sorted(skipped)),
     )
-    agree([settings.to_dict(), previous and previous.to_dict()])
+    _agree([settings.to_dict(), previous and previous.to_dict()])
 
-    def load() -> tuple[Student, TeacherSource, LabeledImages, LabeledImages]:
+    def load() -> tuple[_Student, _TeacherSource, LabeledImages, LabeledImages]:
         if previous:
-            check_same(output, previous, settings)
-        check_batch(recipe, train)
-        check_teacher(teacher, recipe, train)
+            _check_same(output, previous, settings)
+        _check_batch(recipe, train)
+        _check_teacher(teacher, recipe, train)
         root = Path(source).expanduser()
-        parts = leave_out(train, validation, root, skipped) if previous else (train, validation)
+        parts = _leave_out(train, validation, root, skipped) if previous else (train, validation)
         for part in parts:
-            check_images(part, decode=check_data)
+            _check_images(part, decode=check_data)
         student = _load_student(model, recipe, parts[0], export_torch, options)
         config, of_teacher = student.model.config, dataclasses.replace(options, revision=None)
-        aligned = (align_classes(parts[0], config), align_classes(parts[1], config))
-        return student, make_teacher(teacher, recipe, config, student.processor, aligned[0], root, of_teacher), *aligned
+        aligned = (_align_classes(parts[0], config), _align_classes(parts[1], config))
+        return (
+            student,
+            _make_teacher(teacher, recipe, config, student.processor, aligned[0], root, of_teacher),
+            *aligned,
+        )
 
-    loaded = together(load)
-    return TrainingPlan(output, recipe, settings, *loaded, threads, processes, export_torch, resumed=bool(previous))
+    loaded = _together(load)
+    return _TrainingPlan(output, recipe, settings, *loaded, threads, processes, export_torch, resumed=bool(previous))
 
 
-def check_batch(recipe: Recipe, data: LabeledImages) -> None:
+def _check_batch(recipe: Recipe, data: LabeledImages) -> None:
     """Raise RecipeError unless the images fill a batch that the devices can share equally."""
     part, devices, count = recipe.batch_size // recipe.accumulation, jax.device_count(), len(data)
     if recipe.batch_size > count:
@@ -131,16 +135,16 @@ def check_batch(recipe: Recipe, data: LabeledImages) -> None:
 
 
 def _load_student(
-    model: str | Path | None, recipe: Recipe, train: LabeledImages, export_torch: str | None, options: HubOptions
-) -> Student:
+    model: str | Path | None, recipe: Recipe, train: LabeledImages, export_torch: str | None, options: _HubOptions
+) -> _Student:
     """Load the model to train, and check the recipe and the PyTorch layout against it."""
-    student = make_student(model, recipe, train, options)
-    match_patterns(recipe.learning_rates, student.variables["params"], "learning_rates")
+    student = _make_student(model, recipe, train, options)
+    _match_patterns(recipe.learning_rates, student.variables["params"], "learning_rates")
     if export_torch:
         # Imported here because only export_torch needs the converter.
-        from levit_flax.convert.writing import check_layout, check_transformers_size
+        from levit_flax.convert.writing import _check_layout, _check_transformers_size
 
-        check_layout(student.model, export_torch)
+        _check_layout(student.model, export_torch)
         if export_torch == "hf":
-            check_transformers_size(student.model.config)
+            _check_transformers_size(student.model.config)
     return student

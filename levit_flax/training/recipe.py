@@ -11,9 +11,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-RECIPES = resources.files(__package__) / "recipes"
+_RECIPES = resources.files(__package__) / "recipes"
 
-CHOICES = {
+_CHOICES = {
     "heads": ("merge", "first", "both"),
     "batch_norm": ("train", "freeze", "freeze_with_parameters"),
     "compute_dtype": ("float32", "bfloat16"),
@@ -21,7 +21,7 @@ CHOICES = {
     "interpolation": ("bicubic", "bilinear", "random"),
 }
 
-POSITIVE = (
+_POSITIVE = (
     "epochs",
     "batch_size",
     "accumulation",
@@ -31,14 +31,22 @@ POSITIVE = (
     "distillation_temperature",
     "checkpoint_every",
 )
-SHARES = ("label_smoothing", "flip", "erase", "mix_probability", "mix_switch", "distillation_alpha", "validation_share")
-BELOW_ONE = ("label_smoothing", "drop_path_rate", "ema_decay", "beta1", "beta2", "validation_share")
+_SHARES = (
+    "label_smoothing",
+    "flip",
+    "erase",
+    "mix_probability",
+    "mix_switch",
+    "distillation_alpha",
+    "validation_share",
+)
+_BELOW_ONE = ("label_smoothing", "drop_path_rate", "ema_decay", "beta1", "beta2", "validation_share")
 
 
 class RecipeError(ValueError):
     """Raised when a recipe is invalid, or does not fit the data, the model or the devices.
 
-    Example:
+    Examples:
         >>> try:
         ...     Recipe(epochs=0)
         ... except RecipeError as error:
@@ -114,7 +122,7 @@ class Recipe:
     Raises:
         RecipeError: a value has the wrong type or is out of range.
 
-    Example:
+    Examples:
         >>> Recipe(epochs=5, batch_size=32).learning_rate
         0.0005
     """
@@ -178,7 +186,7 @@ class Recipe:
         for entry in dataclasses.fields(self):
             value = _as_kind(entry.name, getattr(self, entry.name), kinds[entry.name])
             object.__setattr__(self, entry.name, value)
-        for name, choices in CHOICES.items():
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}.")
         for entry in dataclasses.fields(self):
@@ -203,18 +211,18 @@ class Recipe:
     def _check_range(self, name: str, value: Any) -> None:
         if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
             raise RecipeError(f"{name} is {value}: expected a non-negative number.")
-        if name in POSITIVE and value <= 0:
+        if name in _POSITIVE and value <= 0:
             raise RecipeError(f"{name} is {value}: expected more than 0.")
-        if name in BELOW_ONE and value is not None and value >= 1:
+        if name in _BELOW_ONE and value is not None and value >= 1:
             raise RecipeError(f"{name} is {value}: expected a number less than 1.")
-        if name in SHARES and value > 1:
+        if name in _SHARES and value > 1:
             raise RecipeError(f"{name} is {value}: expected a number from 0 to 1.")
 
     @property
     def peak_learning_rate(self) -> float:
         """Learning rate at the end of the warm-up, scaled for the batch size.
 
-        Example:
+        Examples:
             >>> Recipe(learning_rate=5e-4, learning_rate_batch=512, batch_size=1024).peak_learning_rate
             0.001
         """
@@ -225,7 +233,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return all values as a JSON-ready dictionary.
 
-        Example:
+        Examples:
             >>> Recipe(crop_scale=(0.5, 1.0)).to_dict()["crop_scale"]
             [0.5, 1.0]
         """
@@ -244,14 +252,14 @@ def read_recipe(name: str | Path = "finetune", **changes: Any) -> Recipe:
     Raises:
         RecipeError: the recipe does not exist, is not valid TOML, has an unknown key, or has an invalid value.
 
-    Example:
+    Examples:
         >>> read_recipe("small_images", epochs=10).epochs
         10
     """
     path = Path(name).expanduser()
-    known = recipe_names()
+    known = _recipe_names()
     if str(name) in known:
-        text = (RECIPES / f"{name}.toml").read_text(encoding="utf-8")
+        text = (_RECIPES / f"{name}.toml").read_text(encoding="utf-8")
     elif path.is_file():
         text = path.read_text(encoding="utf-8")
     else:
@@ -260,15 +268,15 @@ def read_recipe(name: str | Path = "finetune", **changes: Any) -> Recipe:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"The recipe {name} is not valid TOML: {error}.") from None
-    return make_recipe({**values, **changes}, f"The recipe {name}")
+    return _make_recipe({**values, **changes}, f"The recipe {name}")
 
 
-def recipe_names() -> list[str]:
+def _recipe_names() -> list[str]:
     """Return the names of the package's recipes."""
-    return sorted(entry.name.removesuffix(".toml") for entry in RECIPES.iterdir() if entry.name.endswith(".toml"))
+    return sorted(entry.name.removesuffix(".toml") for entry in _RECIPES.iterdir() if entry.name.endswith(".toml"))
 
 
-def make_recipe(values: Mapping[str, Any], where: str) -> Recipe:
+def _make_recipe(values: Mapping[str, Any], where: str) -> Recipe:
     """Return a recipe with the values of a table, or raise RecipeError for an unknown key."""
     known = [entry.name for entry in dataclasses.fields(Recipe)]
     foreign = [key for key in values if key not in known]
@@ -277,7 +285,7 @@ def make_recipe(values: Mapping[str, Any], where: str) -> Recipe:
     return Recipe(**values)
 
 
-def parse_change(text: str) -> tuple[str, Any]:
+def _parse_change(text: str) -> tuple[str, Any]:
     """Return the key and the value of "key=value", in TOML syntax; an unquoted word is a string."""
     key, equals, value = text.partition("=")
     if not equals:

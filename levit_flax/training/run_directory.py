@@ -17,34 +17,34 @@ from levit_flax import files
 from levit_flax.datasets import LabeledImages
 
 from .outputs import (
-    CURVES_FILE,
-    METRICS_FILE,
-    MODEL_DIRECTORY,
-    REPORT_FILE,
-    TENSORBOARD_DIRECTORY,
-    TORCH_DIRECTORY,
+    _CURVES_FILE,
+    _METRICS_FILE,
+    _MODEL_DIRECTORY,
+    _REPORT_FILE,
+    _TENSORBOARD_DIRECTORY,
+    _TORCH_DIRECTORY,
 )
 from .recipe import RecipeError
 
 _RUN_FILE = "run.json"
-CHECKPOINT_DIRECTORY = "checkpoints"
+_CHECKPOINT_DIRECTORY = "checkpoints"
 
 # A run writes only these names, and overwrite=True removes only these.
 _OWN_NAMES = (
     _RUN_FILE,
-    REPORT_FILE,
-    METRICS_FILE,
-    CURVES_FILE,
-    CHECKPOINT_DIRECTORY,
-    MODEL_DIRECTORY,
-    TORCH_DIRECTORY,
-    TENSORBOARD_DIRECTORY,
+    _REPORT_FILE,
+    _METRICS_FILE,
+    _CURVES_FILE,
+    _CHECKPOINT_DIRECTORY,
+    _MODEL_DIRECTORY,
+    _TORCH_DIRECTORY,
+    _TENSORBOARD_DIRECTORY,
 )
 _LISTED_DIFFERENCES = 5  # in an error message
 
 
 @dataclasses.dataclass(frozen=True)
-class DataFingerprint:
+class _DataFingerprint:
     """Identifies the images of a run.
 
     Attributes:
@@ -61,7 +61,7 @@ class DataFingerprint:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunSettings:
+class _RunSettings:
     """The settings a run was started with; all except `skip` must be the same to resume it.
 
     Attributes:
@@ -77,7 +77,7 @@ class RunSettings:
     model: str | None
     revision: str | None
     teacher: str | bool
-    data: DataFingerprint
+    data: _DataFingerprint
     skip: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,9 +85,9 @@ class RunSettings:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "RunSettings":
+    def from_dict(cls, values: Mapping[str, Any]) -> "_RunSettings":
         """Return the settings that `to_dict` was called on."""
-        return cls(**{**values, "data": DataFingerprint(**values["data"]), "skip": tuple(values["skip"])})
+        return cls(**{**values, "data": _DataFingerprint(**values["data"]), "skip": tuple(values["skip"])})
 
     def provenance(self) -> dict[str, Any]:
         """Return the settings that identify the run, JSON-ready: all except `skip`."""
@@ -95,7 +95,7 @@ class RunSettings:
         del values["skip"]
         return values
 
-    def differences(self, other: "RunSettings") -> Iterator[tuple[str, Any, Any]]:
+    def differences(self, other: "_RunSettings") -> Iterator[tuple[str, Any, Any]]:
         """Yield (dotted name, own value, other value) of each difference in the settings that identify a run."""
         own, others = (json.loads(json.dumps(settings.provenance())) for settings in (self, other))
         yield from _differences(own, others)
@@ -109,7 +109,7 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any,
         yield name, old, new
 
 
-def fingerprint(train: LabeledImages, validation: LabeledImages) -> DataFingerprint:
+def _fingerprint(train: LabeledImages, validation: LabeledImages) -> _DataFingerprint:
     """Return the fingerprint of the images of a run."""
     digest = hashlib.sha256()
     for data in (train, validation):
@@ -117,10 +117,10 @@ def fingerprint(train: LabeledImages, validation: LabeledImages) -> DataFingerpr
             path = Path(data.images[index])
             digest.update(f"{path.parent.name}/{path.name}\n".encode())
         digest.update(data.targets.tobytes())
-    return DataFingerprint(len(train), len(validation), len(train.labels), digest.hexdigest())
+    return _DataFingerprint(len(train), len(validation), len(train.labels), digest.hexdigest())
 
 
-def check_output(output: Path, resume: bool, overwrite: bool) -> None:
+def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
     """Create the directory of a run.
 
     Raises:
@@ -139,15 +139,15 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
             f"{output} already holds a training run. Resume it with resume=True, replace it with overwrite=True, or"
             " choose another directory."
         )
-    files.make_directory(output)
+    files._make_directory(output)
     try:
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:
-        raise files.cannot_write(output, error) from None
+        raise files._cannot_write(output, error) from None
 
 
-def check_sources(output: Path, *sources: Any) -> None:
+def _check_sources(output: Path, *sources: Any) -> None:
     """Raise FileExistsError if `overwrite=True` would remove one of the models to start from."""
     for source in sources:
         if isinstance(source, str | Path) and output in Path(source).expanduser().absolute().parents:
@@ -157,7 +157,7 @@ def check_sources(output: Path, *sources: Any) -> None:
             )
 
 
-def read_run(output: Path) -> RunSettings | None:
+def _read_run(output: Path) -> _RunSettings | None:
     """Return the settings of the run in a directory, or None if there is no run."""
     path = output / _RUN_FILE
     try:
@@ -165,16 +165,16 @@ def read_run(output: Path) -> RunSettings | None:
     except FileNotFoundError:
         return None
     try:
-        return RunSettings.from_dict(json.loads(text))
+        return _RunSettings.from_dict(json.loads(text))
     except (ValueError, TypeError, KeyError):
-        keys = ", ".join(field.name for field in dataclasses.fields(RunSettings))
+        keys = ", ".join(field.name for field in dataclasses.fields(_RunSettings))
         raise ValueError(
             f"{path} does not hold the settings of a training run: expected a JSON object with the keys {keys}. Start"
             " the run again with overwrite=True."
         ) from None
 
 
-def check_same(output: Path, old: RunSettings, new: RunSettings) -> None:
+def _check_same(output: Path, old: _RunSettings, new: _RunSettings) -> None:
     """Raise RecipeError if the settings of a run differ from the ones it was started with."""
     found = [f"{name} (was {before!r}, is {after!r})" for name, before, after in old.differences(new)]
     if found:
@@ -184,7 +184,7 @@ def check_same(output: Path, old: RunSettings, new: RunSettings) -> None:
         )
 
 
-def prepare_output(output: Path, settings: RunSettings, resumed: bool) -> None:
+def _prepare_output(output: Path, settings: _RunSettings, resumed: bool) -> None:
     """Remove temporary files of a killed run. For a new run, also remove an older run and write the settings."""
     for entry in output.iterdir():
         temporary = entry.name.startswith(tuple(f".{name}." for name in _OWN_NAMES))
@@ -192,4 +192,4 @@ def prepare_output(output: Path, settings: RunSettings, resumed: bool) -> None:
         if temporary or old:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     if not resumed:
-        files.write_text(output / _RUN_FILE, json.dumps(settings.to_dict(), indent=2) + "\n")
+        files._write_text(output / _RUN_FILE, json.dumps(settings.to_dict(), indent=2) + "\n")

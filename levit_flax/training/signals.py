@@ -9,19 +9,19 @@ from typing import Any
 
 
 @dataclass
-class StopSignal:
+class _StopSignal:
     """The number of the signal received, or None."""
 
     received: int | None = None
 
 
 @contextmanager
-def stop_signals(several_hosts: bool) -> Iterator[StopSignal]:
+def _stop_signals(several_hosts: bool) -> Iterator[_StopSignal]:
     """Record the first SIGTERM or SIGINT instead of exiting; the second one has its usual effect.
 
     With several hosts, JAX handles SIGTERM and makes all hosts agree on a step. SIGINT is forwarded as SIGTERM.
     """
-    stop = StopSignal()
+    stop = _StopSignal()
     previous: dict[int, Any] = {}
 
     def record(number: int, frame: Any) -> None:

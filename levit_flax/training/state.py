@@ -11,20 +11,20 @@ import optax
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from levit_flax.configuration import MULTI_LABEL, SINGLE_LABEL
+from levit_flax.configuration import _MULTI_LABEL, _SINGLE_LABEL
 from levit_flax.image_processing import LevitImageProcessor
-from levit_flax.inference import normalize
-from levit_flax.layers import BatchNorm
+from levit_flax.inference import _normalize
+from levit_flax.layers import _BatchNorm
 from levit_flax.modeling import LevitBase, LevitForImageClassificationWithTeacher, Variables
 
-from .augmentation import erase, mix
-from .losses import distillation_loss, label_loss, soft_targets
-from .optimizer import make_optimizer, match_patterns
+from .augmentation import _erase, _mix
+from .losses import _distillation_loss, _label_loss, _soft_targets
+from .optimizer import _make_optimizer, _match_patterns
 from .recipe import Recipe
 
 
 @struct.dataclass
-class State:
+class _State:
     """The training state.
 
     Attributes:
@@ -43,7 +43,7 @@ class State:
 
 
 @struct.dataclass
-class Metrics:
+class _Metrics:
     """The metrics of a step, as scalars.
 
     Attributes:
@@ -57,7 +57,7 @@ class Metrics:
     gradient: jax.Array
 
 
-class Batch(NamedTuple):
+class _Batch(NamedTuple):
     """The images of one step, in A parts (`accumulation`).
 
     Attributes:
@@ -71,10 +71,10 @@ class Batch(NamedTuple):
     teacher_logits: Any = None
 
 
-Teacher = Callable[[Any, jax.Array], jax.Array]  # (its variables, pixel_values [B H W C]) -> logits [B L]
+_Teacher = Callable[[Any, jax.Array], jax.Array]  # (its variables, pixel_values [B H W C]) -> logits [B L]
 
 
-class Task:
+class _Task:
     """The initial state and the steps of a recipe for one model.
 
     Args:
@@ -97,19 +97,19 @@ class Task:
         processor: LevitImageProcessor,
         params: Mapping[str, Any],
         steps_per_epoch: int,
-        teacher: Teacher | None = None,
+        teacher: _Teacher | None = None,
     ) -> None:
         self.model, self.recipe, self.processor, self.teacher = model, recipe, processor, teacher
-        self.problem_type = model.config.problem_type or SINGLE_LABEL
-        factors = match_patterns(recipe.learning_rates, params, "learning_rates")
+        self.problem_type = model.config.problem_type or _SINGLE_LABEL
+        factors = _match_patterns(recipe.learning_rates, params, "learning_rates")
         self.trained = {path: factor for path, factor in factors.items() if factor}
-        self.optimizer = make_optimizer(recipe, self.trained, steps_per_epoch)
+        self.optimizer = _make_optimizer(recipe, self.trained, steps_per_epoch)
 
-    def init(self, variables: Variables) -> State:
+    def init(self, variables: Variables) -> _State:
         """Return the state before the first step."""
         variables = jax.tree.map(jnp.copy, variables)  # the state is donated, the caller's variables must not be
         flat = flatten_dict(variables["params"], sep="/")
-        return State(
+        return _State(
             step=jnp.zeros((), jnp.int32),
             variables=variables,
             average=jax.tree.map(jnp.copy, variables) if self.recipe.ema_decay else None,
@@ -117,7 +117,7 @@ class Task:
             broken=jnp.zeros((), bool),
         )
 
-    def train_step(self, state: State, teacher_variables: Any, batch: Batch) -> tuple[State, Metrics]:
+    def train_step(self, state: _State, teacher_variables: Any, batch: _Batch) -> tuple[_State, _Metrics]:
         """Take one step of the optimizer.
 
         Args:
@@ -132,7 +132,7 @@ class Task:
         trained = {path: flat[path] for path in self.trained}
         differentiate = jax.value_and_grad(self._loss, has_aux=True)
 
-        def compute(statistics: Any, part: Batch, key: jax.Array) -> tuple[Any, tuple[Any, ...]]:
+        def compute(statistics: Any, part: _Batch, key: jax.Array) -> tuple[Any, tuple[Any, ...]]:
             (loss, (statistics, correct)), gradients = differentiate(
                 trained, flat, statistics, teacher_variables, part, key
             )
@@ -147,10 +147,10 @@ class Task:
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, trained)
         params = unflatten_dict({**flat, **optax.apply_updates(trained, updates)}, sep="/")
         variables = {"params": params, "batch_stats": statistics}
-        metrics = Metrics(loss=loss, correct=totals[2], gradient=optax.tree.norm(gradients))
+        metrics = _Metrics(loss=loss, correct=totals[2], gradient=optax.tree.norm(gradients))
         broken = state.broken | ~jnp.isfinite(metrics.loss) | ~jnp.isfinite(metrics.gradient)
         before = dataclasses.replace(state, broken=broken)
-        after = State(state.step + 1, variables, self._averaged(state, variables), opt_state, broken)
+        after = _State(state.step + 1, variables, self._averaged(state, variables), opt_state, broken)
         return jax.tree.map(lambda old, new: jnp.where(broken, old, new), before, after), metrics
 
     def _loss(
@@ -159,16 +159,16 @@ class Task:
         flat: Mapping[str, jax.Array],
         statistics: Any,
         teacher_variables: Any,
-        batch: Batch,
+        batch: _Batch,
         key: jax.Array,
     ) -> tuple[jax.Array, tuple[Any, jax.Array]]:
         recipe = self.recipe
         erase_key, mix_key, drop_key = jax.random.split(key, 3)
         pixel_values, targets = self.prepare(batch)
         if recipe.erase:
-            pixel_values = erase(erase_key, pixel_values, recipe.erase)
+            pixel_values = _erase(erase_key, pixel_values, recipe.erase)
         if recipe.mixup or recipe.cutmix:
-            pixel_values, targets = mix(mix_key, pixel_values, targets, recipe)
+            pixel_values, targets = _mix(mix_key, pixel_values, targets, recipe)
 
         variables = {"params": unflatten_dict({**flat, **trained}, sep="/"), "batch_stats": statistics}
         with nn.intercept_methods(self._freeze_statistics):
@@ -178,38 +178,38 @@ class Task:
         two_heads = isinstance(self.model, LevitForImageClassificationWithTeacher)
         given = (output.cls_logits, output.distillation_logits) if two_heads else (output.logits,)
         heads = [head.astype(targets.dtype) for head in given]
-        loss = label_loss(heads[0], targets, self.problem_type)
+        loss = _label_loss(heads[0], targets, self.problem_type)
         if recipe.distillation != "none":
             logits = batch.teacher_logits
             if self.teacher is not None:
                 logits = self.teacher(teacher_variables, pixel_values)
-            taught = distillation_loss(heads[1], logits, recipe.distillation, recipe.distillation_temperature)
+            taught = _distillation_loss(heads[1], logits, recipe.distillation, recipe.distillation_temperature)
             loss = (1 - recipe.distillation_alpha) * loss + recipe.distillation_alpha * taught
         elif two_heads:
-            loss = (loss + label_loss(heads[1], targets, self.problem_type)) / 2
+            loss = (loss + _label_loss(heads[1], targets, self.problem_type)) / 2
         correct = _count_correct(sum(heads[1:], heads[0]), targets, self.problem_type)
         return loss, (updates["batch_stats"], correct)
 
-    def prepare(self, batch: Batch, smoothing: float | None = None) -> tuple[jax.Array, jax.Array]:
+    def prepare(self, batch: _Batch, smoothing: float | None = None) -> tuple[jax.Array, jax.Array]:
         """Return pixel values [B H W C] and smoothed targets [B L] of a part; `smoothing` None is the recipe's."""
         wide = jnp.promote_types(jnp.float32, self.model.param_dtype)
         pixels = batch.pixels
-        pixel_values = normalize(pixels, self.processor, wide) if pixels.dtype == jnp.uint8 else pixels
+        pixel_values = _normalize(pixels, self.processor, wide) if pixels.dtype == jnp.uint8 else pixels
         targets = batch.targets
-        if self.problem_type == SINGLE_LABEL:
+        if self.problem_type == _SINGLE_LABEL:
             smoothing = self.recipe.label_smoothing if smoothing is None else smoothing
-            targets = soft_targets(targets, self.model.config.num_labels, smoothing, wide)
+            targets = _soft_targets(targets, self.model.config.num_labels, smoothing, wide)
         return pixel_values.astype(wide), targets.astype(wide)
 
     def _freeze_statistics(self, method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         """Make batch norms use their running statistics if the recipe freezes them."""
         module = context.module
-        if not isinstance(module, BatchNorm) or self.recipe.batch_norm == "train":
+        if not isinstance(module, _BatchNorm) or self.recipe.batch_norm == "train":
             return method(*args, **kwargs)
         frozen = self.recipe.batch_norm == "freeze" or "/".join((*module.path, "scale")) not in self.trained
         return method(args[0], False) if frozen else method(*args, **kwargs)
 
-    def _averaged(self, state: State, variables: Variables) -> Variables | None:
+    def _averaged(self, state: _State, variables: Variables) -> Variables | None:
         if state.average is None:
             return None
         step = state.step.astype(jnp.float32)
@@ -224,7 +224,7 @@ class Task:
         average: Variables = jax.tree.map(blend, state.average, variables)
         return average
 
-    def evaluate_step(self, variables: Variables, batch: Batch, weights: jax.Array) -> dict[str, jax.Array]:
+    def evaluate_step(self, variables: Variables, batch: _Batch, weights: jax.Array) -> dict[str, jax.Array]:
         """Return the sums "loss", "correct" and "images" over one validation batch.
 
         Args:
@@ -235,12 +235,12 @@ class Task:
         pixel_values, targets = self.prepare(jax.tree.map(lambda x: x[0], batch), smoothing=0.0)
         output: Any = self.model.apply(variables, pixel_values)
         logits = output.logits.astype(targets.dtype)
-        losses = jax.vmap(lambda row, target: label_loss(row[None], target[None], self.problem_type))(logits, targets)
+        losses = jax.vmap(lambda row, target: _label_loss(row[None], target[None], self.problem_type))(logits, targets)
         hits = _count_correct(logits, targets, self.problem_type, weights[0])
         return {"loss": jnp.sum(losses * weights[0]), "correct": hits, "images": weights.sum()}
 
 
-def _compute_parts(compute: Any, statistics: Any, batch: Batch, keys: jax.Array) -> tuple[Any, Any]:
+def _compute_parts(compute: Any, statistics: Any, batch: _Batch, keys: jax.Array) -> tuple[Any, Any]:
     """Sum the results of `compute(statistics, part, key)` over the parts, passing the statistics from part to part."""
     first = jax.tree.map(lambda x: x[0], (batch, keys))
     if len(keys) == 1:
@@ -258,9 +258,9 @@ def _compute_parts(compute: Any, statistics: Any, batch: Batch, keys: jax.Array)
 
 def _count_correct(logits: jax.Array, targets: jax.Array, problem_type: str, weights: Any = 1.0) -> jax.Array:
     """Return the number of images whose class, or all of whose labels, are predicted correctly; 0 for regression."""
-    if problem_type == SINGLE_LABEL:
+    if problem_type == _SINGLE_LABEL:
         right = logits.argmax(-1) == targets.argmax(-1)
-    elif problem_type == MULTI_LABEL:
+    elif problem_type == _MULTI_LABEL:
         right = ((logits > 0) == (targets > 0.5)).all(-1)
     else:
         right = jnp.zeros(len(logits), bool)

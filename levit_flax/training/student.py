@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from levit_flax import loading
-from levit_flax.configuration import SINGLE_LABEL, VARIANTS, LevitConfig
+from levit_flax.configuration import _SINGLE_LABEL, VARIANTS, LevitConfig
 from levit_flax.datasets import LabeledImages
-from levit_flax.hub import DEFAULTS, HubOptions
-from levit_flax.image_processing import LevitImageProcessor, size_for_edge
+from levit_flax.hub import _DEFAULTS, _HubOptions
+from levit_flax.image_processing import LevitImageProcessor, _size_for_edge
 from levit_flax.modeling import (
     LevitBase,
     LevitForImageClassification,
@@ -25,7 +25,7 @@ from levit_flax.surgery import merge_heads, replace_head, resize_image
 from .recipe import Recipe, RecipeError
 
 
-class Student(NamedTuple):
+class _Student(NamedTuple):
     """A model ready to be trained.
 
     Attributes:
@@ -39,9 +39,9 @@ class Student(NamedTuple):
     processor: LevitImageProcessor
 
 
-def make_student(
-    source: str | Path | None, recipe: Recipe, data: LabeledImages, options: HubOptions = DEFAULTS
-) -> Student:
+def _make_student(
+    source: str | Path | None, recipe: Recipe, data: LabeledImages, options: _HubOptions = _DEFAULTS
+) -> _Student:
     """Return the model that a recipe trains on labeled data.
 
     Args:
@@ -62,13 +62,13 @@ def make_student(
         model, variables = resize_image(model, variables, recipe.image_size)
     model, variables = _set_classes(model, variables, data, jax.random.key(recipe.seed))
     changes: dict[str, Any] = {}
-    if data.problem_type != (model.config.problem_type or SINGLE_LABEL):
+    if data.problem_type != (model.config.problem_type or _SINGLE_LABEL):
         changes["problem_type"] = data.problem_type
     if recipe.drop_path_rate is not None:
         changes["drop_path_rate"] = recipe.drop_path_rate
     dtype = None if recipe.compute_dtype == "float32" else jnp.dtype(recipe.compute_dtype)
     model = model.clone(config=dataclasses.replace(model.config, **changes), dtype=dtype)
-    return Student(model, variables, loading.resize_processor(student.processor, model.config))
+    return _Student(model, variables, loading._resize_processor(student.processor, model.config))
 
 
 def _head_class(recipe: Recipe) -> type[LevitBase]:
@@ -77,7 +77,7 @@ def _head_class(recipe: Recipe) -> type[LevitBase]:
     return LevitForImageClassificationWithTeacher if two else LevitForImageClassification
 
 
-def _new_student(recipe: Recipe, data: LabeledImages) -> Student:
+def _new_student(recipe: Recipe, data: LabeledImages) -> _Student:
     """Return a newly initialized model of the recipe's architecture."""
     architecture = recipe.architecture
     if architecture is None:
@@ -99,15 +99,15 @@ def _new_student(recipe: Recipe, data: LabeledImages) -> Student:
     pixel_values = jnp.zeros((1, height, width, config.num_channels))
     variables = jax.jit(model.init)(jax.random.key(recipe.seed), pixel_values)
     if isinstance(architecture, str):
-        return Student(model, variables, loading.load_processor(None, config))
+        return _Student(model, variables, loading._load_processor(None, config))
     # Resized to the crop size, because cropping small images would lose much of them.
-    size = size_for_edge(max(height, width))
-    return Student(model, variables, LevitImageProcessor(size=size, crop_size=(height, width)))
+    size = _size_for_edge(max(height, width))
+    return _Student(model, variables, LevitImageProcessor(size=size, crop_size=(height, width)))
 
 
-def _load_student(source: str | Path, recipe: Recipe, options: HubOptions) -> Student:
+def _load_student(source: str | Path, recipe: Recipe, options: _HubOptions) -> _Student:
     """Return a checkpoint's model with the heads of the recipe."""
-    model, variables, processor, _ = loading.load_model(source, options, dtype="float32")
+    model, variables, processor, _ = loading._load_model(source, options, dtype="float32")
     if model.folded:
         raise ValueError(
             f"{source} is folded and cannot be trained: expected a model with batch norms. Use the model before"
@@ -120,10 +120,10 @@ def _load_student(source: str | Path, recipe: Recipe, options: HubOptions) -> St
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the recipe drops the second head on purpose
-                model, variables = loading.change_heads(model, variables, wanted)
+                model, variables = loading._change_heads(model, variables, wanted)
     else:
-        model, variables = loading.change_heads(model, variables, wanted, jax.random.key(recipe.seed))
-    return Student(model, variables, processor)
+        model, variables = loading._change_heads(model, variables, wanted, jax.random.key(recipe.seed))
+    return _Student(model, variables, processor)
 
 
 def _class_fields(data: LabeledImages) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _set_classes(
     return model.clone(config=dataclasses.replace(model.config, **fields)), variables
 
 
-def align_classes(data: LabeledImages, config: LevitConfig) -> LabeledImages:
+def _align_classes(data: LabeledImages, config: LevitConfig) -> LabeledImages:
     """Return labeled images with the targets in the order of a model's classes; the class names must be the same."""
     if not data.labels or data.labels == config.id2label:
         return data

@@ -13,20 +13,20 @@ import numpy as np
 
 from levit_flax import loading
 from levit_flax.classifier import ImageClassifier
-from levit_flax.configuration import SINGLE_LABEL, LevitConfig
+from levit_flax.configuration import _SINGLE_LABEL, LevitConfig
 from levit_flax.datasets import LabeledImages
-from levit_flax.files import write_atomically
-from levit_flax.hub import DEFAULTS, HubOptions
+from levit_flax.files import _write_atomically
+from levit_flax.hub import _DEFAULTS, _HubOptions
 from levit_flax.image_processing import LevitImageProcessor
-from levit_flax.inference import prepare
+from levit_flax.inference import _prepare
 
 from .recipe import Recipe, RecipeError
-from .state import Teacher
+from .state import _Teacher
 
-STORED_SUFFIX = ".npz"
+_STORED_SUFFIX = ".npz"
 
 
-class TeacherSource(NamedTuple):
+class _TeacherSource(NamedTuple):
     """The source of the teacher's logits: a function with its variables, or an array.
 
     Attributes:
@@ -35,20 +35,20 @@ class TeacherSource(NamedTuple):
         logits: [N L], one row for each training image; or None.
     """
 
-    function: Teacher | None = None
+    function: _Teacher | None = None
     variables: Any = None
     logits: np.ndarray | None = None
 
 
-def make_teacher(
+def _make_teacher(
     teacher: str | Path | Callable[[jax.Array], jax.Array] | None,
     recipe: Recipe,
     config: LevitConfig,
     processor: LevitImageProcessor,
     train: LabeledImages,
     root: Path,
-    options: HubOptions = DEFAULTS,
-) -> TeacherSource:
+    options: _HubOptions = _DEFAULTS,
+) -> _TeacherSource:
     """Load and check the teacher.
 
     Args:
@@ -65,17 +65,17 @@ def make_teacher(
             the logits are stored; or the problem is not single-label.
         ValueError: the teacher does not have all of the student's classes.
     """
-    check_teacher(teacher, recipe, train)
+    _check_teacher(teacher, recipe, train)
     if teacher is None:
-        return TeacherSource()
+        return _TeacherSource()
     if callable(teacher):
-        return TeacherSource(_check_width(teacher, config.num_labels))
-    if Path(teacher).suffix == STORED_SUFFIX:
-        return TeacherSource(logits=_read_logits(Path(teacher), train, root, config))
+        return _TeacherSource(_check_width(teacher, config.num_labels))
+    if Path(teacher).suffix == _STORED_SUFFIX:
+        return _TeacherSource(logits=_read_logits(Path(teacher), train, root, config))
     return _load_teacher(teacher, config, processor, options)
 
 
-def check_teacher(
+def _check_teacher(
     teacher: str | Path | Callable[[jax.Array], jax.Array] | None, recipe: Recipe, train: LabeledImages
 ) -> None:
     """Raise RecipeError unless the recipe, the teacher and the images fit each other; reads no files."""
@@ -85,12 +85,12 @@ def check_teacher(
             f"distillation is {recipe.distillation!r} and there is {'no' if teacher is None else 'a'} teacher: expected"
             f" {expected}."
         )
-    if teacher is not None and train.problem_type != SINGLE_LABEL:
+    if teacher is not None and train.problem_type != _SINGLE_LABEL:
         raise RecipeError(
             f"Distillation needs images with one class each, but {train.where} is for {train.problem_type}: expected"
             ' distillation = "none".'
         )
-    stored = isinstance(teacher, str | Path) and Path(teacher).suffix == STORED_SUFFIX
+    stored = isinstance(teacher, str | Path) and Path(teacher).suffix == _STORED_SUFFIX
     if stored and (recipe.mixup or recipe.cutmix):
         raise RecipeError(
             f"{teacher} has logits of unmixed images, but the recipe mixes images: expected mixup = 0 and cutmix = 0."
@@ -98,11 +98,11 @@ def check_teacher(
 
 
 def _load_teacher(
-    source: str | Path, config: LevitConfig, processor: LevitImageProcessor, options: HubOptions
-) -> TeacherSource:
+    source: str | Path, config: LevitConfig, processor: LevitImageProcessor, options: _HubOptions
+) -> _TeacherSource:
     """Load a model as a teacher. The student's images are resized and normalized for it."""
-    model, variables, own_processor, _ = loading.load_model(source, options, dtype="float32")
-    model, variables = prepare(model, variables)
+    model, variables, own_processor, _ = loading._load_model(source, options, dtype="float32")
+    model, variables = _prepare(model, variables)
     order = _match_labels(model.config.id2label, config.id2label, str(source))
     mean, std, own_mean, own_std = (
         np.asarray(value, np.float32).reshape(1, 1, 1, -1)
@@ -121,10 +121,10 @@ def _load_teacher(
         logits: jax.Array = output.logits[:, jnp.array(order)]
         return logits
 
-    return TeacherSource(teach, variables)
+    return _TeacherSource(teach, variables)
 
 
-def _check_width(function: Callable[[jax.Array], jax.Array], width: int) -> Teacher:
+def _check_width(function: Callable[[jax.Array], jax.Array], width: int) -> _Teacher:
     """Return a function from pixel values [B H W C] to logits [B width] as a teacher that checks the shape."""
 
     def teach(_: Any, pixel_values: jax.Array) -> jax.Array:
@@ -166,7 +166,7 @@ def store_logits(path: str | Path, classifier: ImageClassifier, data: str | Path
         ImageError: an image cannot be decoded.
         OSError: a file cannot be read or written.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> from PIL import Image
         >>> with TemporaryDirectory() as folder:
@@ -188,7 +188,7 @@ def store_logits(path: str | Path, classifier: ImageClassifier, data: str | Path
         with staging.open("wb") as file:
             np.savez_compressed(file, files=np.array(names), labels=np.array(labels), logits=np.stack(rows))
 
-    write_atomically(Path(path), write)
+    _write_atomically(Path(path), write)
 
 
 def _read_logits(path: Path, train: LabeledImages, root: Path, config: LevitConfig) -> np.ndarray:

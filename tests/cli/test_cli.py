@@ -20,7 +20,7 @@ from hub_server import HubServer, run_with_hub
 from levit_flax import convert
 from levit_flax.cli import main
 from levit_flax.convert import verification
-from levit_flax.hub import EMBEDDED_DIRECTORY
+from levit_flax.hub import _EMBEDDED_DIRECTORY
 
 HELP_SECONDS = 0.5
 COLD_CLASSIFY_SECONDS = 5.0
@@ -126,13 +126,13 @@ def test_convert_verifies_against_transformers(capsys, torch_directory, tmp_path
     compared = json.loads(out)["proof"]["PyTorch"]
     assert status == 0 and compared["passed"] and 0 < compared["relative"] < 1e-5
 
-    by_block = verification.forward_by_block
+    by_block = verification._forward_by_block
 
     def forward_wrongly(*arguments):
         blocks, logits = by_block(*arguments)
         return blocks, logits * 1.001
 
-    monkeypatch.setattr(verification, "forward_by_block", forward_wrongly)
+    monkeypatch.setattr(verification, "_forward_by_block", forward_wrongly)
     status, out, err = run(capsys, "convert", torch_directory, tmp_path / "wrong")
     assert status == 1 and out == "" and not (tmp_path / "wrong").exists()
     assert "Verification failed, so nothing was written. PyTorch: logits differ from transformers" in err
@@ -278,5 +278,5 @@ def test_demo_shows_proof_and_predictions(capsys):
     pytest.importorskip("skimage")
     status, out, _ = run(capsys, "demo")
     assert status == 0
-    assert str(EMBEDDED_DIRECTORY) in out and "250 tensors mapped" in out
+    assert str(_EMBEDDED_DIRECTORY) in out and "250 tensors mapped" in out
     assert "largest difference" in out and "chelsea" in out and "images/s" in out

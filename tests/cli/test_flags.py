@@ -54,7 +54,7 @@ def test_errors_and_warnings_name_flags_of_the_command(capsys, monkeypatch, tmp_
         warnings.warn("Pass ema=True.", stacklevel=1)
         raise ValueError(MESSAGE)
 
-    monkeypatch.setattr(workflow, "convert_to_directory", convert)
+    monkeypatch.setattr(workflow, "_convert_to_directory", convert)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert main(["convert", "model.pth", str(tmp_path / "out")]) == 1

@@ -11,8 +11,8 @@ from levit_flax import choices
 from levit_flax.cli import main
 from levit_flax.cli.app import app
 from levit_flax.convert import WRITTEN_LAYOUTS, layouts
-from levit_flax.evaluation import CROP_RULES
-from levit_flax.export import FORMATS
+from levit_flax.evaluation import _CROP_RULES
+from levit_flax.export import _FORMATS
 
 COMMANDS = get_command(app).commands
 
@@ -29,10 +29,10 @@ def test_help_texts_are_sentences(command):
     ("arguments", "expected"),
     [
         (["convert", "a", "b", "--to"], WRITTEN_LAYOUTS),
-        (["convert", "a", "b", "--dtype"], get_args(choices.WeightDType)),
-        (["evaluate", "a", "--crop"], CROP_RULES),
+        (["convert", "a", "b", "--dtype"], get_args(choices._WeightDType)),
+        (["evaluate", "a", "--crop"], _CROP_RULES),
         (["finetune", "a", "-o", "b", "--export-torch"], WRITTEN_LAYOUTS),
-        (["export", "a", "--format"], FORMATS),
+        (["export", "a", "--format"], _FORMATS),
     ],
 )
 def test_choices_are_those_of_the_library(capsys, arguments, expected):
@@ -42,16 +42,16 @@ def test_choices_are_those_of_the_library(capsys, arguments, expected):
 
 
 def test_written_layouts_are_known():
-    assert set(WRITTEN_LAYOUTS) < set(layouts.LAYOUTS)
+    assert set(WRITTEN_LAYOUTS) < set(layouts._LAYOUTS)
 
 
 def test_help_lists_the_recipes_of_the_package():
     pytest.importorskip("grain")
-    from levit_flax.training.recipe import recipe_names
+    from levit_flax.training.recipe import _recipe_names
 
-    assert tuple(recipe_names()) == choices.RECIPE_NAMES
+    assert tuple(_recipe_names()) == choices._RECIPE_NAMES
     [option] = [option for option in COMMANDS["finetune"].params if option.name == "recipe"]
-    assert ", ".join(recipe_names()) in option.help
+    assert ", ".join(_recipe_names()) in option.help
 
 
 @pytest.mark.parametrize("command", COMMANDS)

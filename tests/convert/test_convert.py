@@ -11,10 +11,10 @@ from safetensors.numpy import save_file
 import levit_flax as lf
 from configs import SMALL, UNUSUAL, random_variables, unusual_config
 from levit_flax import convert
-from levit_flax.attention import offset_index
+from levit_flax.attention import _offset_index
 from levit_flax.convert import ConversionError
-from levit_flax.convert.layouts import LAYOUTS, Permutation, Structure
-from levit_flax.modeling import MODEL_CLASSES, LevitBase, abstract_variables
+from levit_flax.convert.layouts import _LAYOUTS, _Permutation, _Structure
+from levit_flax.modeling import _MODEL_CLASSES, LevitBase, _abstract_variables
 
 # Tensors in a transformers checkpoint with two heads, one, and none. Source: counted on transformers' state dicts.
 TENSORS = {"levit-128S": (325, 318, 311), "levit-128": (400, 393, 386), "levit-192": (400, 393, 386)}
@@ -45,11 +45,11 @@ def assert_same_trees(found, expected):
     "name", [pytest.param(name, marks=() if name == "levit-128S" else pytest.mark.slow) for name in lf.VARIANTS]
 )
 def test_conversion_tables_are_complete(name):
-    for model_class, count in zip(reversed(MODEL_CLASSES), TENSORS[name], strict=True):
+    for model_class, count in zip(reversed(_MODEL_CLASSES), TENSORS[name], strict=True):
         model = model_class(lf.VARIANTS[name])
-        rows = list(LAYOUTS["hf"].rows(Structure.of(model.config, model.head_names)))
+        rows = list(_LAYOUTS["hf"].rows(_Structure.of(model.config, model.head_names)))
         assert len(rows) == len({row.torch for row in rows}) == count
-        assert {row.flax for row in rows} == abstract_variables(model).keys()
+        assert {row.flax for row in rows} == _abstract_variables(model).keys()
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
@@ -58,15 +58,15 @@ def test_names_equal_those_of_transformers(name):
     pytest.importorskip("transformers")
     from oracles import state_dict, torch_model
 
-    for model_class in MODEL_CLASSES:
+    for model_class in _MODEL_CLASSES:
         reference = state_dict(torch_model(unusual_config(name), model_class.__name__))
-        rows = list(LAYOUTS["hf"].rows(Structure.of(unusual_config(name), model_class.head_names)))
+        rows = list(_LAYOUTS["hf"].rows(_Structure.of(unusual_config(name), model_class.head_names)))
         assert {row.torch for row in rows} == reference.keys()
 
 
-@pytest.mark.parametrize("permutation", Permutation)
+@pytest.mark.parametrize("permutation", _Permutation)
 def test_permutations_invert_themselves(permutation):
-    shapes = {Permutation.OIHW_TO_HWIO: (1, 2, 3, 4), Permutation.OI11_TO_IO: (4, 6, 1, 1)}
+    shapes = {_Permutation.OIHW_TO_HWIO: (1, 2, 3, 4), _Permutation.OI11_TO_IO: (4, 6, 1, 1)}
     array = np.arange(24).reshape(shapes.get(permutation, (4, 6)))
     turned = permutation.to_flax(array)
     assert permutation.flax_shape(array.shape) == turned.shape
@@ -78,7 +78,7 @@ def test_permutations_invert_themselves(permutation):
 ROUND_TRIPS = [
     pytest.param(name, model_class, marks=() if (i + j) % 3 == 2 or name == "small" else pytest.mark.slow)
     for i, name in enumerate(UNUSUAL)
-    for j, model_class in enumerate(MODEL_CLASSES)
+    for j, model_class in enumerate(_MODEL_CLASSES)
 ]
 
 
@@ -129,8 +129,8 @@ def test_wrong_index_table_is_refused(checkpoint):
     _, variables, tensors = checkpoint
     prefix = "levit.encoder.stages.0.layers"
     tables = {
-        f"{prefix}.0.module.attention_bias_idxs": offset_index((4, 4)).astype(np.int64),
-        f"{prefix}.4.attention_bias_idxs": offset_index((4, 4), 2).astype(np.int64),
+        f"{prefix}.0.module.attention_bias_idxs": _offset_index((4, 4)).astype(np.int64),
+        f"{prefix}.4.attention_bias_idxs": _offset_index((4, 4), 2).astype(np.int64),
     }
     assert_same_trees(convert.from_torch({**tensors, **tables})[1], variables)
     wrong = tables[f"{prefix}.4.attention_bias_idxs"].copy()
@@ -257,7 +257,7 @@ def test_zip_pickles_are_read(checkpoint, tmp_path):
         convert.from_torch(tmp_path)
 
 
-@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+@pytest.mark.parametrize("model_class", _MODEL_CLASSES)
 def test_transformers_opens_what_is_saved(model_class, tmp_path):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -17,7 +17,7 @@ for package in ("torch", "transformers", "timm"):
 import levit_flax as lf  # noqa: E402
 from configs import SMALL, random_variables  # noqa: E402
 from levit_flax import convert  # noqa: E402
-from levit_flax.checkpoint import OWN_FILES  # noqa: E402
+from levit_flax.checkpoint import _OWN_FILES  # noqa: E402
 from levit_flax.convert import workflow  # noqa: E402
 
 SEED = 20211
@@ -170,7 +170,7 @@ def checkpoints():
 def outcome_of(path, out):
     """Convert with verification and return the outcome; unexpected exceptions propagate."""
     try:
-        report = workflow.convert_to_directory(str(path), out).to_dict()
+        report = workflow._convert_to_directory(str(path), out).to_dict()
     except (ValueError, OSError) as error:
         message = str(error)
         assert message and "Traceback" not in message
@@ -179,7 +179,7 @@ def outcome_of(path, out):
         assert not out.exists()
     else:
         assert report["proof"]["round trip"]["passed"]
-        assert set(OWN_FILES) == {file.name for file in out.iterdir()}
+        assert set(_OWN_FILES) == {file.name for file in out.iterdir()}
         # Either PyTorch computes the same from this file, or the report gives the reason why it was not compared.
         kind = "equal to PyTorch" if report["proof"]["PyTorch"]["passed"] else "not comparable"
         assert report["proof"]["PyTorch"]["passed"] is not False

@@ -18,8 +18,8 @@ pytest.importorskip("timm")
 import levit_flax as lf  # noqa: E402
 from configs import SMALL  # noqa: E402
 from levit_flax import convert  # noqa: E402
-from levit_flax.convert.layouts import LAYOUTS  # noqa: E402
-from levit_flax.convert.original import OriginalLevit  # noqa: E402
+from levit_flax.convert.layouts import _LAYOUTS  # noqa: E402
+from levit_flax.convert.original import _OriginalLevit  # noqa: E402
 from oracles import in_layout, pixels, state_dict, timm_model, torch_model  # noqa: E402
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
@@ -93,7 +93,7 @@ def test_every_layout_round_trips_bit_for_bit(name, heads):
         if layout.startswith("timm"):
             peer = timm_model(config, heads, conv=layout == "timm_conv")
         elif layout == "facebook":
-            peer = OriginalLevit(config, ("head", "head_dist")[:heads], fused=False).double().eval()
+            peer = _OriginalLevit(config, ("head", "head_dist")[:heads], fused=False).double().eval()
             named |= index_tables(peer)
         if layout != "hf":
             peer.load_state_dict(as_tensors(named), strict=True)
@@ -135,7 +135,7 @@ def test_fused_layouts_equal_timm_and_our_folding(name, heads):
         assert_same_bits(convert.to_torch(folded, trees[layout], layout), fused)
         for path, leaf in flatten_dict(trees[layout], sep="/").items():
             assert largest_difference(leaf, np.asarray(ours[path], np.float64)) < FOLDED_LIMIT, path
-    original = OriginalLevit(config, ("head", "head_dist")[:heads], fused=True)
+    original = _OriginalLevit(config, ("head", "head_dist")[:heads], fused=True)
     fused = convert.to_torch(folded, trees["timm"], "facebook")
     original.load_state_dict(as_tensors(fused), strict=True)
     assert len(fused) == count(name, "facebook", heads, fused=True)
@@ -194,14 +194,14 @@ def test_original_convolutional_layout_is_read_and_not_written(heads):
         convert.to_torch(model, variables, "facebook_conv")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", _LAYOUTS)
 def test_layout_is_detected_from_names_and_shapes(layout):
     config = lf.LevitConfig(**SMALL)
     tensors = narrowed(state_dict(torch_model(config, CLASSES[2])))
-    from levit_flax.convert.layouts import detect_layout
+    from levit_flax.convert.layouts import _detect_layout
 
     named = in_layout(tensors, layout, config.depths)
-    assert detect_layout({name: array.shape for name, array in named.items()}, "here").name == layout
+    assert _detect_layout({name: array.shape for name, array in named.items()}, "here").name == layout
 
 
 def test_every_layout_is_read_without_pytorch(tmp_path):
@@ -229,7 +229,7 @@ def test_written_pickles_load_in_each_library(tmp_path):
     model, variables = convert.from_torch(tensors, config=config)
     convert.save_torch(tmp_path / "levit.pth", model, variables, "facebook")
     checkpoint = torch.load(tmp_path / "levit.pth", weights_only=True)
-    OriginalLevit(config, model.head_names, fused=False).load_state_dict(checkpoint["model"], strict=True)
+    _OriginalLevit(config, model.head_names, fused=False).load_state_dict(checkpoint["model"], strict=True)
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == np.float32 else leaf, variables)
     convert.save_torch(tmp_path / "levit.bin", model, narrow, "timm")
     loaded = torch.load(tmp_path / "levit.bin", weights_only=True)

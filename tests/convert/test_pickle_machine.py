@@ -15,8 +15,8 @@ import pytest
 from handmade_pickles import call, dump, name, refusal, replace_byte, storage, tensor, write
 
 from levit_flax.convert.errors import ConversionError
-from levit_flax.convert.pickle_machine import Inert
-from levit_flax.convert.pickles import read_pickle
+from levit_flax.convert.pickle_machine import _Inert
+from levit_flax.convert.pickles import _read_pickle
 
 SPACE = 64 * 2**20  # bytes that reading a file of a few kilobytes may take
 
@@ -44,7 +44,7 @@ REFUSED_NAMES = (
     "torch.load",
     "torch.storage._load_from_bytes",
     "torch.nn.modules.linear.Linear",
-    "levit_flax.convert.pickle_machine.Inert",
+    "levit_flax.convert.pickle_machine._Inert",
 )
 
 
@@ -186,9 +186,9 @@ def test_misused_values_are_refused(path: Path, instructions: bytes, reason: str
 
 def test_state_stays_data(path: Path) -> None:
     state = b"}" + dump("__class__") + name("torch.device") + b"s" + dump("__setstate__") + name("torch.device") + b"s"
-    result: Any = read_pickle(write(path, NAMESPACE + state + b"b" + dump({"lr": 1}) + b"b"))
-    assert result == Inert("argparse.Namespace", (), {"lr": 1})
-    result = read_pickle(write(path, call("collections.OrderedDict") + state + b"b" + SLOTS + b"b"))
+    result: Any = _read_pickle(write(path, NAMESPACE + state + b"b" + dump({"lr": 1}) + b"b"))
+    assert result == _Inert("argparse.Namespace", (), {"lr": 1})
+    result = _read_pickle(write(path, call("collections.OrderedDict") + state + b"b" + SLOTS + b"b"))
     assert (type(result), vars(result)) == (OrderedDict, {})
 
 
@@ -284,7 +284,7 @@ def test_changed_exploits_never_run(path: Path, exploit: str) -> None:
     for _ in range(100):
         write(path, replace_byte(content, generator))
         with contextlib.suppress(ConversionError):
-            read_pickle(path)
+            _read_pickle(path)
         assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -335,7 +335,7 @@ def test_bombs_are_refused(path: Path, instructions: bytes, reason: str) -> None
 def test_bombs_that_are_defused_take_no_memory(path: Path, instructions: bytes) -> None:
     write(path, instructions)
     tracemalloc.start()
-    read_pickle(path)
+    _read_pickle(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < SPACE

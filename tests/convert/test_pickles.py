@@ -18,8 +18,8 @@ import pytest
 from handmade_pickles import ELEMENTS, plain, refusal, replace_byte, storage, tensor, write
 
 from levit_flax.convert.errors import ConversionError
-from levit_flax.convert.pickle_machine import Inert
-from levit_flax.convert.pickles import read_pickle
+from levit_flax.convert.pickle_machine import _Inert
+from levit_flax.convert.pickles import _read_pickle
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
@@ -43,7 +43,7 @@ def test_tensors_equal_pytorch(torch: Any, path: Path, dtype: str, legacy: bool)
     }
     torch.save(state, path, _use_new_zipfile_serialization=not legacy)
     expected = torch.load(path)
-    result: Any = read_pickle(path)
+    result: Any = _read_pickle(path)
     assert plain(result) == plain(expected)
     for key, array in result.items():
         assert not array.flags.writeable
@@ -67,7 +67,7 @@ def test_containers_equal_pytorch(torch: Any, path: Path, protocol: int) -> None
     }
     value["again"] = value["numbers"]
     torch.save(value, path, pickle_protocol=protocol)
-    result: Any = read_pickle(path)
+    result: Any = _read_pickle(path)
     assert plain(result) == plain(torch.load(path, weights_only=False))
     assert type(result["model"]) is OrderedDict
     assert result["again"] is result["numbers"]
@@ -85,13 +85,13 @@ def test_objects_beside_the_weights_are_inert(torch: Any, path: Path, protocol: 
         "dtype": torch.bfloat16,
     }
     torch.save(value, path, pickle_protocol=protocol)
-    result: Any = read_pickle(path)
+    result: Any = _read_pickle(path)
     args = result["args"]
-    assert (type(args), args.name, args.arguments, args.state["lr"]) == (Inert, "argparse.Namespace", (), 0.1)
+    assert (type(args), args.name, args.arguments, args.state["lr"]) == (_Inert, "argparse.Namespace", (), 0.1)
     assert "/".join(args.state["output"].arguments) == "runs/1"
     assert (result["device"].name, result["device"].arguments) == ("torch.device", ("cuda", 1))
-    assert result["milestones"] == Inert("collections.Counter", ({30: 1, 60: 2},))
-    assert type(result["best"]) is type(result["state"]) is Inert
+    assert result["milestones"] == _Inert("collections.Counter", ({30: 1, 60: 2},))
+    assert type(result["best"]) is type(result["state"]) is _Inert
     assert (result["size"], result["dtype"]) == ((2, 3), "torch.bfloat16")
 
 
@@ -99,20 +99,20 @@ def test_legacy_containers_are_plain(torch: Any, path: Path) -> None:
     value = {"size": torch.Size([2, 3]), "dtype": torch.bfloat16, "model": OrderedDict(weights=[torch.ones(2)])}
     torch.save(value, path, _use_new_zipfile_serialization=False)
     expected = {"size": (2, 3), "dtype": "torch.bfloat16", "model": {"weights": [np.ones(2, "f4")]}}
-    assert plain(read_pickle(path)) == plain(expected)
+    assert plain(_read_pickle(path)) == plain(expected)
 
 
 def test_parameters_with_state_are_their_tensors(torch: Any, path: Path) -> None:
     parameter = torch.nn.Parameter(torch.arange(3.0))
     parameter.note = "kept by PyTorch, not here"
     torch.save([parameter], path)
-    assert plain(read_pickle(path)) == plain([torch.arange(3.0)])
+    assert plain(_read_pickle(path)) == plain([torch.arange(3.0)])
 
 
 def test_shared_storage_stays_shared(torch: Any, path: Path) -> None:
     numbers = torch.arange(12.0)
     torch.save({"all": numbers, "tail": numbers[8:], "other": numbers.clone()}, path)
-    result: Any = read_pickle(path)
+    result: Any = _read_pickle(path)
     assert np.shares_memory(result["all"], result["tail"])
     assert not np.shares_memory(result["all"], result["other"])
 
@@ -120,7 +120,7 @@ def test_shared_storage_stays_shared(torch: Any, path: Path) -> None:
 def test_tensors_are_views_of_the_file(torch: Any, path: Path) -> None:
     torch.save({"large": torch.ones(8 * 2**20)}, path)
     tracemalloc.start()
-    result: Any = read_pickle(path)
+    result: Any = _read_pickle(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**20
@@ -137,7 +137,7 @@ def test_checkpoint_without_checksums_is_read(torch: Any, path: Path) -> None:
         torch.serialization.set_crc32_options(True)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is not None
-    assert plain(read_pickle(path)) == plain({"weight": torch.arange(99.0)})
+    assert plain(_read_pickle(path)) == plain({"weight": torch.arange(99.0)})
 
 
 @pytest.mark.parametrize("kind", ["FloatStorage", "BFloat16Storage", "ByteStorage"])
@@ -146,7 +146,7 @@ def test_big_endian_numbers_are_swapped(path: Path, kind: str) -> None:
     numbers = np.arange(6).astype(dtype)
     big = numbers.view(f"u{dtype.itemsize}").astype(f">u{dtype.itemsize}").tobytes()
     data = storage(f"torch.{kind}", length=6)
-    result: Any = read_pickle(write(path, tensor(0, (6,), (1,), data), {"byteorder": b"big", "data/0": big}))
+    result: Any = _read_pickle(write(path, tensor(0, (6,), (1,), data), {"byteorder": b"big", "data/0": big}))
     assert plain(result) == plain(numbers)
     assert not result.flags.writeable
 
@@ -155,7 +155,7 @@ def test_byte_order_defaults_to_little_endian(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("levit/data.pkl", b"\x80\x02" + tensor(2, (2, 3), (4, 1)) + b".")
         archive.writestr("levit/data/0", ELEMENTS.tobytes())
-    assert plain(read_pickle(path)) == plain(np.array([[2, 3, 4], [6, 7, 8]], "f4"))
+    assert plain(_read_pickle(path)) == plain(np.array([[2, 3, 4], [6, 7, 8]], "f4"))
 
 
 def test_reading_without_pytorch(torch: Any, path: Path) -> None:
@@ -195,7 +195,7 @@ def test_foreign_file_is_named(path: Path, content: bytes, reason: str) -> None:
 
 def test_missing_file_is_an_os_error(path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        read_pickle(path)
+        _read_pickle(path)
 
 
 def test_zip_file_without_pickle_is_named(path: Path) -> None:
@@ -304,13 +304,13 @@ def test_truncated_files_are_refused(healthy: Path, path: Path) -> None:
 
 
 def test_damaged_files_are_refused_or_read_as_they_were(healthy: Path, path: Path) -> None:
-    content, expected = healthy.read_bytes(), plain(read_pickle(healthy))
+    content, expected = healthy.read_bytes(), plain(_read_pickle(healthy))
     generator = random.Random(1)
     refused = 0
     for _ in range(200):
         path.write_bytes(replace_byte(content, generator))
         try:
-            result = plain(read_pickle(path))
+            result = plain(_read_pickle(path))
         except ConversionError:
             refused += 1
         else:
@@ -325,7 +325,7 @@ def test_changed_pickles_are_refused_or_read_as_by_pytorch(torch: Any, healthy: 
     for _ in range(200):
         with_pickle(healthy, lambda content: replace_byte(content, generator), path)
         try:
-            result = plain(read_pickle(path))
+            result = plain(_read_pickle(path))
         except ConversionError:
             refused += 1
         else:
@@ -344,7 +344,7 @@ def test_damaged_legacy_files_are_refused_or_read(torch: Any, path: Path) -> Non
     for _ in range(100):
         path.write_bytes(replace_byte(content, generator))
         try:
-            result = plain(read_pickle(path))
+            result = plain(_read_pickle(path))
         except ConversionError:
             continue
         assert result == plain(torch.load(path, map_location="cpu", weights_only=True))

@@ -13,7 +13,7 @@ import levit_flax as lf
 from configs import SMALL, in_another_order, random_variables
 from levit_flax import convert
 from levit_flax.convert import ConversionError
-from levit_flax.convert.sources import open_source
+from levit_flax.convert.sources import _open_source
 
 
 @pytest.fixture
@@ -38,8 +38,8 @@ def assert_holds(source, tensors, **options):
 def test_wrappers_and_prefixes_are_removed(tensors, wrapper, prefix):
     wrapped = {wrapper: {prefix + name: array for name, array in tensors.items()}, "epoch": 3}
     assert_holds(wrapped, tensors)
-    taken_off = "".join(open_source(wrapped).wrappers[1:])
-    assert open_source(wrapped).wrappers[0] == wrapper and taken_off == prefix
+    taken_off = "".join(_open_source(wrapped).wrappers[1:])
+    assert _open_source(wrapped).wrappers[0] == wrapper and taken_off == prefix
 
 
 def test_prefixes_in_files_are_removed(tensors, tmp_path):
@@ -65,8 +65,8 @@ def test_averaged_weights_need_ema(tensors, averaged, plain, average):
     both = {plain: tensors, average: averaged}
     assert_holds(both, tensors)
     assert_holds(both, averaged, ema=True)
-    assert any("ema=True" in note for note in open_source(both).notes)
-    assert open_source(both, ema=True).wrappers == (average,)
+    assert any("ema=True" in note for note in _open_source(both).notes)
+    assert _open_source(both, ema=True).wrappers == (average,)
     with pytest.raises(ConversionError, match=rf"has only averaged weights: .* found {average}. Pass ema=True"):
         convert.from_torch({average: averaged})
 
@@ -114,11 +114,11 @@ def test_wrong_hash_in_a_file_name_warns(tensors, tmp_path, right):
     named = digest[:8] if right else "96703c44"
     path = (tmp_path / "levit.safetensors").rename(tmp_path / f"LeViT-128S-{named}.safetensors")
     if right:
-        assert open_source(path).notes == ()
+        assert _open_source(path).notes == ()
     else:
         message = f"does not match the hash in its name: .* begins with 96703c44, found {digest[:8]}"
         with pytest.warns(UserWarning, match=message):
-            opened = open_source(path)
+            opened = _open_source(path)
         assert "96703c44" in opened.notes[0]
 
 
@@ -130,10 +130,10 @@ def test_index_tables_in_another_order_permute_the_biases(tensors):
     jax.tree.map(np.testing.assert_array_equal, convert.from_torch(reordered)[1], expected)
     from levit_flax.convert import conversion, verification
 
-    source = open_source(reordered)
-    converted = conversion.convert(source)
+    source = _open_source(reordered)
+    converted = conversion._convert(source)
     assert len(converted.reordered) == 5 and any("another order" in note for note in converted.notes)
-    assert verification.find_differing_bytes(source, converted) == []
+    assert verification._find_differing_bytes(source, converted) == []
 
 
 @pytest.mark.parametrize("damage", ["one entry", "queries shuffled", "too large", "float", "shape"])
@@ -158,10 +158,10 @@ def test_wrong_index_tables_are_refused(tensors, damage):
 def test_image_size_is_reported_and_can_be_overridden(tensors):
     from levit_flax.convert import conversion
 
-    source = open_source(tensors)
-    assert any("64 is the square multiple of 16" in note for note in conversion.convert(source).notes)
-    assert conversion.convert(source, image_size=(50, 61)).model.config.image_size == (50, 61)
-    assert conversion.convert(source, image_size=50).notes == ()
+    source = _open_source(tensors)
+    assert any("64 is the square multiple of 16" in note for note in conversion._convert(source).notes)
+    assert conversion._convert(source, image_size=(50, 61)).model.config.image_size == (50, 61)
+    assert conversion._convert(source, image_size=50).notes == ()
     with pytest.raises(ConversionError, match=r"of the wrong shape: blocks.0.m.attention_biases"):
         convert.from_torch(tensors, image_size=96)
 
@@ -239,7 +239,7 @@ def test_thousand_classes_get_the_imagenet_names():
     tensors = convert.to_torch(model, random_variables(model), "timm")
     from levit_flax.convert import conversion
 
-    converted = conversion.convert(open_source(tensors))
+    converted = conversion._convert(_open_source(tensors))
     assert converted.model.config.id2label[281] == "tabby, tabby cat"
     assert any("ImageNet's names" in note for note in converted.notes)
     named = lf.LevitConfig(**{**SMALL, "num_labels": 1000, "id2label": tuple(f"class {i}" for i in range(1000))})

@@ -11,8 +11,8 @@ import levit_flax as lf
 from configs import SMALL, random_variables
 from levit_flax import convert
 from levit_flax.convert import ConversionError
-from levit_flax.convert.timm_files import read_timm_config, read_timm_processor, write_timm_config
-from levit_flax.loading import load_processor
+from levit_flax.convert.timm_files import _read_timm_config, _read_timm_processor, _write_timm_config
+from levit_flax.loading import _load_processor
 
 
 def published(name="levit_128s", **values):
@@ -44,7 +44,7 @@ def published(name="levit_128s", **values):
 @pytest.mark.parametrize("name", lf.VARIANTS)
 @pytest.mark.parametrize("flavour", ["levit_", "levit_conv_"])
 def test_published_configs_are_read(name, flavour):
-    config = read_timm_config(published(name.lower().replace("levit-", flavour)))
+    config = _read_timm_config(published(name.lower().replace("levit-", flavour)))
     variant = lf.VARIANTS[name]
     fields = ("hidden_sizes", "num_attention_heads", "depths", "key_dim", "down_ops", "image_size", "num_labels")
     assert all(getattr(config, field) == getattr(variant, field) for field in fields)
@@ -58,7 +58,7 @@ def test_arguments_and_labels_are_read():
         model_args={"img_size": 160, "key_dim": 32, "embed_dim": [64, 128], "depth": [1, 2], "num_heads": [2, 4]}
         | {"attn_ratio": 2.0, "mlp_ratio": [2, 3], "act_layer": "hard_swish", "use_conv": True, "drop_path_rate": 0.1},
     )
-    config = read_timm_config(values)
+    config = _read_timm_config(values)
     assert config.image_size == 160 and config.key_dim == (32, 32) and config.hidden_sizes == (64, 128)
     assert config.mlp_ratio == (2, 3) and config.attention_ratio == (2, 2) and config.drop_path_rate == 0.1
     assert config.id2label == ("a cat", "n2", "a dog") and len(config.down_ops) == 1
@@ -77,7 +77,7 @@ def test_arguments_and_labels_are_read():
 )
 def test_other_networks_are_refused(values, message):
     with pytest.raises(ConversionError, match=message):
-        read_timm_config(values)
+        _read_timm_config(values)
 
 
 @pytest.mark.parametrize(
@@ -113,15 +113,15 @@ def test_malformed_configs_are_refused(tmp_path, changes):
 def test_malformed_preprocessing_is_refused(tmp_path, cfg):
     (tmp_path / "config.json").write_text(json.dumps(published(pretrained_cfg=cfg)))
     with pytest.raises(ConversionError, match=rf"^The preprocessing in {tmp_path}/config\.json"):
-        load_processor(tmp_path, lf.LevitConfig())
+        _load_processor(tmp_path, lf.LevitConfig())
 
 
 def test_old_files_without_a_nested_config_are_read(tmp_path):
     values = published()
     flat = {**values.pop("pretrained_cfg"), **values, "mean": [0.5, 0.5, 0.5]}
-    assert read_timm_config(flat) == read_timm_config(published())
+    assert _read_timm_config(flat) == _read_timm_config(published())
     (tmp_path / "config.json").write_text(json.dumps(flat))
-    for processor in (read_timm_processor(flat), load_processor(tmp_path, lf.LevitConfig())):
+    for processor in (_read_timm_processor(flat), _load_processor(tmp_path, lf.LevitConfig())):
         assert processor.size == {"shortest_edge": 217} and tuple(processor.image_mean) == (0.5, 0.5, 0.5)
 
 
@@ -130,7 +130,7 @@ def test_preprocessing_equals_timm(height, width):
     """If the offset of the crop is a half, timm rounds it and our processor floors it."""
     timm = pytest.importorskip("timm")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
-    processor = read_timm_processor(published())
+    processor = _read_timm_processor(published())
     assert processor.size == {"shortest_edge": 217} and processor.crop_size == {"height": 224, "width": 224}
     ours = processor(image, return_tensors="np", data_format="channels_first")["pixel_values"][0]
     transform = timm.data.create_transform(input_size=(3, 224, 224), interpolation="bicubic", crop_pct=0.9)
@@ -142,13 +142,13 @@ def test_other_preprocessing_is_refused(cfg):
     values = published()
     values["pretrained_cfg"] |= cfg
     with pytest.raises(ConversionError, match=r"expected one of bicubic, .* and a center crop"):
-        read_timm_processor(values)
+        _read_timm_processor(values)
 
 
 def write_timm_directory(directory, model, layout):
     directory.mkdir()
     save_file(convert.to_torch(model, random_variables(model), layout), directory / "model.safetensors")
-    config = write_timm_config(model.config, model.head_names, lf.LevitImageProcessor(), layout == "timm_conv")
+    config = _write_timm_config(model.config, model.head_names, lf.LevitImageProcessor(), layout == "timm_conv")
     (directory / "config.json").write_text(config)
 
 
@@ -178,7 +178,7 @@ def test_directory_of_timm_loads_unchanged(tmp_path):
     values["pretrained_cfg"] |= {"crop_pct": 0.9, "mean": [0.5, 0.5, 0.5]}
     (tmp_path / "out" / "config.json").write_text(json.dumps(values))
     loaded, _ = lf.from_pretrained(tmp_path / "out")
-    processor = load_processor(tmp_path / "out", loaded.config)
+    processor = _load_processor(tmp_path / "out", loaded.config)
     assert int(256 / 224 * processor.size["shortest_edge"]) == 71 - 1  # 64 / 0.9 = 71 is no size times 8 / 7
     assert tuple(processor.image_mean) == (0.5, 0.5, 0.5)
     classifier = lf.ImageClassifier.from_pretrained(tmp_path / "out")
@@ -198,4 +198,4 @@ def test_directory_of_timm_loads_unchanged(tmp_path):
 def test_models_that_timm_cannot_build_are_refused(fields, message):
     config = lf.LevitConfig(**{**SMALL, **fields})
     with pytest.raises(ConversionError, match=f"timm's LeViT does not support {message}"):
-        write_timm_config(config, ("head",), lf.LevitImageProcessor(), convolutional=False)
+        _write_timm_config(config, ("head",), lf.LevitImageProcessor(), convolutional=False)

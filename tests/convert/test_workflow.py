@@ -23,10 +23,10 @@ from levit_flax import checkpoint, convert, loading
 from levit_flax import hub as hub_module
 from levit_flax.cli import main
 from levit_flax.convert import ConversionError, conversion, verification, workflow
-from levit_flax.convert.layouts import LAYOUTS, Structure, index_table
-from levit_flax.convert.sources import open_source
-from levit_flax.convert.timm_files import write_timm_config
-from levit_flax.hub import HubError, HubOptions
+from levit_flax.convert.layouts import _LAYOUTS, _index_table, _Structure
+from levit_flax.convert.sources import _open_source
+from levit_flax.convert.timm_files import _write_timm_config
+from levit_flax.hub import HubError, _HubOptions
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
 KILLS, SHORT_KILLS = 50, 8
@@ -45,7 +45,7 @@ def own(model, tmp_path):
 
 
 def run(source, out, **options):
-    return workflow.convert_to_directory(str(source), out, **options).to_dict()
+    return workflow._convert_to_directory(str(source), out, **options).to_dict()
 
 
 @pytest.mark.parametrize("layout", convert.WRITTEN_LAYOUTS)
@@ -62,15 +62,15 @@ def test_round_trip_restores_everything(own, model, layout, tmp_path):
     }
     loaded, variables = lf.from_pretrained(tmp_path / "back")
     jax.tree.map(np.testing.assert_array_equal, variables, random_variables(model))
-    stored = json.loads((tmp_path / "back" / checkpoint.REPORT_FILE).read_text())
+    stored = json.loads((tmp_path / "back" / checkpoint._REPORT_FILE).read_text())
     assert stored == json.loads(json.dumps(back))
-    readable = (tmp_path / "back" / checkpoint.READABLE_REPORT_FILE).read_text()
+    readable = (tmp_path / "back" / checkpoint._READABLE_REPORT_FILE).read_text()
     assert "not compared with PyTorch (verify=False)" in readable and f"| layout | {layout}, batch norm" in readable
     assert stored["source"]["files"]["model.safetensors"] in readable
     assert stored["written"]["bytes"].keys() == {"config.json", "preprocessor_config.json", "flax_model.safetensors"}
     if layout != "facebook":  # this layout stores neither
         assert loaded.config == model.config
-        processor = loading.load_processor(tmp_path / "back", loaded.config)
+        processor = loading._load_processor(tmp_path / "back", loaded.config)
         assert processor.size == {"shortest_edge": 70}
 
 
@@ -87,22 +87,22 @@ def test_pytorch_confirms_each_layout(own, layout, tmp_path):
     back = run(tmp_path / "torch", tmp_path / "back", fold=True, merge=True)
     assert back["proof"]["PyTorch"]["passed"] and back["proof"]["surgery"]["passed"]
     assert back["proof"]["surgery"]["relative"] < 1e-5
-    readable = (tmp_path / "back" / checkpoint.READABLE_REPORT_FILE).read_text()
+    readable = (tmp_path / "back" / checkpoint._READABLE_REPORT_FILE).read_text()
     assert "| downsample_1 | " in readable and f"logits differ from {peer}" in readable
 
 
 def compared(model, layout, config=None):
     """Return the comparison of a conversion from a layout with PyTorch."""
-    source = open_source(convert.to_torch(model, random_variables(model), layout))
-    return verification.compare_with_pytorch(source, conversion.convert(source, config=config))
+    source = _open_source(convert.to_torch(model, random_variables(model), layout))
+    return verification._compare_with_pytorch(source, conversion._convert(source, config=config))
 
 
 @pytest.mark.parametrize(("layout", "folded"), [("hf", False), ("timm", True), ("timm_conv", False)])
 def test_plain_pytorch_replaces_a_missing_library(model, layout, folded, monkeypatch):
     """If the layout's library is not installed, the plain PyTorch model compares as many blocks."""
     pytest.importorskip("torch")
-    peer = verification.PEERS[layout]._replace(needs=("torch", "not_a_package"), build=lambda _: pytest.fail("built"))
-    monkeypatch.setitem(verification.PEERS, layout, peer)
+    peer = verification._PEERS[layout]._replace(needs=("torch", "not_a_package"), build=lambda _: pytest.fail("built"))
+    monkeypatch.setitem(verification._PEERS, layout, peer)
     assert peer.missing == ["not_a_package"]
     result = compared(model.clone(folded=folded), layout)
     assert result.reference.startswith("torch ") and result.logits.passed
@@ -131,14 +131,14 @@ def test_image_size_that_transformers_cannot_take_is_noted(tmp_path):
         model = lf.LevitForImageClassification(lf.LevitConfig(**{**SMALL, "image_size": image_size}))
         lf.save_pretrained(tmp_path / f"own{image_size}", model, random_variables(model))
         own, hf = tmp_path / f"own{image_size}", tmp_path / f"hf{image_size}"
-        report = workflow.convert_to_directory(str(own), hf, layout="hf", verify=False)
+        report = workflow._convert_to_directory(str(own), hf, layout="hf", verify=False)
         notes.append(report.summary()["written as"])
     assert notes[0] == "hf" and "expected a square multiple of 16, found 72x72" in notes[1]
 
 
 @pytest.mark.parametrize("layout", ["hf", "facebook"])
 def test_missing_pytorch_is_reported(own, layout, tmp_path, monkeypatch):
-    monkeypatch.setattr(verification, "ORIGINAL", verification.ORIGINAL._replace(needs=("not_a_package",)))
+    monkeypatch.setattr(verification, "_ORIGINAL", verification._ORIGINAL._replace(needs=("not_a_package",)))
     proof = run(own, tmp_path / "torch", layout=layout)["proof"]["PyTorch"]
     assert proof == {
         "passed": None,
@@ -153,29 +153,29 @@ def test_biases_in_another_order_are_permuted(model, layout, tmp_path):
     for package in ("torch", "transformers", "timm"):
         pytest.importorskip(package)
     tensors = convert.to_torch(model, random_variables(model), layout)
-    names = LAYOUTS[layout].tables(Structure.of(model.config, model.head_names, model.folded))
-    tables = {name: index_table(model.config, path).astype(np.int64) for name, path in names.items()}
+    names = _LAYOUTS[layout].tables(_Structure.of(model.config, model.head_names, model.folded))
+    tables = {name: _index_table(model.config, path).astype(np.int64) for name, path in names.items()}
     save_file(in_another_order(tensors, tables), tmp_path / "levit.safetensors")
     report = run(tmp_path / "levit.safetensors", tmp_path / "out")
     # Two of the seven belong to a single token, so their biases have only one order.
     assert any("5 tables of attention biases were stored in another order" in n for n in report["checkpoint"]["notes"])
     assert report["proof"]["round trip"]["passed"] and report["proof"]["PyTorch"]["passed"]
-    assert report["proof"]["PyTorch"]["reference"].startswith(verification.PEERS[layout].package)
+    assert report["proof"]["PyTorch"]["reference"].startswith(verification._PEERS[layout].package)
     jax.tree.map(np.testing.assert_array_equal, lf.from_pretrained(tmp_path / "out")[1], random_variables(model))
 
 
 @pytest.mark.parametrize("layout", ["hf", "timm_conv", "facebook"])
 def test_one_changed_element_is_found(model, layout):
-    source = open_source(convert.to_torch(model, random_variables(model), layout))
-    converted = conversion.convert(source)
-    assert verification.find_differing_bytes(source, converted) == []
+    source = _open_source(convert.to_torch(model, random_variables(model), layout))
+    converted = conversion._convert(source)
+    assert verification._find_differing_bytes(source, converted) == []
     flat = flatten_dict(converted.variables, sep="/")
     for row in converted.rows:
         changed = np.array(flat[row.flax])
         last = (-1,) * changed.ndim
         changed[last] = changed[last] + 1 if changed.dtype == np.int32 else np.nextafter(changed[last], np.float32(9))
         variables = unflatten_dict({**flat, row.flax: changed}, sep="/")
-        differing = verification.find_differing_bytes(source, dataclasses.replace(converted, variables=variables))
+        differing = verification._find_differing_bytes(source, dataclasses.replace(converted, variables=variables))
         assert differing == [row.torch]
 
 
@@ -218,7 +218,7 @@ def test_transformers_opens_what_is_written(own, tmp_path):
 
 def test_failed_proof_writes_nothing(own, tmp_path, monkeypatch):
     run(own, tmp_path / "hf", layout="hf", verify=False)
-    monkeypatch.setattr(workflow, "find_differing_bytes", lambda *_: ["classifier.linear.bias"])
+    monkeypatch.setattr(workflow, "_find_differing_bytes", lambda *_: ["classifier.linear.bias"])
     with pytest.raises(ConversionError, match=r"nothing was written\. round trip: 1 of 225 tensors"):
         run(tmp_path / "hf", tmp_path / "out", verify=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "own"]
@@ -227,14 +227,14 @@ def test_failed_proof_writes_nothing(own, tmp_path, monkeypatch):
 def test_wrong_conversion_table_fails_the_proof(own, tmp_path, monkeypatch):
     """PyTorch detects a row that is wrong in both directions, which a round trip cannot."""
     pytest.importorskip("torch")
-    from levit_flax.convert.layouts import LAYOUTS
+    from levit_flax.convert.layouts import _LAYOUTS
 
     # In square MLPs the two layers have the same shape.
     down_ops = [(*op[:4], 1, op.stride) for op in lf.LevitConfig(**SMALL).down_ops]
     model = lf.LevitForImageClassification(lf.LevitConfig(**{**SMALL, "mlp_ratio": (1, 1, 1), "down_ops": down_ops}))
     convert.save_torch(tmp_path / "levit.safetensors", model, random_variables(model), "facebook")
-    right = LAYOUTS["facebook"]
-    monkeypatch.setitem(LAYOUTS, "facebook", right._replace(linears=dict(right.linears, up="2", down="0")))
+    right = _LAYOUTS["facebook"]
+    monkeypatch.setitem(_LAYOUTS, "facebook", right._replace(linears=dict(right.linears, up="2", down="0")))
     with pytest.raises(ConversionError, match=r"Verification failed, so nothing was written\. PyTorch: logits differ"):
         run(tmp_path / "levit.safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -258,7 +258,7 @@ def test_processor_follows_the_image_size(own, tmp_path):
     for i, (image_size, (size, crop_size)) in enumerate(wanted.items()):
         run(tmp_path / "hf", tmp_path / f"out{i}", image_size=image_size, verify=False)
         model, _ = lf.from_pretrained(tmp_path / f"out{i}")
-        processor = loading.load_processor(tmp_path / f"out{i}", model.config)
+        processor = loading._load_processor(tmp_path / f"out{i}", model.config)
         assert vars(processor) == vars(lf.LevitImageProcessor(size=size, crop_size=crop_size))
         assert tuple(processor.crop_size.values()) == model.config.image_height_width
     lf.LevitImageProcessor(size=70, crop_size=48).save_pretrained(tmp_path / "hf", overwrite=True)
@@ -273,14 +273,14 @@ def test_pytorch_options_for_a_converted_model_are_refused(own, tmp_path):
 
 
 def test_every_hub_option_reaches_the_hub(tmp_path, monkeypatch):
-    options = HubOptions("v2", "hf_token", tmp_path / "cache", local_files_only=True)
+    options = _HubOptions("v2", "hf_token", tmp_path / "cache", local_files_only=True)
     asked = []
 
     def resolve(source, **arguments):
         asked.append((source, arguments["options"]))
         raise HubError("no Hub here")
 
-    monkeypatch.setattr(hub_module, "resolve", resolve)
+    monkeypatch.setattr(hub_module, "_resolve", resolve)
     with pytest.raises(HubError, match="no Hub here"):
         run("someone/levit", tmp_path / "out", options=options)
     with pytest.raises(HubError, match="no Hub here"):
@@ -318,7 +318,7 @@ def hub_files(model, layout):
     if layout == "hf":
         values = json.dumps({**config.to_dict(), "architectures": [type(model).__name__]})
         return {"config.json": values.encode(), "pytorch_model.bin": b"not this one", "model.safetensors": weights}
-    values = write_timm_config(config, model.head_names, lf.LevitImageProcessor(size=63), layout == "timm_conv")
+    values = _write_timm_config(config, model.head_names, lf.LevitImageProcessor(size=63), layout == "timm_conv")
     return {"config.json": values.encode(), "pytorch_model.bin": b"not this one", "model.safetensors": weights}
 
 
@@ -339,14 +339,14 @@ def test_hub_repositories_of_every_family_convert(hub, repository, layout, model
     loaded, variables = lf.from_pretrained(tmp_path / "out")
     assert loaded.config == model.config
     jax.tree.map(np.testing.assert_array_equal, variables, random_variables(model))
-    processor = loading.load_processor(tmp_path / "out", loaded.config)
+    processor = loading._load_processor(tmp_path / "out", loaded.config)
     assert processor.size == {"shortest_edge": 64 if layout == "hf" else 63}
 
 
 def test_converted_model_on_the_hub_converts_back(hub, own, model, tmp_path):
     revision = hub.add("someone/levit-flax", {file.name: file.read_bytes() for file in own.iterdir()})
     assert main(["convert", "someone/levit-flax", str(tmp_path / "out"), "--to=hf", "--no-verify"]) == 0
-    assert json.loads((tmp_path / "out" / checkpoint.REPORT_FILE).read_text())["source"]["revision"] == revision
+    assert json.loads((tmp_path / "out" / checkpoint._REPORT_FILE).read_text())["source"]["revision"] == revision
     assert convert.from_torch(tmp_path / "out")[0].config == model.config
 
 

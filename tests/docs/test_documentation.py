@@ -161,7 +161,7 @@ def test_public_objects_have_an_example_that_runs():
             continue
         described = found if inspect.isclass(found) or inspect.isfunction(found) else type(found)
         text = described.__doc__ or ""
-        example = text.partition("Example:")[2]
+        example = text.partition("Examples:")[2]
         if not doctest.DocTestParser().get_examples(example) or described.__module__ not in MODULES:
             without.append(name)
         checked += 1

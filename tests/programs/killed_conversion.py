@@ -28,7 +28,7 @@ def convert_in_child(source, out):
     child = os.fork()
     if child:
         return child
-    workflow.convert_to_directory(source, out, verify=False)
+    workflow._convert_to_directory(source, out, verify=False)
     os._exit(0)
 
 

@@ -28,7 +28,7 @@ def train_in_child(folder, output, recipe, processes):
         os.close(writer)
         return child, os.fdopen(reader)
 
-    class ReportingSession(loop.Session):
+    class ReportingSession(loop._Session):
         def next_batch(self):
             os.write(writer, f"batch {self.step}\n".encode())
             time.sleep(0.1)  # otherwise saving would take all of the time
@@ -38,7 +38,7 @@ def train_in_child(folder, output, recipe, processes):
             super().save()  # waits for the previous save first
             os.write(writer, f"saving {self.step}\n".encode())
 
-    loop.Session = ReportingSession
+    loop._Session = ReportingSession
     finetune(folder, output, recipe=recipe, resume=True, processes=processes)
     os._exit(0)
 

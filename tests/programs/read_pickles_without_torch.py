@@ -5,11 +5,11 @@ from pathlib import Path
 
 import no_torch  # noqa: F401
 
-from levit_flax.convert.pickles import read_pickle
+from levit_flax.convert.pickles import _read_pickle
 
 for file in sys.argv[1:]:
     try:
-        result = read_pickle(Path(file))
+        result = _read_pickle(Path(file))
         print(result["weight"].tolist(), result["weight"].dtype)
     except ValueError as error:
         print(error)

@@ -5,6 +5,6 @@ python resolve_revision.py REPO_ID
 
 import sys
 
-from levit_flax.hub import resolve
+from levit_flax.hub import _resolve
 
-print(resolve(sys.argv[1], weights=("model.safetensors",)).revision)
+print(_resolve(sys.argv[1], weights=("model.safetensors",)).revision)

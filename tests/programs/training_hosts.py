@@ -23,11 +23,11 @@ def train(index, address, hosts, folder, output, dtype, stop_at, changes):
     if hosts > 1:
         jax.distributed.initialize(address, hosts, index)
     jax.config.update("jax_enable_x64", dtype == "float64")
-    make_student, add, losses = plan.make_student, loop.Totals.add, []
+    make_student, add, losses = plan._make_student, loop._Totals.add, []
 
     def make_student_of_dtype(*arguments, **options):
         student = make_student(*arguments, **options)
-        model, variables = checkpoint.cast(student.model, student.variables, dtype)
+        model, variables = checkpoint._cast(student.model, student.variables, dtype)
         return student._replace(model=model, variables=variables)
 
     def note_loss(self, loss, *others):
@@ -38,7 +38,7 @@ def train(index, address, hosts, folder, output, dtype, stop_at, changes):
         if now.step == stop_at and index == 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    plan.make_student, loop.Totals.add = make_student_of_dtype, note_loss
+    plan._make_student, loop._Totals.add = make_student_of_dtype, note_loss
     outputs.draw_curves = lambda history: BlankFigure()
     try:
         finetune(folder, output, recipe=tiny_recipe(**changes), resume=True, show=stop, processes=0)

@@ -18,20 +18,20 @@ pytest.importorskip("orbax.checkpoint")
 import levit_flax as lf
 from levit_flax.training import augmentation
 from levit_flax.training.augmentation import (
-    ERASE_AREA,
-    ERASE_RATIO,
-    OPERATIONS,
-    RESAMPLINGS,
-    augment,
-    color_jitter,
-    crop_with_border,
-    erase,
-    mix,
-    rand_augment,
-    random_box,
-    random_resized_crop,
+    _ERASE_AREA,
+    _ERASE_RATIO,
+    _OPERATIONS,
+    _RESAMPLINGS,
+    _augment,
+    _color_jitter,
+    _crop_with_border,
+    _erase,
+    _mix,
+    _rand_augment,
+    _random_box,
+    _random_resized_crop,
 )
-from levit_flax.training.recipe import Recipe, read_recipe, recipe_names
+from levit_flax.training.recipe import Recipe, _recipe_names, read_recipe
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -89,22 +89,22 @@ def distance_from_uniform(values):
 # One image
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", _recipe_names())
 def test_every_recipe_is_deterministic_and_has_the_size_of_the_processor(name):
     processor = lf.LevitImageProcessor(size={"shortest_edge": 48}, crop_size=(40, 32))
     recipe = read_recipe(name)
     for seed, size in enumerate([(61, 47), (33, 90), (5, 4), (300, 20)]):
         given = make_image(*size)
-        first, second = (augment(given, np.random.default_rng(seed), recipe, processor) for _ in range(2))
+        first, second = (_augment(given, np.random.default_rng(seed), recipe, processor) for _ in range(2))
         assert first.shape == (40, 32, 3) and first.dtype == np.uint8
         np.testing.assert_array_equal(first, second)
-        assert (augment(given, np.random.default_rng(99), recipe, processor) != first).any()
+        assert (_augment(given, np.random.default_rng(99), recipe, processor) != first).any()
         np.testing.assert_array_equal(given, make_image(*size))  # the caller's image is as it was
 
 
 def test_image_without_augmentation_is_prepared_as_for_evaluation():
     processor = lf.LevitImageProcessor(size={"shortest_edge": 48}, crop_size=(40, 32))
-    result = augment(make_image(), np.random.default_rng(0), Recipe(**NOTHING), processor)
+    result = _augment(make_image(), np.random.default_rng(0), Recipe(**NOTHING), processor)
     np.testing.assert_array_equal(result, processor.resize_and_crop(make_image()))
 
 
@@ -114,7 +114,7 @@ def test_images_are_flipped_with_their_probability(probability):
     recipe = Recipe(**{**NOTHING, "flip": probability})
     mirrored = 0
     for _ in range(count):
-        result = augment(given, generator, recipe, untouched_size())
+        result = _augment(given, generator, recipe, untouched_size())
         flipped = np.array_equal(result, np.asarray(given)[:, ::-1])
         assert flipped or np.array_equal(result, given)
         mirrored += flipped
@@ -124,7 +124,7 @@ def test_images_are_flipped_with_their_probability(probability):
 def test_boxes_have_uniform_areas_and_log_ratios():
     width, height, scale, ratio = 1600, 1200, (0.08, 0.4), (3 / 4, 4 / 3)
     generator, count = np.random.default_rng(0), 2000
-    boxes = np.array([random_box((width, height), generator, scale, ratio) for _ in range(count)])
+    boxes = np.array([_random_box((width, height), generator, scale, ratio) for _ in range(count)])
     left, top, right, bottom = boxes.T
     w, h = right - left, bottom - top
     assert (left >= 0).all() and (top >= 0).all() and (right <= width).all() and (bottom <= height).all()
@@ -161,17 +161,17 @@ def test_boxes_equal_timm(size, monkeypatch):
     for seed in range(100):
         monkeypatch.setattr(transforms, "random", Draws(seed))
         top, left, h, w = transforms.RandomResizedCropAndInterpolation.get_params(make_image(*size), scale, ratio)
-        assert random_box(size, Draws(seed), scale, ratio) == (left, top, left + w, top + h)
+        assert _random_box(size, Draws(seed), scale, ratio) == (left, top, left + w, top + h)
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_crops_are_resized_with_the_given_filter(interpolation):
     recipe = Recipe(crop_scale=(0.2, 0.6), interpolation=interpolation)
-    result = random_resized_crop(make_image(), np.random.default_rng(3), recipe, (24, 16))
-    box = random_box((61, 47), np.random.default_rng(3), recipe.crop_scale, recipe.crop_ratio)
+    result = _random_resized_crop(make_image(), np.random.default_rng(3), recipe, (24, 16))
+    box = _random_box((61, 47), np.random.default_rng(3), recipe.crop_scale, recipe.crop_ratio)
     wanted = {
         name: np.asarray(make_image().crop(box).resize((24, 16), resampling))
-        for name, resampling in RESAMPLINGS.items()
+        for name, resampling in _RESAMPLINGS.items()
     }
     np.testing.assert_array_equal(result, wanted.pop(interpolation))
     assert (np.asarray(result) != next(iter(wanted.values()))).any()
@@ -179,10 +179,10 @@ def test_crops_are_resized_with_the_given_filter(interpolation):
 
 def test_random_filter_is_bicubic_or_bilinear():
     recipe = Recipe(crop_scale=(1.0, 1.0), crop_ratio=(61 / 47, 61 / 47), interpolation="random")
-    wanted = [np.asarray(make_image().resize((24, 16), resampling)) for resampling in RESAMPLINGS.values()]
+    wanted = [np.asarray(make_image().resize((24, 16), resampling)) for resampling in _RESAMPLINGS.values()]
     generator, seen = np.random.default_rng(0), [0, 0]
     for _ in range(200):
-        result = np.asarray(random_resized_crop(make_image(), generator, recipe, (24, 16)))
+        result = np.asarray(_random_resized_crop(make_image(), generator, recipe, (24, 16)))
         seen[[np.array_equal(result, other) for other in wanted].index(True)] += 1
     assert seen[0] / 200 == pytest.approx(0.5, abs=four_deviations(0.5, 200))
 
@@ -208,7 +208,7 @@ def bordered(given, border):
 def test_crops_from_a_reflected_border_take_every_place(size, border, count):
     given, generator = make_image(*size), np.random.default_rng(0)
     windows = bordered(given, border)
-    results = [crop_with_border(given, generator, max(border, 2)) for _ in range(400)]
+    results = [_crop_with_border(given, generator, max(border, 2)) for _ in range(400)]
     assert all(result.size == size for result in results)
     assert {windows[np.asarray(result).tobytes()] for result in results} == set(windows.values())
     assert len(windows) == count
@@ -218,7 +218,7 @@ def test_crops_from_a_reflected_border_take_every_place(size, border, count):
 def test_brightness_changes_within_its_bounds(strength):
     gray, generator = Image.new("RGB", (3, 3), (100, 100, 100)), np.random.default_rng(0)
     # Contrast and saturation do nothing to an even gray.
-    factors = np.array([np.asarray(color_jitter(gray, generator, strength))[0, 0, 0] / 100 for _ in range(400)])
+    factors = np.array([np.asarray(_color_jitter(gray, generator, strength))[0, 0, 0] / 100 for _ in range(400)])
     low, high = max(0.0, 1 - strength), 1 + strength
     rounding = 0.011
     assert factors.min() >= low - rounding and factors.max() <= high + rounding
@@ -228,13 +228,13 @@ def test_brightness_changes_within_its_bounds(strength):
 def test_jitter_changes_saturation_and_contrast_too():
     generator = np.random.default_rng(0)
     colored = Image.new("RGB", (3, 3), (140, 100, 60))
-    spreads = [float(np.ptp(np.asarray(color_jitter(colored, generator, 0.2))[0, 0])) for _ in range(800)]
+    spreads = [float(np.ptp(np.asarray(_color_jitter(colored, generator, 0.2))[0, 0])) for _ in range(800)]
     # Each of the three spreads an even color by up to 1.2, so that two of them do by 1.44 at most.
     assert max(spreads) > 80 * 1.48 and min(spreads) < 80 * 0.61
     gray = Image.fromarray(np.repeat(np.array([[60], [140]], np.uint8)[..., None], 3, 2))
     ratios = []
     for _ in range(200):
-        dark, light = np.asarray(color_jitter(gray, generator, 0.2))[:, 0, 0].astype(float)
+        dark, light = np.asarray(_color_jitter(gray, generator, 0.2))[:, 0, 0].astype(float)
         ratios.append(light / dark)  # brightness leaves it
     assert max(ratios) > 140 / 60 * 1.1 and min(ratios) < 140 / 60 / 1.1
 
@@ -244,21 +244,21 @@ def test_jitter_changes_saturation_and_contrast_too():
 
 def test_operations_are_those_of_timm():
     timm = pytest.importorskip("timm.data.auto_augment")
-    assert list(TIMM_NAMES) == list(OPERATIONS)
+    assert list(TIMM_NAMES) == list(_OPERATIONS)
     assert list(TIMM_NAMES.values()) == timm._RAND_INCREASING_TRANSFORMS
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", _OPERATIONS)
 def test_operations_equal_timm_pixel_by_pixel(name, monkeypatch):
     timm = pytest.importorskip("timm.data.auto_augment")
     given, results = make_image(), []
     for sign in (-1, 1):
         monkeypatch.setattr(timm, "_randomly_negate", lambda value, sign=sign: sign * value)
         for level in (0.0, 1.7, 5.0, 8.61, 9.0, 9.99):
-            for resample in RESAMPLINGS.values():
+            for resample in _RESAMPLINGS.values():
                 hparams = {"img_mean": FILL, "interpolation": resample}
                 wanted = timm.AugmentOp(TIMM_NAMES[name], prob=1.0, magnitude=level, hparams=hparams)(given)
-                result = OPERATIONS[name](given, level / 10, sign, FILL, resample)
+                result = _OPERATIONS[name](given, level / 10, sign, FILL, resample)
                 assert result.size == given.size and result.mode == "RGB"
                 np.testing.assert_array_equal(result, wanted, err_msg=f"{sign} {level} {resample}")
                 results.append(np.asarray(result))
@@ -266,23 +266,23 @@ def test_operations_equal_timm_pixel_by_pixel(name, monkeypatch):
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", _OPERATIONS)
 def test_operations_of_zero_strength_change_nothing(name, sign):
-    for resample in RESAMPLINGS.values():
-        result = OPERATIONS[name](make_image(), 0.0, sign, FILL, resample)
+    for resample in _RESAMPLINGS.values():
+        result = _OPERATIONS[name](make_image(), 0.0, sign, FILL, resample)
         assert np.array_equal(result, make_image()) == (name not in NEVER_IDENTITY)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", _OPERATIONS)
 def test_operations_of_full_strength_keep_size_and_mode(name):
     for size in ((61, 47), (1, 1), (2, 9)):
-        result = OPERATIONS[name](make_image(*size), 1.0, 1, FILL, Image.Resampling.BICUBIC)
+        result = _OPERATIONS[name](make_image(*size), 1.0, 1, FILL, Image.Resampling.BICUBIC)
         assert result.size == size and result.mode == "RGB"
 
 
 def test_posterizing_keeps_one_bit_at_full_strength():
     # timm asks Pillow for zero bits: old versions return a black image and new ones raise.
-    levels = np.asarray(OPERATIONS["posterize"](make_image(), 1.0, 1, FILL, Image.Resampling.BICUBIC))
+    levels = np.asarray(_OPERATIONS["posterize"](make_image(), 1.0, 1, FILL, Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(levels, np.asarray(make_image()) & 0x80)
 
 
@@ -291,9 +291,9 @@ def test_pixels_from_outside_have_the_mean_color():
     processor = untouched_size(image_mean=(0.1, 0.5, 0.8))
     given, colors = Image.new("RGB", (20, 20), (200, 200, 200)), set()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(augmentation, "OPERATIONS", {"translate_x": OPERATIONS["translate_x"]})
+        patch.setattr(augmentation, "_OPERATIONS", {"translate_x": _OPERATIONS["translate_x"]})
         for seed in range(20):
-            result = augment(given, np.random.default_rng(seed), recipe, processor)
+            result = _augment(given, np.random.default_rng(seed), recipe, processor)
             colors |= {tuple(map(int, color)) for color in result.reshape(-1, 3)}
     assert {(26, 128, 204), (200, 200, 200)} <= colors  # bicubic edges lie between them
 
@@ -304,20 +304,20 @@ def test_operations_are_drawn_as_in_timm(monkeypatch):
     def note(name):
         return lambda image, *rest: calls.append((name, *rest)) or image
 
-    monkeypatch.setattr(augmentation, "OPERATIONS", {name: note(name) for name in "abc"})
+    monkeypatch.setattr(augmentation, "_OPERATIONS", {name: note(name) for name in "abc"})
     recipe = Recipe(rand_augment=2, rand_augment_magnitude=9.0, rand_augment_deviation=0.5, interpolation="random")
     generator = np.random.default_rng(0)
     applied = []
     for _ in range(count):
         before = len(calls)
-        assert rand_augment(make_image(2, 2), generator, recipe, FILL) is not None
+        assert _rand_augment(make_image(2, 2), generator, recipe, FILL) is not None
         applied.append(len(calls) - before)
     for number, share in ((0, 0.25), (1, 0.5), (2, 0.25)):  # each is left out every other time
         assert np.mean(np.equal(applied, number)) == pytest.approx(share, abs=four_deviations(share, count))
     names, strengths, signs, fills, resamples = zip(*calls, strict=True)
     for values, share in ((np.equal(names, "a"), 1 / 3), (np.equal(signs, 1), 0.5)):
         assert values.mean() == pytest.approx(share, abs=four_deviations(share, len(calls)))
-    assert set(signs) == {-1, 1} and set(fills) == {FILL} and set(resamples) == set(RESAMPLINGS.values())
+    assert set(signs) == {-1, 1} and set(fills) == {FILL} and set(resamples) == set(_RESAMPLINGS.values())
     strengths = np.array(strengths)
     assert strengths.max() == 1.0  # all above is cut off there
     assert (strengths == 1.0).mean() == pytest.approx(0.02275, abs=four_deviations(0.02275, len(calls)))
@@ -327,8 +327,8 @@ def test_operations_are_drawn_as_in_timm(monkeypatch):
     assert any(len({name for name, *_ in calls[i : i + 2]}) == 1 for i in range(50))  # with replacement
     calls.clear()
     for _ in range(50):
-        rand_augment(make_image(2, 2), generator, replace(recipe, interpolation="bilinear"), FILL)
-    assert {resample for *_, resample in calls} == {RESAMPLINGS["bilinear"]}
+        _rand_augment(make_image(2, 2), generator, replace(recipe, interpolation="bilinear"), FILL)
+    assert {resample for *_, resample in calls} == {_RESAMPLINGS["bilinear"]}
 
 
 # A batch
@@ -346,7 +346,7 @@ def rectangle(mask):
 def erased(probability, batch=600, height=40, width=24, seed=0):
     given = jnp.full((batch, height, width, 3), 100.0)
     result = np.asarray(
-        jax.jit(erase, static_argnums=2, compiler_options=QUICK)(jax.random.key(seed), given, probability)
+        jax.jit(_erase, static_argnums=2, compiler_options=QUICK)(jax.random.key(seed), given, probability)
     )
     changed = (result != 100).any(-1)
     assert ((result != 100).all(-1) == changed).all()  # all channels of a pixel
@@ -361,9 +361,9 @@ def test_erased_rectangles_have_the_given_distribution():
     boxes = np.array([rectangle(mask) for mask in changed[chosen]])
     top, left, h, w = boxes.T
     # Sides are rounded by half a pixel at most.
-    assert ((h - 0.5) * (w - 0.5) <= ERASE_AREA[1] * height * width).all()
-    assert ((h + 0.5) * (w + 0.5) >= ERASE_AREA[0] * height * width).all()
-    assert ((h - 0.5) / (w + 0.5) <= ERASE_RATIO[1]).all() and ((h + 0.5) / (w - 0.5) >= ERASE_RATIO[0]).all()
+    assert ((h - 0.5) * (w - 0.5) <= _ERASE_AREA[1] * height * width).all()
+    assert ((h + 0.5) * (w + 0.5) >= _ERASE_AREA[0] * height * width).all()
+    assert ((h - 0.5) / (w + 0.5) <= _ERASE_RATIO[1]).all() and ((h + 0.5) / (w - 0.5) >= _ERASE_RATIO[0]).all()
     assert top.min() == left.min() == 0 and (top + h).max() == height and (left + w).max() == width
     noise = result[changed]
     assert abs(noise.mean()) < 4 / math.sqrt(noise.size) and noise.std() == pytest.approx(1, abs=0.02)
@@ -399,7 +399,7 @@ def mixed(recipe, keys=200, batch=5, size=(12, 10), corner=0.0):
     generator = np.random.default_rng(0)
     given = generator.standard_normal((batch, *size, 3)).astype(np.float32)
     given[0, 0, 0] = corner
-    mix_all = jax.jit(jax.vmap(lambda key: mix(key, given, jnp.eye(batch), recipe)), compiler_options=QUICK)
+    mix_all = jax.jit(jax.vmap(lambda key: _mix(key, given, jnp.eye(batch), recipe)), compiler_options=QUICK)
     results, targets = mix_all(jax.random.split(jax.random.key(1), keys))
     return given, np.asarray(results), np.asarray(targets)
 
@@ -460,7 +460,7 @@ def test_cutmix_boxes_equal_timm(monkeypatch):
             patch.setattr(
                 jax.random, "uniform", lambda key, shape=(), place=place: jnp.asarray(place) if shape else jnp.zeros(())
             )
-            result, targets = mix(jax.random.key(0), jnp.asarray(batch), jnp.eye(2), recipe)
+            result, targets = _mix(jax.random.key(0), jnp.asarray(batch), jnp.eye(2), recipe)
         wanted = np.zeros((13, 10))
         wanted[top:bottom, left:right] = 1
         np.testing.assert_array_equal(result[0, ..., 0], wanted)

@@ -18,12 +18,12 @@ from training_runs import (
 import levit_flax as lf
 from levit_flax.training import DataError, LabeledImages
 from levit_flax.training.data import (
-    Shard,
-    TrainingRows,
-    evaluation_batches,
-    find_images,
-    read_skip_list,
-    training_batches,
+    _evaluation_batches,
+    _find_images,
+    _read_skip_list,
+    _Shard,
+    _training_batches,
+    _TrainingRows,
 )
 
 # Images
@@ -51,7 +51,7 @@ def test_images_are_found_by_suffix_at_any_depth(tmp_path):
     touch(tmp_path, "train/ant/._2.png", "train/ant/.checkpoints/2.png")
     touch(tmp_path, "val/fly/1.png", "val/ant/1.png", "val/Bee/1.png", "elsewhere/yak/1.png")
     (tmp_path / "train" / "ant" / "folder.png").mkdir()
-    train, validation = find_images(tmp_path, tiny_recipe(), ())
+    train, validation = _find_images(tmp_path, tiny_recipe(), ())
     assert train.labels == validation.labels == ("Bee", "ant", "fly")
     assert listed(train, tmp_path / "train") == [
         ("Bee/1.gif", "Bee"),
@@ -69,18 +69,18 @@ def test_validation_folder_has_four_names(tmp_path):
     touch(tmp_path, *(f"train/{name}" for name in names))
     for part in ("test", "valid", "val", "validation"):  # each before the ones that are there already
         touch(tmp_path, f"{part}/ant/{part}.png", f"{part}/bee/1.png", f"{part}/cat/1.png")
-        train, validation = find_images(tmp_path, tiny_recipe(), ())
+        train, validation = _find_images(tmp_path, tiny_recipe(), ())
         assert [name for name, _ in listed(train, tmp_path / "train")] == names
         assert listed(validation, tmp_path)[0] == (f"{part}/ant/{part}.png", "ant") and len(validation) == 3
     (tmp_path / "validation" / "dog").mkdir()
     touch(tmp_path, "validation/dog/1.png")
     with pytest.raises(DataError, match=r"train has 3 classes and .*validation has 4: .* but only one has dog"):
-        find_images(tmp_path, tiny_recipe(), ())
+        _find_images(tmp_path, tiny_recipe(), ())
 
 
 def test_train_folder_alone_is_split(tmp_path):
     touch(tmp_path, *(f"train/{name}/{i}.png" for name in CLASSES for i in range(4)), "other/1.png")
-    train, validation = find_images(tmp_path, tiny_recipe(), ())
+    train, validation = _find_images(tmp_path, tiny_recipe(), ())
     assert (len(train), len(validation), train.labels) == (9, 3, CLASSES)
 
 
@@ -89,14 +89,14 @@ def test_share_of_each_class_is_held_back(tmp_path):
     touch(tmp_path, *(f"{name}/{i}.png" for name, count in counts.items() for i in range(count)))
     chosen = []
     for seed in (3, 3, 4):
-        train, validation = find_images(tmp_path, tiny_recipe(validation_share=0.25, seed=seed), ())
+        train, validation = _find_images(tmp_path, tiny_recipe(validation_share=0.25, seed=seed), ())
         rest, back = listed(train, tmp_path), listed(validation, tmp_path)
         assert sorted(rest + back) == sorted((f"{c}/{i}.png", c) for c, count in counts.items() for i in range(count))
         assert [[label for _, label in back].count(name) for name in CLASSES] == [5, 3, 1]
         chosen.append((rest, back))
     assert chosen[0] == chosen[1] != chosen[2]
     assert [int(name.split("/")[1][:-4]) for name, _ in chosen[0][1][:5]] != list(range(5))  # at random
-    train, validation = find_images(tmp_path, tiny_recipe(validation_share=0.9), ())
+    train, validation = _find_images(tmp_path, tiny_recipe(validation_share=0.9), ())
     assert train.targets.tolist() == [0, 0, 1, 2]  # one of each at least, on either side
 
 
@@ -105,15 +105,15 @@ def test_listed_images_are_skipped(tmp_path):
     touch(tmp_path, *names)
     path = tmp_path / "skip.txt"
     path.write_bytes(b"\xef\xbb\xbftrain/ant/1 x.png\n\n  \t\r\nval/cat/0 x.png \r\nnowhere/1.png\ntrain/bee\n1 x.png")
-    skip = read_skip_list(path)
+    skip = _read_skip_list(path)
     assert skip == {"train/ant/1 x.png", "val/cat/0 x.png", "nowhere/1.png", "train/bee", "1 x.png"}
-    found = [name for part in find_images(tmp_path, tiny_recipe(), skip) for name, _ in listed(part, tmp_path)]
+    found = [name for part in _find_images(tmp_path, tiny_recipe(), skip) for name, _ in listed(part, tmp_path)]
     assert found == [name for name in names if name not in ("train/ant/1 x.png", "val/cat/0 x.png")]
     everything = {name for name in names if name.startswith("train/bee")}
     with pytest.raises(
         DataError, match=r"train/bee has no images: expected at least one per class\. Add images, or remove the folder"
     ):
-        find_images(tmp_path, tiny_recipe(), everything)
+        _find_images(tmp_path, tiny_recipe(), everything)
 
 
 # Rows of a step
@@ -130,7 +130,7 @@ def numbered(count):
 
 def numbers(rows):
     """Return the number of the image in every row, [steps B]."""
-    batches = list(training_batches(rows, 2))
+    batches = list(_training_batches(rows, 2))
     found = np.array([batch["pixels"][..., 0, 0, 0].ravel() for batch in batches])
     np.testing.assert_array_equal(found, [batch["targets"].ravel() for batch in batches])
     return found
@@ -139,7 +139,7 @@ def numbers(rows):
 @pytest.mark.parametrize("count", [24, 29])
 def test_every_image_once_an_epoch_in_another_order(count):
     def orders(seed):
-        found = numbers(TrainingRows(numbered(count), tiny_recipe(**NOTHING, epochs=5, seed=seed), UNTOUCHED))
+        found = numbers(_TrainingRows(numbered(count), tiny_recipe(**NOTHING, epochs=5, seed=seed), UNTOUCHED))
         assert found.shape == (5 * 3, 8)
         return found.reshape(5, 24).tolist()
 
@@ -157,8 +157,8 @@ def test_repeated_augmentation_equals_timm(monkeypatch):
     sampler = pytest.importorskip("timm.data.distributed_sampler")
     torch = pytest.importorskip("torch")
     changes = {**NOTHING, "epochs": 2}
-    orders = numbers(TrainingRows(numbered(24), tiny_recipe(**changes), UNTOUCHED)).reshape(2, 24)
-    found = numbers(TrainingRows(numbered(24), tiny_recipe(**changes, repeats=3), UNTOUCHED)).reshape(2, 3, 8)
+    orders = numbers(_TrainingRows(numbered(24), tiny_recipe(**changes), UNTOUCHED)).reshape(2, 24)
+    found = numbers(_TrainingRows(numbered(24), tiny_recipe(**changes, repeats=3), UNTOUCHED)).reshape(2, 3, 8)
     for order, steps in zip(orders, found, strict=True):
         monkeypatch.setattr(torch, "randperm", lambda count, generator, order=order: torch.from_numpy(order))
         for replicas in (1, 2, 4):
@@ -186,8 +186,8 @@ def test_every_row_is_augmented_differently():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
     images = LabeledImages([image] * 16, np.zeros(16, np.int32), ("one", "two"), "the data")
     for repeats in (1, 4):
-        rows = TrainingRows(images, tiny_recipe(epochs=4, repeats=repeats), SMALL_CROPS)
-        seen = [pixels.tobytes() for batch in training_batches(rows, 2) for pixels in batch["pixels"][0]]
+        rows = _TrainingRows(images, tiny_recipe(epochs=4, repeats=repeats), SMALL_CROPS)
+        seen = [pixels.tobytes() for batch in _training_batches(rows, 2) for pixels in batch["pixels"][0]]
         assert len(set(seen)) == len(seen) == 64
 
 
@@ -198,30 +198,30 @@ def test_hosts_together_read_the_rows_of_one(hosts, accumulation):
     logits = np.random.default_rng(1).standard_normal((27, 3)).astype(np.float32)
 
     def batches(shard, first=0):
-        return list(training_batches(TrainingRows(noise(27), recipe, SMALL_CROPS, logits, shard), 2, first=first))
+        return list(_training_batches(_TrainingRows(noise(27), recipe, SMALL_CROPS, logits, shard), 2, first=first))
 
-    whole = batches(Shard())
-    parts = [batches(Shard(index, hosts)) for index in range(hosts)]
+    whole = batches(_Shard())
+    parts = [batches(_Shard(index, hosts)) for index in range(hosts)]
     assert len(whole) == len(parts[0]) == 9 and whole[0]["pixels"].shape == (accumulation, 8 // accumulation, 8, 8, 3)
     for step, batch in enumerate(whole):
         for name, array in batch.items():
             joined = np.concatenate([part[step][name] for part in parts], axis=1)
             np.testing.assert_array_equal(joined, array, err_msg=f"{name}, step {step}")
         np.testing.assert_array_equal(batch["teacher_logits"], logits[batch["targets"]])
-    for begun, again in zip(parts[1][4:], batches(Shard(1, hosts), first=4), strict=True):
+    for begun, again in zip(parts[1][4:], batches(_Shard(1, hosts), first=4), strict=True):
         np.testing.assert_array_equal(begun["pixels"], again["pixels"])
 
 
 @pytest.mark.parametrize("count", [11, 8, 3])
 def test_evaluation_weighs_each_image_once(count):
     images = numbered(count)
-    whole = list(evaluation_batches(images, UNTOUCHED, 4))
+    whole = list(_evaluation_batches(images, UNTOUCHED, 4))
     weights = np.concatenate([batch["weights"].ravel() for batch in whole])
     found = np.concatenate([batch["pixels"][..., 0, 0, 0].ravel() for batch in whole])
     assert {batch["pixels"].shape for batch in whole} == {(1, 4, 5, 6, 3)}
     assert set(weights) <= {0, 1} and found[weights > 0].tolist() == list(range(count))
     np.testing.assert_array_equal(np.concatenate([batch["targets"].ravel() for batch in whole]), found)
-    parts = [list(evaluation_batches(images, UNTOUCHED, 4, Shard(index, 2))) for index in range(2)]
+    parts = [list(_evaluation_batches(images, UNTOUCHED, 4, _Shard(index, 2))) for index in range(2)]
     for step, batch in enumerate(whole):
         for name, array in batch.items():
             np.testing.assert_array_equal(np.concatenate([part[step][name] for part in parts], axis=1), array)

@@ -29,7 +29,7 @@ from training_runs import (
 
 import levit_flax as lf
 from levit_flax.training import finetune, loop
-from levit_flax.training.data import TrainingRows, find_images, training_batches
+from levit_flax.training.data import _find_images, _training_batches, _TrainingRows
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
@@ -80,7 +80,7 @@ def test_signals_save_the_state_and_exit(whole, folder, toml, tmp_path, capsys, 
     """In the middle of an epoch, twice, through the command line."""
     step_of = {signal.SIGTERM: 4, signal.SIGINT: 11}
     arguments = ["finetune", folder, "--recipe", toml, "--output", tmp_path / "run", "--processes", processes]
-    took = loop.Session.next_batch
+    took = loop._Session.next_batch
     sent = None
 
     def next_batch(self):
@@ -88,7 +88,7 @@ def test_signals_save_the_state_and_exit(whole, folder, toml, tmp_path, capsys, 
             os.kill(os.getpid(), sent)
         return took(self)
 
-    monkeypatch.setattr(loop.Session, "next_batch", next_batch)
+    monkeypatch.setattr(loop._Session, "next_batch", next_batch)
     handlers = {number: signal.getsignal(number) for number in step_of}
     for sent, step in step_of.items():
         status, out, err = run(capsys, *arguments, "--resume")
@@ -105,12 +105,12 @@ def test_signals_save_the_state_and_exit(whole, folder, toml, tmp_path, capsys, 
 @pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_batches_depend_on_the_step_alone(folder, slow):
     """The number of data processes may change when a run resumes."""
-    train, _ = find_images(folder, tiny_recipe(), ())
-    rows = TrainingRows(train, tiny_recipe(), lf.LevitImageProcessor(size=28, crop_size=32))
-    expected = [batch["pixels"] for batch in training_batches(rows, 2)]
+    train, _ = _find_images(folder, tiny_recipe(), ())
+    rows = _TrainingRows(train, tiny_recipe(), lf.LevitImageProcessor(size=28, crop_size=32))
+    expected = [batch["pixels"] for batch in _training_batches(rows, 2)]
     assert len(expected) == STEPS and expected[0].shape == (1, 8, 32, 32, 3)
     for first, processes in ((17, 0), (4, 0), (5, 1)) + ((0, 2),) * slow:
-        batches = training_batches(rows, 1, processes, first)
+        batches = _training_batches(rows, 1, processes, first)
         found = [next(batches)["pixels"] for _ in expected[first : first + 3]]
         batches.close()
         np.testing.assert_array_equal(found, expected[first : first + 3])
@@ -129,7 +129,7 @@ def test_full_disk_raises_and_keeps_the_last_checkpoint(
     whole, folder, toml, tmp_path, capsys, monkeypatch, limit, at, last
 ):
     output = tmp_path / "run"
-    save, (soft, hard) = loop.Session.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, (soft, hard) = loop._Session.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save_on_a_full_disk(self):
         if self.step == at:
@@ -139,7 +139,7 @@ def test_full_disk_raises_and_keeps_the_last_checkpoint(
 
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(loop.Session, "save", save_on_a_full_disk)
+            patch.setattr(loop._Session, "save", save_on_a_full_disk)
             status, out, err = run(capsys, "finetune", folder, "--recipe", toml, "--output", output)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -29,7 +29,7 @@ from training_runs import (
 import levit_flax as lf
 from levit_flax import evaluation
 from levit_flax.training import DataError, LabeledImages, NotFiniteError, RecipeError, finetune, loop, plan
-from levit_flax.training.data import find_images, leave_out
+from levit_flax.training.data import _find_images, _leave_out
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
@@ -66,7 +66,7 @@ def test_best_model_reproduces_its_metrics(whole, folder):
     assert f"| validation loss | {report['best']['validation_loss']:.6g} |" in card
     classifier = lf.ImageClassifier.from_pretrained(output / "model")
     assert classifier.model.config.id2label == CLASSES
-    _, held_back = find_images(folder, tiny_recipe(), ())
+    _, held_back = _find_images(folder, tiny_recipe(), ())
     result = evaluation.evaluate(classifier, LabeledImages(held_back.images, held_back.targets))
     assert result.images == len(held_back) == 3
     assert result.top1 == report["best"]["validation_accuracy"]
@@ -98,7 +98,7 @@ def test_undecodable_image_stops_the_run_and_can_be_skipped(folder, toml, tmp_pa
     """The error names the image, the state is saved, and the run resumes with --skip or with the image repaired."""
     data, output = tmp_path / "data", tmp_path / "run"
     shutil.copytree(folder, data)
-    train, held_back = find_images(data, tiny_recipe(), ())
+    train, held_back = _find_images(data, tiny_recipe(), ())
     broken, broken_back = train.images[10], held_back.images[1]
     mended = {path: truncate(path) for path in (broken, broken_back)}
     arguments = ["finetune", data, "--recipe", toml, "--output", output]
@@ -132,7 +132,7 @@ def test_repaired_images_leave_no_trace(whole, folder, tmp_path):
     """Stopped by images of both parts and resumed once they are repaired, a run ends with the same bits."""
     data, output = tmp_path / "data", tmp_path / "run"
     shutil.copytree(folder, data)
-    train, held_back = find_images(data, tiny_recipe(), ())
+    train, held_back = _find_images(data, tiny_recipe(), ())
     mended = {path: truncate(path) for path in (train.images[20], held_back.images[0])}
     for path, content in mended.items():
         with pytest.raises(DataError, match=f"{path.name} cannot be used: .* is saved"):
@@ -144,19 +144,19 @@ def test_repaired_images_leave_no_trace(whole, folder, tmp_path):
 
 def test_skipping_images_later_keeps_the_other_rows(folder):
     recipe = tiny_recipe()
-    train, held_back = find_images(folder, recipe, ())
+    train, held_back = _find_images(folder, recipe, ())
     gone, gone_back = train.images[3], held_back.images[2]
     skip = {path.relative_to(folder).as_posix() for path in (gone, gone_back)}
-    later, later_back = leave_out(train, held_back, folder, skip)
+    later, later_back = _leave_out(train, held_back, folder, skip)
     [changed] = [i for i in range(27) if later.images[i] != train.images[i]]
     assert changed == 3 and later.images[3].parent == gone.parent and later.images[3] != gone
     np.testing.assert_array_equal(later.targets, train.targets)
     assert later_back.images == held_back.images[:2] and later_back.targets.tolist() == [0, 1]
     everything = {path.relative_to(folder).as_posix() for path in train.images if path.parent.name == "bee"}
     with pytest.raises(DataError, match=r"would have no image of the class bee left\. Skip fewer"):
-        leave_out(train, held_back, folder, everything)
+        _leave_out(train, held_back, folder, everything)
     with pytest.raises(DataError, match="for validation would have no image left"):
-        leave_out(train, held_back, folder, {path.relative_to(folder).as_posix() for path in held_back.images})
+        _leave_out(train, held_back, folder, {path.relative_to(folder).as_posix() for path in held_back.images})
 
 
 def test_infinite_loss_stops_the_run_at_the_last_save(whole, folder, tmp_path, monkeypatch):
@@ -169,7 +169,7 @@ def test_infinite_loss_stops_the_run_at_the_last_save(whole, folder, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         finetune(folder, output, recipe=tiny_recipe(), show=interrupt)
     before = {name: (output / "model" / name).read_bytes() for name in os.listdir(output / "model")}
-    restore = loop.Session.restore
+    restore = loop._Session.restore
 
     def restore_nonsense(self):
         restore(self)
@@ -177,7 +177,7 @@ def test_infinite_loss_stops_the_run_at_the_last_save(whole, folder, tmp_path, m
         params = jax.tree.map(lambda x: x * np.float32("inf"), variables["params"])
         self.state = self.state.replace(variables={**variables, "params": params})
 
-    monkeypatch.setattr(loop.Session, "restore", restore_nonsense)
+    monkeypatch.setattr(loop._Session, "restore", restore_nonsense)
     with pytest.raises(NotFiniteError, match=r"Step 7 of 18 \(epoch 3\) has the loss (nan|inf)") as caught:
         finetune(folder, output, recipe=tiny_recipe(), resume=True)
     assert "at the learning rate 0.00" in str(
@@ -185,7 +185,7 @@ def test_infinite_loss_stops_the_run_at_the_last_save(whole, folder, tmp_path, m
     ) and ": expected finite numbers. The step was not applied. Lower" in str(caught.value)
     assert max(checkpoint_steps(output)) == 6
     assert {name: (output / "model" / name).read_bytes() for name in os.listdir(output / "model")} == before
-    monkeypatch.setattr(loop.Session, "restore", restore)
+    monkeypatch.setattr(loop._Session, "restore", restore)
     finetune(folder, output, recipe=tiny_recipe(), resume=True)
     assert_same_run(output, whole[0])
 
@@ -215,13 +215,13 @@ def test_out_of_memory_suggests_a_smaller_batch(folder, tmp_path, monkeypatch):
     def train(self):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte.")
 
-    monkeypatch.setattr(loop.Session, "run", train)
+    monkeypatch.setattr(loop._Session, "run", train)
     with pytest.raises(RecipeError, match=r"not have enough memory for batches of 8 images in 1 parts\. Lower"):
         finetune(folder, tmp_path / "run", recipe=tiny_recipe())
 
 
 def test_batch_of_one_needs_frozen_batch_norm(folder):
-    images = find_images(folder, tiny_recipe(), ())[0]
-    plan.check_batch(tiny_recipe(batch_size=1, batch_norm="freeze"), images)
+    images = _find_images(folder, tiny_recipe(), ())[0]
+    plan._check_batch(tiny_recipe(batch_size=1, batch_norm="freeze"), images)
     with pytest.raises(RecipeError, match="of at least 2, or batch_norm"):
-        plan.check_batch(tiny_recipe(batch_size=1, batch_norm="freeze_with_parameters"), images)
+        plan._check_batch(tiny_recipe(batch_size=1, batch_norm="freeze_with_parameters"), images)

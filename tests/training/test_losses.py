@@ -17,7 +17,7 @@ from timm.loss import SoftTargetCrossEntropy
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from levit_flax import LevitConfig
-from levit_flax.training.losses import SINGLE_LABEL, distillation_loss, label_loss, soft_targets
+from levit_flax.training.losses import _SINGLE_LABEL, _distillation_loss, _label_loss, _soft_targets
 from oracles import torch_config
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -42,7 +42,7 @@ def test_soft_distillation_equals_the_reference(temperature):
         / leaf.numel()
     )
     wanted.backward()
-    loss, (gradient, teachers) = jax.value_and_grad(distillation_loss, argnums=(0, 1))(
+    loss, (gradient, teachers) = jax.value_and_grad(_distillation_loss, argnums=(0, 1))(
         student, teacher_logits, "soft", temperature
     )
     assert float(loss) == pytest.approx(wanted.item(), rel=FLOAT32_ROUNDING)
@@ -54,7 +54,7 @@ def test_hard_distillation_is_cross_entropy_with_the_teachers_class():
     generator = np.random.default_rng(0)
     student, teacher_logits = generator.standard_normal((2, 6, 5)).astype(np.float32)
     wanted = torch.nn.functional.cross_entropy(torch.from_numpy(student), torch.from_numpy(teacher_logits).argmax(1))
-    loss = distillation_loss(student, teacher_logits, "hard")
+    loss = _distillation_loss(student, teacher_logits, "hard")
     assert float(loss) == pytest.approx(wanted.item(), rel=FLOAT32_ROUNDING)
 
 
@@ -68,15 +68,15 @@ def test_losses_of_other_problem_types_equal_transformers(problem_type, num_labe
         targets = generator.standard_normal((6, num_labels)).astype(np.float32)
     config = torch_config(LevitConfig(num_labels=num_labels, problem_type=problem_type))
     wanted = ForSequenceClassificationLoss(torch.from_numpy(targets), torch.from_numpy(logits), config)
-    assert float(label_loss(logits, targets, problem_type)) == pytest.approx(wanted.item(), rel=FLOAT32_ROUNDING)
+    assert float(_label_loss(logits, targets, problem_type)) == pytest.approx(wanted.item(), rel=FLOAT32_ROUNDING)
 
 
 def test_smoothed_targets_and_their_loss_equal_timm():
     labels = np.array([0, 3, 3, 1, 2, 4])
     wanted = mixup_target(torch.from_numpy(labels), 5, lam=1.0, smoothing=0.1)
-    targets = soft_targets(labels, 5, 0.1, jnp.float32)
+    targets = _soft_targets(labels, 5, 0.1, jnp.float32)
     np.testing.assert_allclose(targets, wanted.numpy(), rtol=FLOAT32_ROUNDING)
     np.testing.assert_allclose(targets.sum(-1), 1, rtol=FLOAT32_ROUNDING)
     logits = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
     loss = SoftTargetCrossEntropy()(torch.from_numpy(logits), wanted)
-    assert float(label_loss(logits, targets, SINGLE_LABEL)) == pytest.approx(loss.item(), rel=FLOAT32_ROUNDING)
+    assert float(_label_loss(logits, targets, _SINGLE_LABEL)) == pytest.approx(loss.item(), rel=FLOAT32_ROUNDING)

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("grain")
 pytest.importorskip("orbax.checkpoint")
 
-from levit_flax.training.optimizer import learning_rate_schedule
+from levit_flax.training.optimizer import _learning_rate_schedule
 from levit_flax.training.recipe import Recipe, RecipeError
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -27,7 +27,7 @@ def test_learning_rate_rises_linearly_and_falls_as_a_cosine():
         learning_rate_batch=512,
     )
     peak = 4e-3 * 64 / 512
-    schedule = learning_rate_schedule(recipe, 7)
+    schedule = _learning_rate_schedule(recipe, 7)
     rates = [float(schedule(step)) for step in range(71)]
     line = [1e-5 + (peak - 1e-5) * step / 14 for step in range(14)]
     cosine = [1e-4 + (peak - 1e-4) * (1 + math.cos(math.pi * step / 56)) / 2 for step in range(57)]
@@ -36,13 +36,13 @@ def test_learning_rate_rises_linearly_and_falls_as_a_cosine():
 
 
 def test_learning_rate_without_warmup_begins_at_the_peak():
-    schedule = learning_rate_schedule(Recipe(warmup_epochs=0, learning_rate=1e-3), 5)
+    schedule = _learning_rate_schedule(Recipe(warmup_epochs=0, learning_rate=1e-3), 5)
     assert float(schedule(0)) == pytest.approx(1e-3)
     assert float(schedule(1)) < 1e-3
 
 
 def test_warmup_is_rounded_to_steps():
-    schedule = learning_rate_schedule(Recipe(epochs=2, warmup_epochs=0.5, learning_rate=1e-3), 3)
+    schedule = _learning_rate_schedule(Recipe(epochs=2, warmup_epochs=0.5, learning_rate=1e-3), 3)
     assert float(schedule(1)) < 1e-3 == pytest.approx(float(schedule(2)))
 
 

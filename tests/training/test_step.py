@@ -23,16 +23,16 @@ from timm.utils.agc import adaptive_clip_grad  # noqa: E402
 import levit_flax as lf  # noqa: E402
 from configs import random_variables, unusual_config  # noqa: E402
 from levit_flax import LevitConfig, convert  # noqa: E402
-from levit_flax.convert.layouts import LAYOUTS, Structure  # noqa: E402
+from levit_flax.convert.layouts import _LAYOUTS, _Structure  # noqa: E402
 from levit_flax.training.optimizer import (  # noqa: E402
-    clip_adaptively,
-    decays,
-    learning_rate_schedule,
-    make_optimizer,
-    match_patterns,
+    _clip_adaptively,
+    _decays,
+    _learning_rate_schedule,
+    _make_optimizer,
+    _match_patterns,
 )
 from levit_flax.training.recipe import Recipe, RecipeError  # noqa: E402
-from levit_flax.training.state import Batch, State, Task  # noqa: E402
+from levit_flax.training.state import _Batch, _State, _Task  # noqa: E402
 from oracles import state_dict, torch_model  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -83,7 +83,7 @@ def compiled(function):
 
 def make_task(model, variables, teacher=None, **changes):
     recipe = dataclasses.replace(RECIPE, **changes)
-    return Task(model, recipe, lf.LevitImageProcessor(), variables["params"], STEPS_PER_EPOCH, teacher)
+    return _Task(model, recipe, lf.LevitImageProcessor(), variables["params"], STEPS_PER_EPOCH, teacher)
 
 
 def random_model(model_class=ONE_HEAD, dtype=jnp.float32, **changes):
@@ -95,7 +95,7 @@ def random_batch(seed=0, dtype=np.float32, parts=1, config=TINY, teacher_logits=
     """Return a batch of normalized images."""
     generator = np.random.default_rng(seed)
     shape = (parts, BATCH // parts)
-    return Batch(
+    return _Batch(
         generator.standard_normal((*shape, *config.image_height_width, 3)).astype(dtype),
         generator.integers(0, config.num_labels, shape),
         generator.standard_normal((*shape, config.num_labels)).astype(dtype) if teacher_logits else None,
@@ -152,11 +152,11 @@ def clip_pytorch(reference, factor):
 class Trained(NamedTuple):
     """Five steps here and in PyTorch; index 0 of `states` is before the first."""
 
-    task: Task
+    task: _Task
     step: Any
-    states: list[State]
+    states: list[_State]
     metrics: list[Any]
-    batches: list[Batch]
+    batches: list[_Batch]
     teacher_variables: Any
     reference: Any
 
@@ -172,7 +172,7 @@ def train(config, model_class, **changes):
 
     with jax.enable_x64(True):
         model, variables = convert.from_torch(start, jnp.float64, config=config)
-        task = Task(
+        task = _Task(
             model.clone(precision="highest"),
             recipe,
             lf.LevitImageProcessor(),
@@ -189,7 +189,7 @@ def train(config, model_class, **changes):
 
     optimizer, losses, clipped = pytorch_adamw(reference, recipe), [], []
     # The same numbers, not the same formula: optax computes them in float32, which five steps turn into 1e-7.
-    schedule = learning_rate_schedule(recipe, STEPS_PER_EPOCH)
+    schedule = _learning_rate_schedule(recipe, STEPS_PER_EPOCH)
     for number, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = float(schedule(number))
@@ -328,7 +328,9 @@ def test_bfloat16_computes_nearly_the_same_loss_and_keeps_float32(trained, table
     start = convert.to_torch(trained.task.model, trained.states[0].variables, layout="hf")
     model, variables = convert.from_torch(start, jnp.float32, config=TINY)
     recipe = dataclasses.replace(trained.task.recipe, learning_rates=table)
-    task = Task(model.clone(dtype=jnp.bfloat16), recipe, lf.LevitImageProcessor(), variables["params"], STEPS_PER_EPOCH)
+    task = _Task(
+        model.clone(dtype=jnp.bfloat16), recipe, lf.LevitImageProcessor(), variables["params"], STEPS_PER_EPOCH
+    )
     batch = random_batch(0)
     stored = teacher(trained.teacher_variables, batch.pixels[0]).astype(np.float32)[None]
     before = task.init(variables)
@@ -376,7 +378,7 @@ def test_frozen_statistics_are_used_and_kept_and_parts_of_a_batch_add_up_to_it()
                 accumulation=parts,
                 learning_rates=HEADS_ONLY,
             )
-            split = Batch(*(x.reshape(parts, -1, *x.shape[2:]) for x in batch[:2]))
+            split = _Batch(*(x.reshape(parts, -1, *x.shape[2:]) for x in batch[:2]))
             results.append(jax.device_get(compiled(task.train_step)(task.init(variables), None, split)))
         out = jax.device_get(compiled(model.apply)(variables, batch.pixels[0]))
     (whole, seen), (parted, seen_in_parts) = results
@@ -413,7 +415,7 @@ def test_each_part_of_a_batch_updates_the_statistics_and_drops_other_branches():
             assert after[path] == before[path] + 3, path
     assert same_bits(step(start, None, batch), (state, seen))
     # Without drop path neither the step's number nor the order of the parts would matter.
-    in_another_order = Batch(*(np.roll(x, 1, axis=0) for x in batch[:2]))
+    in_another_order = _Batch(*(np.roll(x, 1, axis=0) for x in batch[:2]))
     for given, images in ((dataclasses.replace(start, step=jnp.int32(1)), batch), (start, in_another_order)):
         _, other = step(given, None, images)
         assert abs(float(other.loss - seen.loss)) > LOSS_LIMIT
@@ -430,10 +432,10 @@ def test_factors_scale_the_whole_update():
         for _ in range(2)
     )
     table = {"stem/.*": 0.25, "stage_0/.*": 0.5, ".*": 1.0}
-    factors = match_patterns(table, params, "learning_rates")
+    factors = _match_patterns(table, params, "learning_rates")
     updates = []
     for given in (factors, dict.fromkeys(params, 1.0)):
-        optimizer = make_optimizer(RECIPE, given, STEPS_PER_EPOCH)
+        optimizer = _make_optimizer(RECIPE, given, STEPS_PER_EPOCH)
         updates.append(jax.device_get(optimizer.update(gradients, optimizer.init(params), params)[0]))
     for path in params:
         factor = 0.25 if path.startswith("stem") else 0.5 if path.startswith("stage_0") else 1.0
@@ -444,11 +446,11 @@ def test_factors_scale_the_whole_update():
 def test_weight_decay_applies_to_kernels_alone():
     _, variables = random_model(TWO_HEADS)
     params = flatten_dict(variables["params"], sep="/")
-    decayed = {path for path, x in params.items() if decays(path, x)}
+    decayed = {path for path, x in params.items() if _decays(path, x)}
     assert decayed == {path for path in params if path.endswith("/kernel")}
-    assert not decays("stage_0/block_0/attention/attention_biases", np.zeros((9, 2)))
-    assert not decays("downsample_0/attention/attention_biases", np.zeros((1, 2)))
-    assert not decays("head/linear/bias", np.zeros(5))
+    assert not _decays("stage_0/block_0/attention/attention_biases", np.zeros((9, 2)))
+    assert not _decays("downsample_0/attention/attention_biases", np.zeros((1, 2)))
+    assert not _decays("head/linear/bias", np.zeros(5))
 
 
 def test_clipping_equals_timm_on_every_tensor():
@@ -470,7 +472,7 @@ def test_clipping_equals_timm_on_every_tensor():
         dict(reference.named_parameters())["classifier.linear.weight"].grad[1] = 0
     rows = {
         row.torch: row
-        for row in LAYOUTS["hf"].rows(Structure.of(config, TWO_HEADS.head_names))
+        for row in _LAYOUTS["hf"].rows(_Structure.of(config, TWO_HEADS.head_names))
         if row.flax.startswith("params/")
     }
     parameters = dict(reference.named_parameters())
@@ -483,7 +485,7 @@ def test_clipping_equals_timm_on_every_tensor():
             {name: jnp.asarray(row.permutation.to_flax(tensors[name].detach().numpy())) for name, row in rows.items()}
             for tensors in (parameters, before)
         )
-        clip = compiled(lambda given, params: clip_adaptively(factor).update(given, None, params)[0])
+        clip = compiled(lambda given, params: _clip_adaptively(factor).update(given, None, params)[0])
         found = jax.device_get(clip(gradients, params))
     shapes = set()
     for name, row in rows.items():

@@ -24,11 +24,11 @@ from training_runs import (
 import levit_flax as lf
 from levit_flax.training import LabeledImages, RecipeError, finetune
 from levit_flax.training.data import (
-    TrainingRows,
-    find_images,
-    training_batches,
+    _find_images,
+    _training_batches,
+    _TrainingRows,
 )
-from levit_flax.training.student import align_classes, make_student
+from levit_flax.training.student import _align_classes, _make_student
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -41,7 +41,7 @@ def apply(student, pixel_values):
 
 
 def student_of(source, images, **changes):
-    return make_student(source, tiny_recipe(**changes), images)
+    return _make_student(source, tiny_recipe(**changes), images)
 
 
 def same_but_heads(variables, source):
@@ -53,7 +53,7 @@ def same_but_heads(variables, source):
 
 
 def test_two_heads_are_merged_dropped_or_kept(two_heads, folder):
-    train, _ = find_images(folder, tiny_recipe(), ())
+    train, _ = _find_images(folder, tiny_recipe(), ())
     pixel_values = np.random.default_rng(0).standard_normal((4, 32, 32, 3)).astype(np.float32)
     model, variables = lf.from_pretrained(two_heads)
     given = jax.device_get(jax.jit(model.apply)(variables, pixel_values))
@@ -74,7 +74,7 @@ def test_two_heads_are_merged_dropped_or_kept(two_heads, folder):
 
 @pytest.mark.parametrize("changes", [{"heads": "both"}, {"distillation": "hard"}])
 def test_missing_head_is_initialized_with_a_warning(one_head, folder, changes):
-    train, _ = find_images(folder, tiny_recipe(), ())
+    train, _ = _find_images(folder, tiny_recipe(), ())
     with pytest.warns(UserWarning, match="The checkpoint has no head_dist: these weights are newly initialized"):
         student = student_of(one_head, train, **changes)
     _, before = lf.from_pretrained(one_head)
@@ -85,7 +85,7 @@ def test_missing_head_is_initialized_with_a_warning(one_head, folder, changes):
 
 @pytest.mark.parametrize("names", [("ant", "bee"), ("ant", "bee", "dog"), ("ant", "bee", "cat", "dog")])
 def test_other_classes_initialize_the_heads_with_a_warning(two_heads, tmp_path, names):
-    train, _ = find_images(write_images(tmp_path / "data", 2, names), tiny_recipe(), ())
+    train, _ = _find_images(write_images(tmp_path / "data", 2, names), tiny_recipe(), ())
     said = rf"3 classes are not the {len(names)} classes of .*data, for training: its heads are newly initialized\.$"
     with pytest.warns(UserWarning, match=said) as caught:
         student = student_of(two_heads, train, heads="both")
@@ -102,24 +102,24 @@ def test_other_classes_initialize_the_heads_with_a_warning(two_heads, tmp_path, 
 
 def test_same_classes_in_another_order_keep_the_heads(teacher, folder):
     """The targets of the images are permuted to the order of the model."""
-    train, _ = find_images(folder, tiny_recipe(), ())
+    train, _ = _find_images(folder, tiny_recipe(), ())
     student = student_of(teacher, train)  # without a warning
     assert student.model.config.id2label == ("cat", "ant", "bee")
     _, before = lf.from_pretrained(teacher)
     head = student.variables["params"]["head"]["linear"]
     np.testing.assert_array_equal(head["kernel"], before["params"]["head"]["linear"]["kernel"])
-    aligned = align_classes(train, student.model.config)
+    aligned = _align_classes(train, student.model.config)
     assert [aligned.labels[target] for target in aligned.targets] == [path.parent.name for path in train.images]
     assert aligned.labels == ("cat", "ant", "bee") and aligned.targets.dtype == np.int32
     rows = np.array([[1, 0, 0], [0, 1, 1]], np.float32)  # ant; bee and cat
-    several = align_classes(LabeledImages([], rows, CLASSES, "", "multi_label_classification"), student.model.config)
+    several = _align_classes(LabeledImages([], rows, CLASSES, "", "multi_label_classification"), student.model.config)
     assert several.targets.tolist() == [[0, 1, 0], [1, 0, 1]]
 
 
 def test_image_size_of_the_recipe_resizes_the_model(one_head, folder):
-    train, _ = find_images(folder, tiny_recipe(), ())
+    train, _ = _find_images(folder, tiny_recipe(), ())
     recipe = tiny_recipe(image_size=64)
-    student = make_student(one_head, recipe, train)
+    student = _make_student(one_head, recipe, train)
     assert student.model.config.image_height_width == (64, 64)
     assert student.processor.size == {"shortest_edge": 56} and student.processor.crop_size == {
         "height": 64,
@@ -127,13 +127,13 @@ def test_image_size_of_the_recipe_resizes_the_model(one_head, folder):
     }
     biases = [leaf for path, leaf in flatten_dict(student.variables, sep="/").items() if path.endswith("_biases")]
     assert sorted(leaf.shape for leaf in biases) == [(4, 2), (16, 2)]  # grids of 4 x 4 and 2 x 2 tokens
-    assert next(training_batches(TrainingRows(train, recipe, student.processor), 1))["pixels"].shape[2:4] == (64, 64)
+    assert next(_training_batches(_TrainingRows(train, recipe, student.processor), 1))["pixels"].shape[2:4] == (64, 64)
     assert student_of(one_head, train).model.config.image_height_width == (32, 32)
 
 
 @pytest.mark.parametrize(("given", "wanted"), [(None, 0.25), (0.0, 0.0), (0.5, 0.5)])
 def test_drop_path_rate_defaults_to_the_checkpoint(one_head, folder, given, wanted):
-    train, _ = find_images(folder, tiny_recipe(), ())
+    train, _ = _find_images(folder, tiny_recipe(), ())
     student = student_of(one_head, train, drop_path_rate=given)
     assert student.model.config.drop_path_rate == wanted and student.model.config.id2label == CLASSES
 
@@ -198,7 +198,7 @@ def test_multi_label_and_regression_train_end_to_end(two_heads, tmp_path, monkey
 @pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
 def test_checkpoint_of_another_problem_type_is_reset(folder, tmp_path, problem_type):
     source = save_model(tmp_path / "model", problem_type=problem_type)
-    train, _ = find_images(folder, tiny_recipe(), ())
+    train, _ = _find_images(folder, tiny_recipe(), ())
     config = student_of(source, train).model.config
     assert config.problem_type in (None, "single_label_classification")
     assert (config.num_labels, config.id2label) == (3, CLASSES)

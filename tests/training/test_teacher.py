@@ -20,9 +20,9 @@ from training_runs import (
 import levit_flax as lf
 from levit_flax.training import finetune
 from levit_flax.training.data import (
-    find_images,
+    _find_images,
 )
-from levit_flax.training.teacher import make_teacher
+from levit_flax.training.teacher import _make_teacher
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -36,7 +36,7 @@ def log_softmax(logits):
 
 def by_hand(two_heads, teacher, folder, kind):
     """Return the loss of the first step, computed from the logits of both models."""
-    train, _ = find_images(folder, tiny_recipe(), ())
+    train, _ = _find_images(folder, tiny_recipe(), ())
     pixels = np.stack([PROCESSOR.resize_and_crop(path) for path in train.images])
     model, variables = lf.from_pretrained(two_heads)
     prepared = PROCESSOR.rescale_and_normalize(pixels)
@@ -85,10 +85,10 @@ def test_function_with_other_classes_is_refused(two_heads, folder, tmp_path):
 
 def test_stored_logits_are_matched_by_path(teacher, stored, folder):
     """The order of images and of classes may differ from the stored one."""
-    train, held_back = find_images(folder, tiny_recipe(), ())
+    train, held_back = _find_images(folder, tiny_recipe(), ())
     classifier = lf.ImageClassifier.from_pretrained(teacher)
     for images in (train, held_back):
         wanted = np.array(list(classifier.stream_logits(images.images)))[:, [1, 2, 0]]
         recipe = tiny_recipe(distillation="soft")
-        found = make_teacher(stored, recipe, random_config(), PROCESSOR, images, folder).logits
+        found = _make_teacher(stored, recipe, random_config(), PROCESSOR, images, folder).logits
         np.testing.assert_allclose(found, wanted, rtol=ROUNDING, atol=ROUNDING)
