@@ -39,13 +39,13 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 import levit_flax as lf
 from levit_flax import convert
-from levit_flax.modeling import abstract_variables
+from levit_flax.modeling import _abstract_variables
 
 model = lf.LevitForImageClassificationWithTeacher(lf.VARIANTS[sys.argv[1]])
 generator = np.random.default_rng(0)
 variables = {
     path: np.abs(generator.standard_normal(leaf.shape)).astype(leaf.dtype)
-    for path, leaf in abstract_variables(model).items()
+    for path, leaf in _abstract_variables(model).items()
 }
 convert.save_torch(Path(sys.argv[2]), model, unflatten_dict(variables, sep="/"), layout=sys.argv[3])
 """

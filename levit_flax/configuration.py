@@ -52,6 +52,10 @@ class DownOp(NamedTuple):
         attention_ratio: value channels as a multiple of `key_dim`.
         mlp_ratio: hidden channels of the MLP that follows, as a multiple of the next stage's width; 0 for no MLP.
         stride: distance between neighboring queries, in tokens.
+
+    Examples:
+        >>> LevitConfig().down_ops[0]
+        DownOp(kind='Subsample', key_dim=16, num_attention_heads=8, attention_ratio=4, mlp_ratio=2, stride=2)
     """
 
     kind: str

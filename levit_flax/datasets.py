@@ -20,9 +20,10 @@ class DataError(ValueError):
 
     Examples:
         >>> from tempfile import TemporaryDirectory
+        >>> from levit_flax.evaluation import read_data
         >>> with TemporaryDirectory() as folder:
         ...     try:
-        ...         read_folder(Path(folder))
+        ...         read_data(folder, labels=("cat", "dog"))
         ...     except DataError as error:
         ...         print(str(error).removeprefix(folder))
          has no folders: expected one folder of images per class.

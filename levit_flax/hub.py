@@ -35,11 +35,25 @@ _COMMIT_MESSAGE = "Upload LeViT model"
 
 
 class HubError(OSError):
-    """Raised when a model cannot be downloaded from or uploaded to the Hub."""
+    """Raised when a model cannot be downloaded from or uploaded to the Hub.
+
+    Examples:
+        >>> from levit_flax import from_pretrained
+        >>> try:
+        ...     from_pretrained("someone/levit", cache_dir="empty", local_files_only=True)
+        ... except HubError as error:
+        ...     print(str(error).partition(",")[0])
+        The cache empty does not hold the whole of someone/levit
+    """
 
 
 class HubUnreachableError(HubError):
-    """Raised when the Hub cannot be reached or is out of order."""
+    """Raised when the Hub cannot be reached or is out of order.
+
+    Examples:
+        >>> issubclass(HubUnreachableError, HubError) and issubclass(HubError, OSError)
+        True
+    """
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,16 @@ _DECODER_ERRORS = (
 
 
 class ImageError(ValueError):
-    """Raised when an image cannot be used."""
+    """Raised when an image cannot be used.
+
+    Examples:
+        >>> from levit_flax import LevitImageProcessor
+        >>> try:
+        ...     LevitImageProcessor()(np.full((8, 8, 3), np.nan))
+        ... except ImageError as error:
+        ...     print(error)
+        Expected finite pixel values, found NaN or infinity in the image.
+    """
 
 
 def _load_image(path: str | os.PathLike[str]) -> Image.Image:

@@ -77,6 +77,11 @@ class LevitBase(nn.Module):
         param_dtype: dtype of the parameters that `init` creates.
         precision: precision of matrix products and convolutions, as in `jax.lax.Precision`; None for JAX's default,
             which is lower than float32 on GPU and TPU.
+
+    Examples:
+        >>> model = LevitModel(LevitConfig(image_size=64), precision="highest")
+        >>> isinstance(model, LevitBase), model.config.image_size, model.folded
+        (True, 64, False)
     """
 
     config: LevitConfig

@@ -28,11 +28,6 @@ def _label_loss(logits: jax.Array, targets: jax.Array, problem_type: str) -> jax
     Returns:
         A scalar: softmax cross entropy for single-label, sigmoid binary cross entropy for multi-label, mean squared
         error for regression.
-
-    Examples:
-        >>> loss = label_loss(jnp.zeros((1, 2)), jnp.array([[0.9, 0.1]]), SINGLE_LABEL)
-        >>> print(f"{loss:.4f}")
-        0.6931
     """
     if problem_type == _SINGLE_LABEL:
         return jnp.mean(optax.softmax_cross_entropy(logits, targets))

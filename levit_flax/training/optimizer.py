@@ -25,10 +25,6 @@ def _match_patterns(table: Mapping[str, float], params: Mapping[str, Any], name:
 
     Raises:
         RecipeError: a pattern is not a regular expression, a pattern is never used, or a parameter matches no pattern.
-
-    Examples:
-        >>> match_patterns({"stem/.*": 0.0, ".*": 1.0}, {"stem": {"kernel": 0}, "head": {"bias": 0}}, "learning_rates")
-        {'stem/kernel': 0.0, 'head/bias': 1.0}
     """
     try:
         patterns = {pattern: re.compile(pattern) for pattern in table}

@@ -75,7 +75,7 @@ def test_two_heads_are_merged_dropped_or_kept(two_heads, folder):
 @pytest.mark.parametrize("changes", [{"heads": "both"}, {"distillation": "hard"}])
 def test_missing_head_is_initialized_with_a_warning(one_head, folder, changes):
     train, _ = _find_images(folder, tiny_recipe(), ())
-    with pytest.warns(UserWarning, match="The checkpoint has no head_dist: these weights are newly initialized"):
+    with pytest.warns(UserWarning, match="The checkpoint has no head_dist: these heads are newly initialized"):
         student = student_of(one_head, train, **changes)
     _, before = lf.from_pretrained(one_head)
     after = student.variables["params"]
