@@ -43,7 +43,10 @@ def test_every_variant_has_its_sizes_listed():
     assert set(SIZES) == set(lf.VARIANTS)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in ("levit-128S", "levit-384") else pytest.mark.slow) for name in SIZES],
+)
 def test_variant_has_the_parameter_counts_of_the_reference(name):
     config = lf.VARIANTS[name]
     two, one, two_folded, one_folded, statistics = SIZES[name]
@@ -154,7 +157,7 @@ def test_logits_of_an_image_do_not_depend_on_its_batch():
 
 
 def test_jit_returns_the_same_logits_and_traces_once_per_shape():
-    model, variables, pixel_values = make()
+    model, variables, pixel_values = make(depths=(1, 0))  # the call without jit compiles every operation by itself
     traces = []
 
     @jax.jit
@@ -290,7 +293,7 @@ def test_classification_loss_follows_the_targets():
 
 
 def test_the_model_returns_the_loss_of_its_labels():
-    model, variables, pixel_values = make()
+    model, variables, pixel_values = make(depths=(1, 0))
     labels = jnp.array([1, 4])
     out = model.apply(variables, pixel_values, labels)  # not compiled, so that the loss has the same bits
     assert out.loss.shape == ()

@@ -81,6 +81,7 @@ def need(*modules):
         pytest.importorskip(module)
 
 
+@pytest.mark.slow
 def test_conversion_runs_as_a_script(tmp_path):
     result = run("conversion.py", tmp_path / "out.json", "--variants", "levit-128S", "--runs", 1, "--layout", "timm")
     row = result["variants"]["levit-128S"]
@@ -142,6 +143,7 @@ def test_all_peers_compute_the_same(tmp_path, monkeypatch, script):
     check_plots(result, tmp_path)
 
 
+@pytest.mark.slow
 def test_peer_without_bfloat16_is_left_out(run_quickly):
     names = ["levit-flax", "onnxruntime"]
     result = run_quickly("latency.py", *TINY, "--batches", 2, "--dtypes", "bfloat16", "--peers", *names)
@@ -186,6 +188,7 @@ def check_preprocessing(result):
     assert rows["levit-flax"]["ours_times_as_fast"]["1"]["median"] == 1
 
 
+@pytest.mark.slow
 def test_startup_of_a_tiny_model(run_quickly):
     need("transformers")
     check_startup(run_quickly("startup.py", "--variant", "tiny", "--rounds", 1))
@@ -205,6 +208,7 @@ def check_startup(result):
         assert row["to the first answer"]["median"] == pytest.approx(parts)
 
 
+@pytest.mark.slow
 def test_roofline_counts_the_operations_of_a_tiny_model(run_quickly):
     row = run_quickly("roofline.py", *TINY, "--batches", 2)["variants"]["tiny"]["2"]
     assert 0 < row["of_the_machine"]["median"] < 1 and sum(row["time_by_part"].values()) == pytest.approx(1)
@@ -283,6 +287,7 @@ def check_accuracy(result):
     assert result["types"]["float32"]["agreement_with_float32"] == 1
 
 
+@pytest.mark.slow
 def test_accuracy_of_a_tiny_model(data, tiny_model, monkeypatch, run_quickly):
     need("grain", "orbax.checkpoint", "tensorboardX")
     load = lf.ImageClassifier.from_pretrained

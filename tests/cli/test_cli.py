@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 import levit_flax as lf
 from configs import SMALL, random_variables
 from hub_server import HubServer, run_with_hub
-from levit_flax import convert
+from levit_flax import convert, demo
 from levit_flax.cli import main
 from levit_flax.convert import verification
 from levit_flax.hub import _EMBEDDED_DIRECTORY
@@ -274,8 +274,9 @@ def test_wrong_calls_exit_with_2(capsys, arguments):
     assert status == 2 and out == "" and "Usage" in err
 
 
-def test_demo_shows_proof_and_predictions(capsys):
+def test_demo_shows_proof_and_predictions(capsys, monkeypatch):
     pytest.importorskip("skimage")
+    monkeypatch.setattr(demo, "_SPEED_SECONDS", 0.1)
     status, out, _ = run(capsys, "demo")
     assert status == 0
     assert str(_EMBEDDED_DIRECTORY) in out and "250 tensors mapped" in out

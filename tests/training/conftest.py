@@ -1,5 +1,7 @@
 """Fixtures that the tests of training runs share: data, a recipe, compiled steps and a finished run."""
 
+import os
+
 import jax
 import pytest
 import training_runs
@@ -8,7 +10,9 @@ from training_runs import save_model, tiny_recipe, write_images, write_recipe
 
 @pytest.fixture(scope="session")
 def compiled_directory(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
+    """A directory that all workers share."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
 
 
 @pytest.fixture(scope="module")

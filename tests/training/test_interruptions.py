@@ -33,7 +33,7 @@ from levit_flax.training.data import _find_images, _training_batches, _TrainingR
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
-KILLS, SHORT_KILLS = 20, 2
+KILLS, SHORT_KILLS = 20, 1
 LONG_EPOCHS = 24  # of the run that is killed twenty times
 
 
