@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 import levit_flax as lf
-from configs import SMALL, TINY, compiled, random_variables
+from configs import SMALL, compiled, random_variables
 from levit_flax.cli import main
 
 pytest.importorskip("matplotlib")
@@ -82,9 +82,10 @@ def test_saliency_is_the_gradient(loaded, pixel_values):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tiny") / "model"
-    model = lf.LevitForImageClassification(lf.LevitConfig(**{**TINY, "num_labels": 2, "id2label": ("airplane", "cat")}))
+def small(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("small") / "model"
+    fields = {**SMALL, "depths": (1, 1, 1), "num_labels": 2, "id2label": ("airplane", "cat")}
+    model = lf.LevitForImageClassification(lf.LevitConfig(**fields))
     lf.save_pretrained(directory, model, random_variables(model))
     return str(directory)
 
@@ -92,13 +93,13 @@ def tiny(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "extra"),
     [
-        ("tiny", ["--label", "cat"]),
+        ("small", ["--label", "cat"]),
         pytest.param("cifar10", ["--label", "cat"], marks=pytest.mark.slow),
         pytest.param("cifar10", ["--biases"], marks=pytest.mark.slow),
     ],
 )
-def test_command_writes_figures(name, extra, tiny, capsys, tmp_path):
-    model = tiny if name == "tiny" else name
+def test_command_writes_figures(name, extra, small, capsys, tmp_path):
+    model = small if name == "small" else name
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 50, 3), np.uint8)).save(tmp_path / "noise.png")
     out = tmp_path / "out.png"
     assert main(["explain", str(tmp_path / "noise.png"), "-m", model, "-o", str(out), *extra]) == 0
