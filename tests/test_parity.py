@@ -118,13 +118,14 @@ def test_models_with_fewer_heads_match_transformers(class_name):
     check_forward(unusual_config("odd grids"), class_name, jnp.float32, FLOAT32_LIMIT)
 
 
+@pytest.mark.slow  # in the short run, test_step compares five steps in float64
 @pytest.mark.parametrize(
     ("name", "train"),
     [
         pytest.param("odd grids", True, id="odd grids-training"),
-        pytest.param("other downsampling", False, id="other downsampling-evaluation", marks=pytest.mark.slow),
-        pytest.param("odd grids", False, id="odd grids-evaluation", marks=pytest.mark.slow),
-        pytest.param("other downsampling", True, id="other downsampling-training", marks=pytest.mark.slow),
+        pytest.param("other downsampling", False, id="other downsampling-evaluation"),
+        pytest.param("odd grids", False, id="odd grids-evaluation"),
+        pytest.param("other downsampling", True, id="other downsampling-training"),
     ],
 )
 def test_gradients_match_transformers_in_float64(name, train):
@@ -156,6 +157,7 @@ def test_gradients_match_transformers_in_float64(name, train):
         assert np.abs(np.asarray(found[row.flax.removeprefix("params/")]) - wanted).max() <= limit, row.flax
 
 
+@pytest.mark.slow  # like the gradients
 def test_running_statistics_match_transformers_after_three_passes():
     config = config_of("tiny")
     reference = torch_model(config, TWO_HEADS).train()

@@ -126,6 +126,7 @@ def test_latency_and_plots_of_tiny_peers(tmp_path, run_quickly):
     check_plots(result, tmp_path)
 
 
+@pytest.mark.slow
 def test_throughput_of_a_tiny_peer(run_quickly):
     need("torch", "transformers", "timm")
     names = ("levit-flax", "timm fused conv")
@@ -153,6 +154,7 @@ def test_peer_without_bfloat16_is_left_out(run_quickly):
 PROTOCOL = ("original_protocol.py", "--variants", "tiny", "--seconds", 0.1, "--warm-up", 0.1)
 
 
+@pytest.mark.slow
 def test_original_protocol_of_a_tiny_model(run_quickly):
     need("timm")
     check_protocol(run_quickly(*PROTOCOL, "--peers", "timm fused"))

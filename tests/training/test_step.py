@@ -324,6 +324,7 @@ def test_frozen_backbone_keeps_every_bit():
                 np.testing.assert_array_equal(after[path], before[path], err_msg=path)
 
 
+@pytest.mark.slow
 def test_frozen_statistics_are_used_and_kept_and_parts_of_a_batch_add_up_to_it():
     with jax.enable_x64(True):
         model, variables = random_model(TWO_HEADS, jnp.float64)
