@@ -1,7 +1,8 @@
-"""A compiler that does not optimize and keeps its output: tiny models run no faster for being optimized."""
+"""Compilers that keep their output, and one that does not optimize: tiny models run no faster for being optimized."""
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -9,14 +10,20 @@ from jax.experimental.compilation_cache import compilation_cache
 SETTINGS = {
     "jax_disable_most_optimizations": True,
     "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_compilation_cache_max_size": 2**32,  # with a limit, JAX locks the directory, which processes share
 }
 
 
 @contextlib.contextmanager
 def quick_compiler(directory: Path):
     """Compile quickly in this process, with a directory as the cache."""
-    settings = {**SETTINGS, "jax_compilation_cache_dir": str(directory)}
+    with caching_compiler(directory, **SETTINGS):
+        yield
+
+
+@contextlib.contextmanager
+def caching_compiler(directory: Path, **settings: Any):
+    """Keep compiled programs in a directory, and change other settings of JAX."""
+    settings = {**settings, "jax_compilation_cache_dir": str(directory)}
     before = {name: jax.config.values[name] for name in settings}
     try:
         for name, value in settings.items():

@@ -206,7 +206,8 @@ def test_a_processor_of_another_size_is_named(classifier):
 
 
 def test_eight_devices_classify_like_one():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    path = os.pathsep.join(filter(None, [str(PROGRAMS.parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, PROGRAMS / "eight_devices.py"], env=environment, capture_output=True, text=True, check=False
     )

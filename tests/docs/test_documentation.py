@@ -70,11 +70,10 @@ EXAMPLES_NEED = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
+def compiled(compiled_directory):
     """The directory where this process and those of the pages keep what they compile."""
-    directory = tmp_path_factory.mktemp("compiled")
-    with quick_compiler(directory):
-        yield directory
+    with quick_compiler(compiled_directory):
+        yield compiled_directory
 
 
 needs_pages = pytest.mark.skipif(not PAGES, reason="the documentation does not come with the wheel")

@@ -1,6 +1,5 @@
 """Fixtures that the tests of training runs share: data, a recipe, compiled steps and a finished run."""
 
-import os
 import pickle
 
 import jax
@@ -16,18 +15,6 @@ def made_once(path, make):
         if not path.exists():
             path.write_bytes(pickle.dumps(make()))
         return pickle.loads(path.read_bytes())
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory):
-    """A directory that all workers share."""
-    base = tmp_path_factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-
-@pytest.fixture(scope="session")
-def compiled_directory(shared):
-    return shared / "compiled"
 
 
 @pytest.fixture(scope="module")
