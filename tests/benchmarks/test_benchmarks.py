@@ -234,6 +234,7 @@ def test_roofline_counts_the_operations_of_a_tiny_model(run_quickly):
 TRAINING = ("training.py", "--variants", "tiny", "--batch", 8, "--steps", 2, "--rounds", 1, "--images", 24)
 
 
+@pytest.mark.slow
 def test_training_compares_the_steps_of_both_sides(run_quickly):
     need("torch", "grain", "orbax.checkpoint", "tensorboardX")
     data = {"share_waiting_for_data": 0.5, "ceiling_images_per_second": {"1 threads, 0 processes": 7.0}}

@@ -253,6 +253,7 @@ def test_converted_hub_repository_is_pinned_to_a_revision(torch_directory, tmp_p
     assert lf.from_pretrained(tmp_path / "out")[0].config == lf.LevitConfig(**SMALL)
 
 
+@pytest.mark.slow
 def test_missing_network_is_one_line_of_error(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "levit_flax.cli", "convert", "facebook/levit-128S", str(tmp_path / "out")],
