@@ -77,9 +77,9 @@ def test_folding_keeps_the_outputs(model_class, dtype, limit):
     [
         pytest.param("odd grids", marks=pytest.mark.slow),
         pytest.param("stage without MLP", marks=pytest.mark.slow),
-        "other downsampling",
+        pytest.param("other downsampling", marks=pytest.mark.slow),
         pytest.param("one channel", marks=pytest.mark.slow),
-        pytest.param("two stages", marks=pytest.mark.slow),
+        "two stages",
     ],
 )
 def test_folding_and_merging_keep_the_logits_of_unusual_models(name):
