@@ -1,4 +1,4 @@
-"""Measure a training step against transformers' PyTorch model, and the speed of the input pipeline.
+"""Measure a training step against transformers' model, and the input pipeline.
 
 Step: both libraries train the same model on the same batch with AdamW, without augmentation. The losses of the first
 steps must agree. Input pipeline: 500-pixel JPEGs are decoded, augmented and batched as in training, first without a
@@ -96,7 +96,7 @@ def time_torch(arguments: argparse.Namespace) -> dict:
 
 
 def time_data(arguments: argparse.Namespace) -> dict:
-    """Measure the input pipeline, and the fraction of a training run that waits for it."""
+    """Measure the input pipeline and the fraction of a run spent waiting for it."""
     from PIL import Image
 
     import levit_flax as lf

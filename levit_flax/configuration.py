@@ -1,4 +1,4 @@
-"""The configuration of a LeViT model, with the field names of transformers, and the published variants."""
+"""The configuration of a LeViT model, and the published variants."""
 
 import dataclasses
 import itertools
@@ -43,7 +43,7 @@ _FIXED_KEYS: dict[str, tuple[Any, ...]] = {
 
 
 class DownOp(NamedTuple):
-    """The settings of one downsampling, in the order of transformers' `down_ops` entries.
+    """The settings of one downsampling, in the order of transformers' `down_ops`.
 
     Attributes:
         kind: always "Subsample".
@@ -67,7 +67,7 @@ class DownOp(NamedTuple):
 
 
 class FeatureInfo(NamedTuple):
-    """The shape of a feature map [B H W C] that a model returns with `output_features=True`.
+    """The shape of a feature map [B H W C] returned with `output_features=True`.
 
     Attributes:
         channels: number of channels, C.
@@ -86,7 +86,7 @@ class FeatureInfo(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LevitConfig:
-    """The architecture of a LeViT model. The defaults are LeViT-128's, as in transformers.
+    """The architecture of a LeViT model; by default LeViT-128, as in transformers.
 
     Every field is validated at construction. Sequences are converted to tuples, so that a config is hashable and can be
     a static argument of `jax.jit`.
@@ -275,7 +275,7 @@ class LevitConfig:
 
     @property
     def label2id(self) -> dict[str, int]:
-        """Class indices by name. If two classes have the same name, the last index.
+        """Class indices by name; the last index if two classes have the same name.
 
         Examples:
             >>> LevitConfig(id2label=("cat", "dog")).label2id
@@ -348,12 +348,12 @@ class LevitConfig:
         values = dict(values)
         if values.get("model_type", "levit") != "levit":
             raise ValueError(f"The config has another model_type: expected 'levit', found {values['model_type']!r}.")
-        own = values.pop(_OWN_BLOCK, {})
+        block = values.pop(_OWN_BLOCK, {})
         values.pop("label2id", None)  # follows from id2label
         if "id2label" in values:
             values.pop("num_labels", None)
-        if "drop_path_rate" in own:
-            values["drop_path_rate"] = own["drop_path_rate"]
+        if "drop_path_rate" in block:
+            values["drop_path_rate"] = block["drop_path_rate"]
         known = {field.name for field in dataclasses.fields(cls)} - {"extra"}
         fields, extra = {}, {}
         for key, value in values.items():
@@ -446,7 +446,7 @@ _UNTRAINED_TIMM_VARIANTS = ("levit_384_s8", "levit_512_s8", "levit_512", "levit_
 
 
 class _Variants(dict[str, LevitConfig]):
-    """The configs of the published variants by name, each with the 1000 classes of ImageNet.
+    """Configs of the published variants by name, with ImageNet's 1000 classes.
 
     Raises:
         KeyError: the name is not that of a published variant.
@@ -463,7 +463,7 @@ class _Variants(dict[str, LevitConfig]):
     def __missing__(self, name: str) -> LevitConfig:
         if str(name).replace("-", "_").replace("levit_conv_", "levit_") in _UNTRAINED_TIMM_VARIANTS:
             raise KeyError(
-                f"{name} is not a published LeViT variant but an experiment of timm's without weights: expected one of"
+                f"{name} is not a published LeViT variant but an experiment of timm without weights: expected one of"
                 f" {', '.join(self)}."
             )
         raise KeyError(f"{name} is not a published LeViT variant: expected one of {', '.join(self)}.")

@@ -1,4 +1,4 @@
-"""Labeled images from a directory with one folder per class, a Hugging Face dataset or any sequence."""
+"""Labeled images from a directory, a Hugging Face dataset or any sequence."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -99,7 +99,7 @@ class LabeledImages:
             if isinstance(image, str | Path):
                 return _load_image(image)
             return Image.fromarray(_READER.resize_and_crop(image))
-        except Exception as error:  # the decoder of a dataset may raise anything
+        except Exception as error:  # the decoder of a dataset may raise any exception
             raise DataError(f"{self.name(index)} cannot be used: {error}") from error
 
     def select(self, indices: Any, where: str) -> "LabeledImages":
@@ -212,7 +212,8 @@ def _load_dataset(name: str, **options: Any) -> Any:
         import datasets
     except ImportError:
         raise ImportError(
-            f"The directory {name} does not exist. To load a Hugging Face dataset, pip install 'levit-flax[datasets]'."
+            f"The directory {name} does not exist, and loading a Hugging Face dataset requires datasets, which is not"
+            " installed. Run: pip install 'levit-flax[datasets]'"
         ) from None
     return datasets.load_dataset(name, **options)
 
@@ -256,10 +257,10 @@ def _match_classes(names: Sequence[str], labels: Sequence[str], where: str) -> l
         return [by_name[name] for name in names]
     if len(names) == len(labels):
         return list(range(len(names)))
-    foreign = next(name for name in names if name not in by_name)
+    unknown = next(name for name in names if name not in by_name)
     raise DataError(
         f"The classes of {where} do not match the model: expected the model's class names, or its {len(labels)} classes"
-        f" in order, found {len(names)} classes, of which the model does not have {foreign}."
+        f" in order, found {len(names)} classes, of which the model does not have {unknown}."
     )
 
 
@@ -271,22 +272,22 @@ def _read_columns(dataset: Any, where: str, split: str, problem_types: Collectio
     """Return the first image column and the first column of targets with an accepted problem type."""
     import datasets
 
-    column = next((key for key, kind in dataset.features.items() if isinstance(kind, datasets.Image)), None)
-    for key, kind in dataset.features.items() if column is not None else ():
-        problem_type = _problem_type(kind)
+    column = next((key for key, feature in dataset.features.items() if isinstance(feature, datasets.Image)), None)
+    for key, feature in dataset.features.items() if column is not None else ():
+        problem_type = _problem_type(feature)
         if problem_type is None or (problem_types is not None and problem_type not in problem_types):
             continue
         images, values = _DatasetImages(dataset, str(column), split), dataset[key]
         if problem_type == _SINGLE_LABEL:
             classes = [-1 if index is None else index for index in values]
-            return LabeledImages(images, np.asarray(classes, np.int32), tuple(kind.names), where)
+            return LabeledImages(images, np.asarray(classes, np.int32), tuple(feature.names), where)
         if problem_type == _REGRESSION:
             numbers = np.asarray(values, np.float32).reshape(len(dataset), -1)
             return LabeledImages(images, numbers, (), where, _REGRESSION)
-        rows = np.zeros((len(dataset), kind.feature.num_classes), np.float32)
+        rows = np.zeros((len(dataset), feature.feature.num_classes), np.float32)
         for row, indices in zip(rows, values, strict=True):
             row[list(indices)] = 1
-        return LabeledImages(images, rows, tuple(kind.feature.names), where, _MULTI_LABEL)
+        return LabeledImages(images, rows, tuple(feature.feature.names), where, _MULTI_LABEL)
     targets = "classes" if problem_types == (_SINGLE_LABEL,) else "classes, lists of classes or numbers"
     raise DataError(
         f"{where} lacks a column: expected a column of images and one of {targets}, found the columns"
@@ -294,13 +295,13 @@ def _read_columns(dataset: Any, where: str, split: str, problem_types: Collectio
     )
 
 
-def _problem_type(kind: Any) -> str | None:
+def _problem_type(feature: Any) -> str | None:
     """Return the problem type of a dataset's feature, or None if it cannot be a target."""
     import datasets
 
-    entry = getattr(kind, "feature", None)
-    if isinstance(kind, datasets.ClassLabel):
+    entry = getattr(feature, "feature", None)
+    if isinstance(feature, datasets.ClassLabel):
         return _SINGLE_LABEL
     if isinstance(entry, datasets.ClassLabel):
         return _MULTI_LABEL
-    return _REGRESSION if getattr(entry or kind, "dtype", "").startswith("float") else None
+    return _REGRESSION if getattr(entry or feature, "dtype", "").startswith("float") else None

@@ -1,4 +1,4 @@
-"""Atomic writes of files and directories, with errors that explain why a write failed."""
+"""Write files and directories atomically, and explain why a write failed."""
 
 import contextlib
 import errno

@@ -56,7 +56,7 @@ def _load_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def _check_header(path: str | os.PathLike[str]) -> None:
-    """Raise the errors of `_load_image` that the header of a file reveals, without decoding its pixels."""
+    """Raise the errors of `_load_image` that can be detected without decoding the pixels."""
     with _opened(path):
         pass
 

@@ -93,7 +93,7 @@ def _resolve(
 
 def _load_weights(files: _Resolved, dtype: Any = None) -> tuple[LevitBase, Variables]:
     """Return the module and its variables as JAX arrays, from Flax or PyTorch weights."""
-    assert files.weights is not None  # resolve raises if there are none
+    assert files.weights is not None  # _resolve raises if there are none
     if files.weights.name != _WEIGHTS_FILE:
         from levit_flax import convert  # a heavy import that Flax weights do not need
 

@@ -9,7 +9,7 @@ from levit_flax.configuration import DownOp, LevitConfig
 from .errors import ConversionError
 from .layouts import _Shape, _Structure
 
-# The fields of a config that shapes determine. Labels, drop path and strides leave no trace in them.
+# The fields of a config that shapes determine. Labels, drop path and strides do not affect shapes.
 _INFERRED_FIELDS = (
     "num_channels",
     "kernel_size",
@@ -83,14 +83,14 @@ class _Shapes:
 
     def get(self, path: str, rank: int) -> _Shape:
         path = f"params/{path}"
-        found = self.shapes.get(path)
-        if found is None or len(found) != rank:
+        shape = self.shapes.get(path)
+        if shape is None or len(shape) != rank:
             raise ConversionError(
                 f"The architecture cannot be inferred from the shapes: expected a tensor {self.names[path]} with"
-                f" {rank} axes, found {'none' if found is None else found}. Add the tensor, or a config.json next to"
+                f" {rank} axes, found {'none' if shape is None else shape}. Add the tensor, or a config.json next to"
                 " the weights."
             )
-        return found
+        return shape
 
     def kernel(self, path: str) -> _Shape:
         return self.get(f"{path}/linear/kernel", 2)

@@ -1,7 +1,8 @@
-"""LeViT in PyTorch with the tensor names of the original repository, which cannot be installed as a package.
+"""LeViT in PyTorch with the tensor names of the original repository.
 
-Verification runs checkpoints in that layout with it. It was written from the names in those checkpoints and from the
-paper, and shares no code with the Flax model. Requires PyTorch.
+Verification uses it for checkpoints in that layout, because the original cannot be installed as a package. It was
+written from the names in those checkpoints and from the paper, and shares no code with the Flax model. Requires
+PyTorch.
 
 Source: Graham et al. 2021, section 4; names of facebookresearch/LeViT levit.py.
 """

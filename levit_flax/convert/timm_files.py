@@ -1,4 +1,4 @@
-"""Read and write timm's `config.json`: the architecture, the preprocessing and the class names.
+"""Read and write timm's `config.json`: architecture, preprocessing, class names.
 
 Source: timm models/_hub.py (`save_config_for_hf`), models/levit.py (`Levit`), data/transforms_factory.py.
 """
@@ -181,10 +181,10 @@ def _model_arguments(config: LevitConfig, heads: tuple[str, ...]) -> dict[str, A
         "blocks without an MLP": 0 in config.mlp_ratio,
         "an image size that is not a multiple of 16": any(side % 16 for side in config.image_height_width),
     }
-    found = [name for name, present in unsupported.items() if present]
-    if found:
+    reasons = [name for name, present in unsupported.items() if present]
+    if reasons:
         raise ConversionError(
-            f"timm's LeViT does not support {'; '.join(found)}: write another layout with layout=..., or change the"
+            f"timm's LeViT does not support {'; '.join(reasons)}: write another layout with layout=..., or change the"
             " model."
         )
     return {

@@ -1,4 +1,4 @@
-"""Verify a conversion: convert it back to the source's bytes, and compare its outputs with PyTorch's."""
+"""Verify a conversion by its round trip and by comparison with PyTorch."""
 
 import functools
 import importlib.util
@@ -118,10 +118,10 @@ def _apply_jitted(model: LevitBase, variables: Variables, pixel_values: jax.Arra
 
 def _in_float32(variables: Variables) -> Variables:
     """Cast float64 leaves to float32, which JAX would otherwise do with a warning."""
-    narrow: Variables = jax.tree.map(
+    converted: Variables = jax.tree.map(
         lambda leaf: leaf.astype(np.float32) if leaf.dtype == np.float64 else leaf, variables
     )
-    return narrow
+    return converted
 
 
 def _forward_by_block(

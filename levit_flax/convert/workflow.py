@@ -1,4 +1,4 @@
-"""Convert a source into a directory and verify the result: the sequence of `levit-flax convert`."""
+"""Convert a source to a directory and verify it, as `levit-flax convert` does."""
 
 import json
 from collections.abc import Iterable
@@ -67,7 +67,7 @@ def _convert_to_directory(
     options: _HubOptions = _DEFAULTS,
     overwrite: bool = False,
 ) -> _Report:
-    """Convert a model into a directory and verify it; the directory is written completely or not at all.
+    """Convert a model to a directory and verify it; the directory is written completely or not at all.
 
     Args:
         source: a weight file, directory or Hub id with PyTorch weights, or a model directory of ours.
@@ -127,15 +127,18 @@ def _load(
     options: _HubOptions,
 ) -> _Loaded:
     """Load a model directory of ours, or convert a PyTorch checkpoint; `prefer_own` decides if there are both."""
-    found = _find(source, prefer_own, options)
-    if found is not None and found.weights is not None and found.weights.name == checkpoint._WEIGHTS_FILE:
+    resolved = _find(source, prefer_own, options)
+    if resolved is not None and resolved.weights is not None and resolved.weights.name == checkpoint._WEIGHTS_FILE:
         if image_size is not None or ema:
             raise ValueError(
                 f"{source} is a converted model, and image_size=... and ema=True apply only to PyTorch checkpoints:"
                 " remove them."
             )
-        return _load_own(source, found, dtype)
-    opened = _open_source(source, ema=ema, options=options) if found is None else _open_resolved(source, found, ema)
+        return _load_own(source, resolved, dtype)
+    if resolved is None:
+        opened = _open_source(source, ema=ema, options=options)
+    else:
+        opened = _open_resolved(source, resolved, ema)
     with ThreadPoolExecutor(1) as pool:  # hashing takes as long as converting, so it runs at the same time
         digests = pool.submit(_hash_files, opened.files)
         conversion = _convert(opened, dtype, image_size=image_size)

@@ -1,4 +1,4 @@
-"""Augmentation of training images: of single images with Pillow on the host, of batches on the device.
+"""Augment training images: single images with Pillow, batches on the device.
 
 Source: timm (data/auto_augment.py, data/transforms.py, data/random_erasing.py, data/mixup.py), as used by
 facebookresearch/LeViT.
@@ -110,7 +110,7 @@ def _rand_augment(image: Image.Image, rng: np.random.Generator, recipe: Recipe, 
         image: an image of mode "RGB".
         rng: the random number generator.
         recipe: sets the number of operations, their magnitude, its deviation and the interpolation.
-        fill: color of pixels from outside the image.
+        fill: color of the pixels that come from outside the image.
 
     Source: Cubuk et al. 2020, "RandAugment"; timm's variant "rand-m9-mstd0.5-inc1", in which a larger magnitude makes
         every operation stronger.
@@ -138,8 +138,8 @@ def _affine(coefficients: Callable[[Image.Image, float], tuple[float, ...]]) -> 
     return move
 
 
-def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> _Operation:
-    return lambda image, strength, sign, *_: kind(image).enhance(max(0.1, 1 + sign * 0.9 * strength))
+def _enhance(enhancer: Callable[[Image.Image], ImageEnhance._Enhance]) -> _Operation:
+    return lambda image, strength, sign, *_: enhancer(image).enhance(max(0.1, 1 + sign * 0.9 * strength))
 
 
 def _add_below_middle(image: Image.Image, amount: int) -> Image.Image:
@@ -154,7 +154,7 @@ _OPERATIONS: dict[str, _Operation] = {
     "rotate": lambda image, strength, sign, fill, resample: image.rotate(
         sign * 30 * strength, resample=resample, fillcolor=fill
     ),
-    # At least one bit: Pillow does not accept zero, and timm's result would be black.
+    # At least one bit, because Pillow does not accept zero; timm would return a black image.
     "posterize": lambda image, strength, *_: ImageOps.posterize(image, max(1, 4 - int(4 * strength))),
     "solarize": lambda image, strength, *_: ImageOps.solarize(image, 256 - int(256 * strength)),
     "solarize_add": lambda image, strength, *_: _add_below_middle(image, int(110 * strength)),
@@ -162,15 +162,15 @@ _OPERATIONS: dict[str, _Operation] = {
     "contrast": _enhance(ImageEnhance.Contrast),
     "brightness": _enhance(ImageEnhance.Brightness),
     "sharpness": _enhance(ImageEnhance.Sharpness),
-    "shear_x": _affine(lambda image, share: (1, 0.3 * share, 0, 0, 1, 0)),
-    "shear_y": _affine(lambda image, share: (1, 0, 0, 0.3 * share, 1, 0)),
-    "translate_x": _affine(lambda image, share: (1, 0, 0.45 * share * image.width, 0, 1, 0)),
-    "translate_y": _affine(lambda image, share: (1, 0, 0, 0, 1, 0.45 * share * image.height)),
+    "shear_x": _affine(lambda image, amount: (1, 0.3 * amount, 0, 0, 1, 0)),
+    "shear_y": _affine(lambda image, amount: (1, 0, 0, 0.3 * amount, 1, 0)),
+    "translate_x": _affine(lambda image, amount: (1, 0, 0.45 * amount * image.width, 0, 1, 0)),
+    "translate_y": _affine(lambda image, amount: (1, 0, 0, 0, 1, 0.45 * amount * image.height)),
 }
 
 
 def _erase(key: jax.Array, pixel_values: jax.Array, probability: float) -> jax.Array:
-    """Replace a random rectangle by normal noise, in randomly chosen images of a batch.
+    """Replace a random rectangle with normal noise, in randomly chosen images of a batch.
 
     Args:
         key: PRNG key.

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, saved by Orbax in the background; the best and the last one are kept."""
+"""Save and restore the checkpoints of a training run with Orbax."""
 
 import logging
 import os
@@ -31,7 +31,7 @@ class _Restored(NamedTuple):
 
 
 class _Checkpoints:
-    """Save and restore the training state; the best and the last checkpoint are kept.
+    """Save the training state in the background, keep the best and the last checkpoint, and restore it.
 
     Args:
         directory: directory of the checkpoints; created if it does not exist.
@@ -97,14 +97,16 @@ class _Checkpoints:
 
     @contextmanager
     def writing(self, failures: type[Exception] = Exception) -> Iterator[None]:
-        """Explain which checkpoint is still valid when a write fails; Orbax raises many types of errors for that."""
+        """Explain which checkpoint is still valid when a write fails; Orbax raises many types of errors then."""
         try:
             yield
         except failures as error:
             self._quiet.pop_all()  # stay quiet: background writes keep failing for a while
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             steps = ocp.utils.checkpoint_steps(self.directory)  # unlike the manager, counts only complete ones
-            kept = f"The last complete checkpoint is of step {max(steps)}" if steps else "There is no checkpoint yet"
+            kept = (
+                f"The last complete checkpoint is that of step {max(steps)}" if steps else "There is no checkpoint yet"
+            )
             raise OSError(
                 f"Cannot save in {self.directory.parent}: {_reason(error)}. {kept}. Free some space and continue with"
                 " resume=True."
@@ -120,7 +122,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Do not print failures of background writes, hundreds of tracebacks; they are raised as well."""
+    """Silence the hundreds of tracebacks of failed background writes, which are also raised as errors."""
     loggers = {name: logging.getLogger(name) for name in ("absl", "asyncio")}
     levels = {name: logger.level for name, logger in loggers.items()}
     print_unraisable = sys.unraisablehook

@@ -1,4 +1,7 @@
-"""Checks that all hosts of a training run make together, so that no host waits for one that has failed."""
+"""Run checks on all hosts of a training run together.
+
+If one host fails, all hosts raise, so that none waits for the failed one.
+"""
 
 import hashlib
 import json
@@ -19,7 +22,7 @@ def _together(work: Callable[[], _T], only_first: bool = False) -> _T:
 
     Args:
         work: the function to call.
-        only_first: call it on host 0 only, while the others wait; they get None.
+        only_first: call it on host 0 only, while the others wait and return None.
 
     Raises:
         ValueError, OSError, ImportError: the error of this host.
@@ -29,8 +32,8 @@ def _together(work: Callable[[], _T], only_first: bool = False) -> _T:
     if not only_first or jax.process_index() == 0:
         try:
             result = work()
-        except (ValueError, OSError, ImportError) as found:
-            error = found
+        except (ValueError, OSError, ImportError) as caught:
+            error = caught
     failed = [error is not None]
     if jax.process_count() > 1:
         failed = list(multihost_utils.process_allgather(np.array(failed)).ravel())

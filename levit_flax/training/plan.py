@@ -1,4 +1,4 @@
-"""The plan of a training run: everything that can be checked before the first step is checked here."""
+"""Plan a training run, and check everything before the first step."""
 
 import dataclasses
 from collections.abc import Callable, Collection
@@ -35,7 +35,7 @@ class _TrainingPlan:
         threads: threads that decode and augment images, in each process.
         processes: worker processes that decode and augment images; 0 decodes in this process.
         export_torch: PyTorch layout in which to write the best model as well, or None.
-        resumed: whether the run directory already holds this run.
+        resumed: whether the run directory already contains this run.
     """
 
     output: Path
@@ -104,11 +104,11 @@ def _make_plan(
         for part in parts:
             _check_images(part, decode=check_data)
         student = _load_student(model, recipe, parts[0], export_torch, options)
-        config, of_teacher = student.model.config, dataclasses.replace(options, revision=None)
+        config, teacher_options = student.model.config, dataclasses.replace(options, revision=None)
         aligned = (_align_classes(parts[0], config), _align_classes(parts[1], config))
         return (
             student,
-            _make_teacher(teacher, recipe, config, student.processor, aligned[0], root, of_teacher),
+            _make_teacher(teacher, recipe, config, student.processor, aligned[0], root, teacher_options),
             *aligned,
         )
 

@@ -48,7 +48,7 @@ class _Metrics:
 
     Attributes:
         loss: mean over the batch.
-        correct: number of images classified correctly; a mixed image counts with the class of its larger share.
+        correct: number of images classified correctly; the class of a mixed image is that of its larger share.
         gradient: global norm of the gradients, before clipping.
     """
 
@@ -83,8 +83,8 @@ class _Task:
         processor: normalizes uint8 pixels.
         params: the model's parameters, or their shapes.
         steps_per_epoch: number of steps in one epoch.
-        teacher: returns the logits that `head_dist` learns from; None without distillation, or if the batches hold
-            them.
+        teacher: returns the logits that `head_dist` learns from; None without distillation, or if the
+            batches contain them.
 
     Raises:
         RecipeError: `learning_rates` does not fit the parameters.
@@ -107,7 +107,9 @@ class _Task:
 
     def init(self, variables: Variables) -> _State:
         """Return the state before the first step."""
-        variables = jax.tree.map(jnp.copy, variables)  # the state is donated, the caller's variables must not be
+        variables = jax.tree.map(
+            jnp.copy, variables
+        )  # the state is donated, but the caller's variables must stay valid
         flat = flatten_dict(variables["params"], sep="/")
         return _State(
             step=jnp.zeros((), jnp.int32),
@@ -183,23 +185,23 @@ class _Task:
             logits = batch.teacher_logits
             if self.teacher is not None:
                 logits = self.teacher(teacher_variables, pixel_values)
-            taught = _distillation_loss(heads[1], logits, recipe.distillation, recipe.distillation_temperature)
-            loss = (1 - recipe.distillation_alpha) * loss + recipe.distillation_alpha * taught
+            distilled = _distillation_loss(heads[1], logits, recipe.distillation, recipe.distillation_temperature)
+            loss = (1 - recipe.distillation_alpha) * loss + recipe.distillation_alpha * distilled
         elif two_heads:
             loss = (loss + _label_loss(heads[1], targets, self.problem_type)) / 2
         correct = _count_correct(sum(heads[1:], heads[0]), targets, self.problem_type)
         return loss, (updates["batch_stats"], correct)
 
     def prepare(self, batch: _Batch, smoothing: float | None = None) -> tuple[jax.Array, jax.Array]:
-        """Return pixel values [B H W C] and smoothed targets [B L] of a part; `smoothing` None is the recipe's."""
-        wide = jnp.promote_types(jnp.float32, self.model.param_dtype)
+        """Return pixel values [B H W C] and smoothed targets [B L] of a part; None is the recipe's smoothing."""
+        dtype = jnp.promote_types(jnp.float32, self.model.param_dtype)
         pixels = batch.pixels
-        pixel_values = _normalize(pixels, self.processor, wide) if pixels.dtype == jnp.uint8 else pixels
+        pixel_values = _normalize(pixels, self.processor, dtype) if pixels.dtype == jnp.uint8 else pixels
         targets = batch.targets
         if self.problem_type == _SINGLE_LABEL:
             smoothing = self.recipe.label_smoothing if smoothing is None else smoothing
-            targets = _soft_targets(targets, self.model.config.num_labels, smoothing, wide)
-        return pixel_values.astype(wide), targets.astype(wide)
+            targets = _soft_targets(targets, self.model.config.num_labels, smoothing, dtype)
+        return pixel_values.astype(dtype), targets.astype(dtype)
 
     def _freeze_statistics(self, method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         """Make batch norms use their running statistics if the recipe freezes them."""

@@ -1,4 +1,4 @@
-"""The model to train: loaded from a checkpoint, or initialized from a recipe's architecture."""
+"""The model to train, from a checkpoint or newly initialized."""
 
 import dataclasses
 import warnings
@@ -113,16 +113,16 @@ def _load_student(source: str | Path, recipe: Recipe, options: _HubOptions) -> _
             f"{source} is folded and cannot be trained: expected a model with batch norms. Use the model before"
             " folding."
         )
-    wanted = _head_class(recipe)
-    if isinstance(model, LevitForImageClassificationWithTeacher) and wanted is LevitForImageClassification:
+    model_class = _head_class(recipe)
+    if isinstance(model, LevitForImageClassificationWithTeacher) and model_class is LevitForImageClassification:
         if recipe.heads == "merge":
             model, variables = merge_heads(model, variables)
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the recipe drops the second head on purpose
-                model, variables = loading._change_heads(model, variables, wanted)
+                model, variables = loading._change_heads(model, variables, model_class)
     else:
-        model, variables = loading._change_heads(model, variables, wanted, jax.random.key(recipe.seed))
+        model, variables = loading._change_heads(model, variables, model_class, jax.random.key(recipe.seed))
     return _Student(model, variables, processor)
 
 

@@ -61,7 +61,7 @@ def _make_teacher(
         options: how to access the Hub.
 
     Raises:
-        RecipeError: the recipe needs a teacher and there is none, or the other way round; the recipe mixes images and
+        RecipeError: the recipe needs a teacher and there is none, or the reverse; the recipe mixes images and
             the logits are stored; or the problem is not single-label.
         ValueError: the teacher does not have all of the student's classes.
     """
@@ -106,8 +106,8 @@ def _load_teacher(
     order = _match_labels(model.config.id2label, config.id2label, str(source))
     mean, std, own_mean, own_std = (
         np.asarray(value, np.float32).reshape(1, 1, 1, -1)
-        for of in (processor, own_processor)
-        for value in ((of.image_mean, of.image_std) if of.do_normalize else (0.0, 1.0))
+        for each in (processor, own_processor)
+        for value in ((each.image_mean, each.image_std) if each.do_normalize else (0.0, 1.0))
     )
     size = model.config.image_height_width
 
@@ -153,10 +153,10 @@ def _match_labels(own: Sequence[str], wanted: Sequence[str], where: str) -> list
 
 
 def store_logits(path: str | Path, classifier: ImageClassifier, data: str | Path, files: Sequence[str | Path]) -> None:
-    """Write a classifier's logits for images to a file that `finetune` accepts as a teacher.
+    """Write a classifier's logits to a file that `finetune` accepts as a teacher.
 
     Args:
-        path: the .npz file to write. It holds "files", paths relative to `data`; "labels", the class names; and
+        path: the .npz file to write. It contains "files", paths relative to `data`; "labels", the class names; and
             "logits" [N L].
         classifier: the teacher.
         data: the directory that will be passed to `finetune`.
@@ -219,5 +219,5 @@ def _read_logits(path: Path, train: LabeledImages, root: Path, config: LevitConf
             " the logits of all images."
         )
     order = _match_labels(labels.tolist(), config.id2label, str(path))
-    found: np.ndarray = logits[[rows[name] for name in names]][:, order]
-    return found
+    selected: np.ndarray = logits[[rows[name] for name in names]][:, order]
+    return selected
