@@ -149,7 +149,7 @@ def main(script: str, description: str, measure: Measure) -> None:
                 commands = {name: ["--worker", name, *options] for name in names}
                 compiled = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}  # empty, so that the first call compiles
                 found = turns.in_turns(script, commands, arguments.rounds, **compiled)
-                turns.need(found, OURS)
+                turns.require(found, OURS)
                 by_dtype[dtype] = {batch: compare(found, batch, dtype, Path(folder)) for batch in arguments.batches}
             for batch, rows in by_dtype[dtype].items():
                 show(f"{variant}, {dtype}, batch size {batch}", rows)

@@ -90,7 +90,7 @@ def main() -> None:
         write_images(Path(folder), arguments.images)
         commands = {name: ["--worker", name, "--directory", folder] for name in (OURS, PIL, TORCHVISION)}
         found = turns.in_turns(__file__, commands, arguments.rounds)
-        turns.need(found, OURS)
+        turns.require(found, OURS)
         differing = {
             name: int(np.sum(np.load(Path(folder, f"{name}.npy")) != np.load(Path(folder, f"{OURS}.npy"))))
             for name in found

@@ -38,7 +38,7 @@ LAYER = re.compile(r"/((?:stage_\d+|downsample_\d+|stem|head\w*)(?:/\w+)?)/")
 REST = "activations, copies and the rest"
 
 
-def seconds_a_call(call: Any, seconds: float) -> list[float]:
+def seconds_per_call(call: Any, seconds: float) -> list[float]:
     """Return the time of each call."""
     jax.block_until_ready(call())
     found: list[float] = []
@@ -54,7 +54,7 @@ def measure_machine(seconds: float) -> float:
     """Return the operations per second of a large float32 matrix product."""
     matrix = jnp.asarray(np.random.default_rng(0).standard_normal((SIDE, SIDE), np.float32))
     multiply = jax.jit(lambda x: jnp.matmul(x, x))
-    return 2 * SIDE**3 / float(np.median(seconds_a_call(lambda: multiply(matrix), seconds)))
+    return 2 * SIDE**3 / float(np.median(seconds_per_call(lambda: multiply(matrix), seconds)))
 
 
 def count_operations(jaxpr: Any) -> int:
@@ -144,7 +144,7 @@ def main() -> None:
             rates, peaks, times = [], [], []
             for _ in range(arguments.rounds):  # the peak of a shared machine changes
                 peaks.append(measure_machine(arguments.seconds))
-                times.append(float(np.median(seconds_a_call(call, arguments.seconds))))
+                times.append(float(np.median(seconds_per_call(call, arguments.seconds))))
                 rates.append(operations / times[-1])
             parts, layers = profile(call, compiled.as_text())
             shares = [rate / peak for rate, peak in zip(rates, peaks, strict=True)]

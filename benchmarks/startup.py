@@ -112,7 +112,7 @@ def main() -> None:
             for name, (command, environment) in commands.items():
                 for answered, runs in turns.in_turns(__file__, {name: command}, 1, **environment).items():
                     found.setdefault(answered, []).extend(runs)
-        turns.need(found, *list(commands)[:2])
+        turns.require(found, *list(commands)[:2])
     for runs in found.values():
         np.testing.assert_allclose(runs[0]["scores"], found[f"{OURS}, compiling"][0]["scores"], rtol=TOLERANCE)
     rows = {

@@ -151,7 +151,7 @@ def write_model(directory: Path, variant: str) -> None:
 
 def compare(found: dict[str, list[dict]]) -> dict:
     """Return the speeds of both libraries on one model, after comparing their losses."""
-    turns.need(found, "levit-flax", "transformers")
+    turns.require(found, "levit-flax", "transformers")
     ours, theirs = found["levit-flax"], found["transformers"]
     np.testing.assert_allclose(ours[0]["losses"], theirs[0]["losses"], rtol=TOLERANCE)
     medians = {name: [statistics.median(run["seconds"]) for run in runs] for name, runs in found.items()}
@@ -197,7 +197,7 @@ def main() -> None:
             write_model(Path(folder, variant), variant)
         command = ["--worker", "data", "--model", Path(folder, arguments.variants[0], "flax"), *options]
         found = turns.in_turns(__file__, {"data": command}, 1)
-        turns.need(found, "data")
+        turns.require(found, "data")
         (data,) = found["data"]
         print(
             f"training {arguments.variants[0]} on JPEGs waits for data {data['share_waiting_for_data']:.1%} of the time"

@@ -57,7 +57,7 @@ def in_turns(
     return {name: found[name] for name in left}
 
 
-def need(found: Mapping[str, Any], *names: str) -> None:
+def require(found: Mapping[str, Any], *names: str) -> None:
     """Exit if a required measurement is missing."""
     if missing := [name for name in names if name not in found]:
         raise SystemExit(f"Required measurements are missing: {', '.join(missing)}.")

@@ -177,16 +177,10 @@ def _image_files(directory: Path) -> list[Path]:
 def _read_folder(
     directory: Path, root: Path | None = None, skip: Collection[str] = (), allow_empty: bool = False
 ) -> LabeledImages:
-    """List the images of a directory with one folder per class, without opening them.
+    """List the images of a directory with one folder per class, sorted by name, without opening them.
 
-    Args:
-        directory: the directory. Its folders, sorted by name, are the classes.
-        root: directory that the paths in `skip` are relative to; None for `directory`.
-        skip: paths of images to leave out.
-        allow_empty: accept classes without images.
-
-    Raises:
-        DataError: there are no folders, or a class has no images.
+    The paths in `skip` are relative to `root`, by default the directory. Classes without images raise DataError unless
+    `allow_empty` is True.
     """
     root = directory if root is None else root
     folders = sorted(path for path in directory.iterdir() if path.is_dir() and not _is_hidden(path, directory))
@@ -221,14 +215,7 @@ def _load_dataset(name: str, **options: Any) -> Any:
 def _read_split(dataset: Any, name: str, split: str, problem_types: Collection[str] | None = None) -> LabeledImages:
     """Return the images and targets of one split of a Hugging Face dataset, decoded on access.
 
-    Args:
-        dataset: the loaded split.
-        name: name of the dataset in messages.
-        split: name of the split.
-        problem_types: accepted problem types of the targets; None for all.
-
-    Raises:
-        DataError: the split has no image column, no column of targets, or rows without a class.
+    The targets are the first column with one of the accepted `problem_types`; None accepts all.
     """
     data = _read_columns(dataset, f"{name}, {split}", split, problem_types)
     if data.problem_type == _SINGLE_LABEL:
@@ -242,16 +229,7 @@ def _read_split(dataset: Any, name: str, split: str, problem_types: Collection[s
 
 
 def _match_classes(names: Sequence[str], labels: Sequence[str], where: str) -> list[int]:
-    """Return the model's index of each class of the data, by name, or by position if the names differ.
-
-    Args:
-        names: class names of the data.
-        labels: class names of the model.
-        where: name of the data in messages.
-
-    Raises:
-        DataError: both the names and the numbers of classes differ.
-    """
+    """Return the model's index of each class of the data, matched by name, or by position if the names differ."""
     by_name = {label: i for i, label in enumerate(labels)}
     if all(name in by_name for name in names):
         return [by_name[name] for name in names]

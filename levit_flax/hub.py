@@ -111,11 +111,6 @@ def _resolve(
         weights: names of weight files in order of preference, of which at least one must exist.
         files: names of other files, downloaded if they exist. If `weights` is empty, at least one must exist.
         options: how to access the Hub.
-
-    Raises:
-        FileNotFoundError: the directory does not exist or has none of the files.
-        NotADirectoryError: `source` is a file.
-        HubError: the files are neither available from the Hub nor in the cache.
     """
     path = Path(source).expanduser()
     if source == _EMBEDDED_NAME and not path.exists():
@@ -151,23 +146,9 @@ def _push(
     revision: str | None = None,
     commit_message: str = _COMMIT_MESSAGE,
 ) -> str:
-    """Upload a model directory to the Hub, creating the repository if it does not exist.
+    """Upload those of `files` that exist in a directory, and return the URL of the repository.
 
-    Args:
-        directory: the model directory.
-        repo_id: the repository as "owner/name"; without an owner, that of the token's user.
-        files: names of the files to upload if they exist. Nothing else in `directory` is uploaded.
-        token: access token with write permission; None for the one stored by `hf auth login` or in HF_TOKEN.
-        private: create the repository as private; no effect if it exists.
-        revision: the branch to upload to, which must exist; None for the main branch.
-        commit_message: first line of the commit message.
-
-    Returns:
-        The URL of the repository.
-
-    Raises:
-        FileNotFoundError: `directory` has none of the files.
-        HubError: the upload failed.
+    The repository is created if it does not exist; the other arguments are those of `push_to_hub`.
     """
     directory = Path(directory).expanduser()
     present = [name for name in files if (directory / name).is_file()]

@@ -36,17 +36,8 @@ class ImageError(ValueError):
 def _load_image(path: str | os.PathLike[str]) -> Image.Image:
     """Read the first frame of an image file as RGB, rotated by its EXIF orientation, as transformers does.
 
-    The alpha channel is dropped without blending. 16-bit images are scaled to 8 bits.
-
-    Args:
-        path: the file. Its format is detected from its content.
-
-    Returns:
-        An image of mode "RGB".
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ImageError: the file is empty, damaged, not an image, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+    The format is detected from the content. The alpha channel is dropped without blending. 16-bit images are scaled
+    to 8 bits.
 
     Source: transformers image_utils.py (`_load_image`).
     """

@@ -152,14 +152,7 @@ def _change_heads(
 ) -> tuple[LevitBase, Variables]:
     """Return the model as another class, with heads dropped and newly initialized as needed.
 
-    Args:
-        model: any model; returned unchanged if it already is of the class.
-        variables: its variables.
-        model_class: one of the three models.
-        key: random key for new heads; None for `jax.random.key(0)`.
-
-    Raises:
-        ValueError: a head is missing and the model is folded.
+    `key` is the random key for new heads; None for `jax.random.key(0)`.
     """
     if type(model) is model_class:
         return model, dict(variables)

@@ -119,8 +119,8 @@ def resize_image(
 
     Only the attention-bias tables depend on the image size. They contain one bias for every offset (|dy|, |dx|) between
     two tokens. An offset d on the new grid of R' tokens corresponds to d * R / R' on the old grid of R tokens, along
-    each axis. The new tables sample the old ones there by cubic convolution. Biases are even in d, which gives the
-    values at negative offsets; beyond the largest old offset the last bias is repeated.
+    each axis. The new tables interpolate the old ones at these positions by cubic convolution. Biases are even in d, so
+    values at negative offsets equal those at positive ones. Beyond the largest old offset, the last bias is repeated.
 
     Args:
         model: any model, folded or not.

@@ -40,16 +40,9 @@ def _choose_architecture(
     config: LevitConfig | None,
     image_size: int | tuple[int, int] | None,
 ) -> _Architecture:
-    """Return the architecture of a checkpoint, after checking a given config against the shapes.
+    """Return the architecture given by `config`, the stored config.json or the shapes, in this order.
 
-    Args:
-        source: the opened checkpoint.
-        layout: its layout.
-        config: the config; None for the stored config.json, or else the one inferred from the shapes.
-        image_size: input size in pixels, which overrides the config's; None for the config's.
-
-    Raises:
-        ConversionError: there is no config and none can be inferred, or the config contradicts the tensors.
+    A config is checked against the shapes. `image_size` overrides the config's.
     """
     structure = layout.structure(source.shapes)
     model_class = _model_class(structure, source.where)

@@ -29,19 +29,11 @@ def _infer_config(
     structure: _Structure,
     image_size: int | tuple[int, int] | None = None,
 ) -> LevitConfig:
-    """Infer a config from the parameter shapes of a Flax tree.
+    """Infer a config with labels LABEL_0, LABEL_1, ... from the shapes of a Flax tree.
 
-    Args:
-        shapes: the shape of every parameter by its path ("params/stem/conv_0/conv/kernel"), in Flax's axis order.
-        names: the name in the checkpoint of every parameter, by the same paths, for messages.
-        structure: the structure, read from the tensor names.
-        image_size: input size in pixels; None for the square multiple of 16 that fits the attention biases.
-
-    Returns:
-        The config, with labels LABEL_0, LABEL_1, ...
-
-    Raises:
-        ConversionError: a tensor that determines a field is missing, or the shapes contradict each other.
+    `shapes` contains the parameter shapes by path ("params/stem/conv_0/conv/kernel"), and `names` the checkpoint's
+    names of the parameters for messages. The default image size is the square multiple of 16 that fits the attention
+    biases.
     """
     known = _Shapes(shapes, names)
     kernel_size, _, num_channels, _ = known.get("stem/conv_0/conv/kernel", 4)

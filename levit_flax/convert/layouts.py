@@ -401,15 +401,7 @@ def _index_table(config: LevitConfig, path: str) -> np.ndarray:
 
 
 def _detect_layout(shapes: Mapping[str, _Shape], where: str) -> _CheckpointLayout:
-    """Return the layout of a checkpoint, from its tensor names and the shapes of its kernels.
-
-    Args:
-        shapes: the shape of every tensor by its name.
-        where: the name of the checkpoint in messages.
-
-    Raises:
-        ConversionError: the names match no layout, or more than one.
-    """
+    """Return the layout of a checkpoint, from its tensor names and the shapes of its kernels."""
     matching = [
         layout
         for layout in _LAYOUTS.values()

@@ -121,13 +121,7 @@ class _Attention(nn.Module):
 
 
 class _OriginalLevit(nn.Module):
-    """The complete model. Its logits in evaluation mode are the average of its heads, as in the original.
-
-    Args:
-        config: the architecture.
-        heads: names of the classifier heads.
-        fused: whether the batch norms are fused into the adjacent layers.
-    """
+    """The complete model; in evaluation mode, it returns the average of its heads' logits, as the original does."""
 
     def __init__(self, config: LevitConfig, heads: tuple[str, ...], fused: bool) -> None:
         super().__init__()

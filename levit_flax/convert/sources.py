@@ -121,16 +121,9 @@ def _open_source(
     ema: bool = False,
     options: _HubOptions = hub._DEFAULTS,
 ) -> _Source:
-    """Open a weight file, a directory, a Hub repository or a mapping.
+    """Open a weight file, a directory, a Hub repository or a mapping from tensor names to arrays or tensors.
 
-    Args:
-        source: a path, a Hub id, or a mapping from tensor names to arrays or tensors.
-        ema: open the averaged weights (`model_ema`) of a training checkpoint instead of the last ones (`model`).
-        options: how to access the Hub.
-
-    Raises:
-        ConversionError: the source is not a checkpoint.
-        OSError: the source does not exist, or cannot be read or downloaded.
+    With `ema`, open the averaged weights (`model_ema`) of a training checkpoint instead of the last ones (`model`).
     """
     if isinstance(source, Mapping):
         weights = _check_tensors(source, "the mapping", ema)

@@ -67,7 +67,9 @@ def _convert_to_directory(
     options: _HubOptions = _DEFAULTS,
     overwrite: bool = False,
 ) -> _Report:
-    """Convert a model to a directory and verify it; the directory is written completely or not at all.
+    """Convert a model to a directory, verify it, and return the report, which is also saved in the directory.
+
+    The directory is written completely or not at all.
 
     Args:
         source: a weight file, directory or Hub id with PyTorch weights, or a model directory of ours.
@@ -81,13 +83,6 @@ def _convert_to_directory(
         verify: compare with PyTorch if it is installed. The round trip to the source's bytes is always checked.
         options: how to access the Hub.
         overwrite: replace an existing model.
-
-    Returns:
-        The report, which is also saved in the directory.
-
-    Raises:
-        ValueError: the source cannot be converted, the layout cannot represent the model, or verification failed.
-        OSError: the source cannot be read, or the directory cannot be written.
     """
     files._check_free(out, overwrite)
     loaded = _load(source, layout is not None, dtype, image_size, ema, options)

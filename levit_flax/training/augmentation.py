@@ -26,16 +26,9 @@ _RESAMPLINGS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resamplin
 def _augment(
     image: Image.Image, rng: np.random.Generator, recipe: Recipe, processor: LevitImageProcessor
 ) -> np.ndarray:
-    """Return a randomly cropped, flipped and altered image.
+    """Return a randomly cropped, flipped and altered RGB image as uint8 [H W 3] of the processor's crop size.
 
-    Args:
-        image: an image of mode "RGB".
-        rng: the random number generator.
-        recipe: the augmentation settings.
-        processor: sets the size, and resizes and crops if the recipe has no random crop.
-
-    Returns:
-        uint8 levels [H W 3] of the processor's crop size.
+    The processor resizes and crops if the recipe has no random crop.
     """
     if recipe.crop_padding:
         image = _crop_with_border(image, rng, recipe.crop_padding)
@@ -106,11 +99,7 @@ def _color_jitter(image: Image.Image, rng: np.random.Generator, strength: float)
 def _rand_augment(image: Image.Image, rng: np.random.Generator, recipe: Recipe, fill: tuple[int, ...]) -> Image.Image:
     """Apply random operations of RandAugment, drawn with replacement; each is skipped with probability 1/2.
 
-    Args:
-        image: an image of mode "RGB".
-        rng: the random number generator.
-        recipe: sets the number of operations, their magnitude, its deviation and the interpolation.
-        fill: color of the pixels that come from outside the image.
+    `fill` is the color of the pixels that come from outside the image.
 
     Source: Cubuk et al. 2020, "RandAugment"; timm's variant "rand-m9-mstd0.5-inc1", in which a larger magnitude makes
         every operation stronger.
@@ -170,12 +159,7 @@ _OPERATIONS: dict[str, _Operation] = {
 
 
 def _erase(key: jax.Array, pixel_values: jax.Array, probability: float) -> jax.Array:
-    """Replace a random rectangle with normal noise, in randomly chosen images of a batch.
-
-    Args:
-        key: PRNG key.
-        pixel_values: normalized images, float [B H W C].
-        probability: probability that an image is changed.
+    """Replace a random rectangle with normal noise, in randomly chosen images of a batch [B H W C].
 
     Source: Zhong et al. 2020, "Random Erasing Data Augmentation"; timm's "pixel" mode.
     """
@@ -201,16 +185,7 @@ def _erase(key: jax.Array, pixel_values: jax.Array, probability: float) -> jax.A
 
 
 def _mix(key: jax.Array, pixel_values: jax.Array, targets: jax.Array, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
-    """Mix a batch with its reverse by mixup or cutmix, or return it unchanged.
-
-    Args:
-        key: PRNG key.
-        pixel_values: float [B H W C].
-        targets: [B L]; mixed in the same proportion.
-        recipe: the probabilities and the parameters of the beta distributions.
-
-    Returns:
-        The mixed images and targets.
+    """Mix images [B H W C] and targets [B L] with their reverse by mixup or cutmix, or return them unchanged.
 
     Source: Zhang et al. 2018, "mixup"; Yun et al. 2019, "CutMix"; timm's "batch" mode.
     """

@@ -33,11 +33,7 @@ class _Restored(NamedTuple):
 class _Checkpoints:
     """Save the training state in the background, keep the best and the last checkpoint, and restore it.
 
-    Args:
-        directory: directory of the checkpoints; created if it does not exist.
-
-    Raises:
-        OSError: a checkpoint cannot be written. The message names the last complete one.
+    If a checkpoint cannot be written, all methods raise OSError with the step of the last complete one.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -61,13 +57,9 @@ class _Checkpoints:
         return step
 
     def save(self, step: int, state: _State, progress: dict[str, Any], goodness: float | None) -> None:
-        """Start saving a checkpoint; it is written in the background.
+        """Start saving a checkpoint in the background.
 
-        Args:
-            step: the number of steps done.
-            state: the training state.
-            progress: JSON-ready values.
-            goodness: compared to find the best checkpoint, higher is better; None if this state was not evaluated.
+        The checkpoint with the highest `goodness` is the best; None if this state was not evaluated.
         """
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         with self.writing():
@@ -79,11 +71,7 @@ class _Checkpoints:
             self._manager.wait_until_finished()
 
     def restore(self, example: _State) -> _Restored:
-        """Return the last checkpoint.
-
-        Args:
-            example: a state with the same shapes, dtypes and shardings.
-        """
+        """Return the last checkpoint, with the shapes, dtypes and shardings of `example`."""
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), example)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), progress=ocp.args.JsonRestore())
         restored = self._manager.restore(self.latest, args=args)

@@ -149,14 +149,7 @@ def _leave_out(
 ) -> tuple[LabeledImages, LabeledImages]:
     """Leave images out of a run that has started, without moving the others to different steps.
 
-    Args:
-        train: the training images; each skipped image is replaced by another image of its class.
-        validation: the validation images; skipped images are removed.
-        root: the directory that paths are relative to.
-        skip: the images to leave out, as in `read_images`.
-
-    Raises:
-        DataError: a class would have no training image left, or there would be no validation image left.
+    Each skipped training image is replaced by another image of its class. Skipped validation images are removed.
     """
     kept, kept_validation = (
         np.array([part.key(i, root) not in skip for i in range(len(part))]) for part in (train, validation)
@@ -267,15 +260,9 @@ class _TrainingRows:
 
 
 def _training_batches(rows: _TrainingRows, threads: int, processes: int = 0, first: int = 0) -> Any:
-    """Return an iterator over a host's batches: dictionaries of arrays [A B ...], one for each step.
+    """Return an iterator over a host's batches from step `first`: dictionaries of arrays [A B ...].
 
-    A run is resumed by its step alone. Grain's iterator state would fix the number of processes.
-
-    Args:
-        rows: the rows to read.
-        threads: number of threads that decode and augment images, in each process.
-        processes: number of worker processes that decode and augment images; 0 decodes in this process.
-        first: the first step.
+    A run is resumed by its step alone, because Grain's iterator state would fix the number of processes.
     """
     parts = rows.recipe.accumulation
 

@@ -8,7 +8,7 @@ import jax
 
 from levit_flax.hub import _HubOptions
 
-from .hosts import _together
+from .hosts import _run_on_hosts
 from .loop import Progress, _run_plan
 from .outputs import _MODEL_DIRECTORY, _TORCH_DIRECTORY
 from .plan import _make_plan
@@ -108,7 +108,7 @@ def finetune(
         processes=processes,
         options=_HubOptions(revision, token, cache_dir, local_files_only),
     )
-    _together(lambda: _prepare_output(plan.output, plan.settings, plan.resumed), only_first=True)
+    _run_on_hosts(lambda: _prepare_output(plan.output, plan.settings, plan.resumed), only_first=True)
     try:
         report = _run_plan(plan, show)
     except jax.errors.JaxRuntimeError as error:

@@ -89,12 +89,7 @@ class Progress(NamedTuple):
 
 
 def _run_plan(plan: _TrainingPlan, show: Callable[[Progress], None] | None = None) -> dict[str, Any]:
-    """Train to the end, from the last checkpoint if there is one, and return the report.
-
-    Args:
-        plan: the run; its directory must be prepared.
-        show: called after each step with the progress.
-    """
+    """Train to the end, from the last checkpoint if there is one, and return the report."""
     return _Session(plan, show).run()
 
 
@@ -361,11 +356,7 @@ class _Session:
         )
 
     def finish(self, seconds: float) -> dict[str, Any]:
-        """Write the report and return it.
-
-        Args:
-            seconds: time spent on the timed steps, without evaluation.
-        """
+        """Write the report and return it; `seconds` is the time spent on the timed steps, without evaluation."""
         steps = self.step - self.clock.first_step
         report = {
             "output": str(self.plan.output),

@@ -16,15 +16,9 @@ _GRADIENT_EPSILON = 1e-6
 
 
 def _match_patterns(table: Mapping[str, float], params: Mapping[str, Any], name: str) -> dict[str, float]:
-    """Return each parameter's value, which is that of the first pattern that matches its whole path.
+    """Return each parameter's value, which is that of the first pattern in `table` that matches its whole path.
 
-    Args:
-        table: values by regular expression.
-        params: the parameters, or another tree of the same structure.
-        name: name of the table in messages.
-
-    Raises:
-        RecipeError: a pattern is not a regular expression, a pattern is never used, or a parameter matches no pattern.
+    Raise RecipeError if a pattern is invalid or unused, or if a parameter matches no pattern; `name` is the table's.
     """
     try:
         patterns = {pattern: re.compile(pattern) for pattern in table}
@@ -87,10 +81,7 @@ def _clip_adaptively(factor: float) -> optax.GradientTransformation:
 def _make_optimizer(recipe: Recipe, factors: Mapping[str, float], steps_per_epoch: int) -> optax.GradientTransformation:
     """Return the optimizer of a recipe, for a flat dictionary of the trained parameters.
 
-    Args:
-        recipe: the hyperparameters.
-        factors: factor of the learning rate for each parameter path.
-        steps_per_epoch: number of steps in one epoch.
+    `factors` contains the factor of the learning rate for each parameter path.
     """
 
     def scale_each(updates: Mapping[str, jax.Array], _: Any) -> dict[str, jax.Array]:

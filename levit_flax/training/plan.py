@@ -12,7 +12,7 @@ from levit_flax.hub import _HubOptions
 from levit_flax.visualize import _new_figure
 
 from .data import _check_images, _find_images, _leave_out
-from .hosts import _agree, _together
+from .hosts import _check_hosts_agree, _run_on_hosts
 from .optimizer import _match_patterns
 from .recipe import Recipe, RecipeError, read_recipe
 from .run_directory import _check_output, _check_same, _check_sources, _fingerprint, _read_run, _RunSettings
@@ -75,7 +75,7 @@ def _make_plan(
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     skipped = frozenset(PurePath(entry).as_posix() for entry in skip)
     _new_figure(1, 1)  # raises now, not after the first epoch, if Matplotlib is missing
-    _together(lambda: _check_output(output, resume, overwrite), only_first=True)
+    _run_on_hosts(lambda: _check_output(output, resume, overwrite), only_first=True)
 
     def find() -> tuple[_RunSettings | None, LabeledImages, LabeledImages]:
         if overwrite:
@@ -83,7 +83,7 @@ def _make_plan(
         previous = _read_run(output) if resume else None
         return previous, *_find_images(source, recipe, frozenset(previous.skip) if previous else skipped)
 
-    previous, train, validation = _together(find)
+    previous, train, validation = _run_on_hosts(find)
     settings = _RunSettings(
         recipe=recipe.to_dict(),
         model=str(model) if model is not None else None,
@@ -92,7 +92,7 @@ def _make_plan(
         data=_fingerprint(train, validation),
         skip=tuple(sorted(skipped)),
     )
-    _agree([settings.to_dict(), previous and previous.to_dict()])
+    _check_hosts_agree([settings.to_dict(), previous and previous.to_dict()])
 
     def load() -> tuple[_Student, _TeacherSource, LabeledImages, LabeledImages]:
         if previous:
@@ -112,7 +112,7 @@ def _make_plan(
             *aligned,
         )
 
-    loaded = _together(load)
+    loaded = _run_on_hosts(load)
     return _TrainingPlan(output, recipe, settings, *loaded, threads, processes, export_torch, resumed=bool(previous))
 
 

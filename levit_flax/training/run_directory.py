@@ -121,11 +121,9 @@ def _fingerprint(train: LabeledImages, validation: LabeledImages) -> _DataFinger
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    """Create the directory of a run.
+    """Create the run directory, or raise OSError if it cannot be used.
 
-    Raises:
-        FileExistsError: it contains other files, or a run and neither `resume` nor `overwrite` is set.
-        OSError: it cannot be written.
+    It must not contain other files, or a run if neither `resume` nor `overwrite` is set.
     """
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output} is a file: expected a directory, or a path that does not exist.")

@@ -120,15 +120,9 @@ class _Task:
         )
 
     def train_step(self, state: _State, teacher_variables: Any, batch: _Batch) -> tuple[_State, _Metrics]:
-        """Take one step of the optimizer.
+        """Return the state after one step of the optimizer, and the metrics.
 
-        Args:
-            state: the state before the step.
-            teacher_variables: the first argument of `teacher`; None without a teacher.
-            batch: the images.
-
-        Returns:
-            The state after the step, and the metrics.
+        `teacher_variables` is the first argument of the teacher; None without a teacher.
         """
         flat = flatten_dict(state.variables["params"], sep="/")
         trained = {path: flat[path] for path in self.trained}
@@ -227,12 +221,9 @@ class _Task:
         return average
 
     def evaluate_step(self, variables: Variables, batch: _Batch, weights: jax.Array) -> dict[str, jax.Array]:
-        """Return the sums "loss", "correct" and "images" over one validation batch.
+        """Return the sums "loss", "correct" and "images" over one validation batch with A = 1.
 
-        Args:
-            variables: the model's variables.
-            batch: the images, with A = 1.
-            weights: [1 B], 1 for an image and 0 for padding.
+        `weights` [1 B] is 1 for an image and 0 for padding.
         """
         pixel_values, targets = self.prepare(jax.tree.map(lambda x: x[0], batch), smoothing=0.0)
         output: Any = self.model.apply(variables, pixel_values)

@@ -42,19 +42,9 @@ class _Student(NamedTuple):
 def _make_student(
     source: str | Path | None, recipe: Recipe, data: LabeledImages, options: _HubOptions = _DEFAULTS
 ) -> _Student:
-    """Return the model that a recipe trains on labeled data.
+    """Return the model that a recipe trains on labeled data, from a checkpoint or newly initialized.
 
-    Args:
-        source: a checkpoint, as in `levit_flax.from_pretrained`; None initializes the recipe's architecture.
-        recipe: sets the heads, the image size, stochastic depth and the compute dtype.
-        data: the training data. If the classes differ from the checkpoint's, new heads are initialized and a warning is
-            issued.
-        options: how to access the Hub.
-
-    Raises:
-        RecipeError: there is neither a checkpoint nor an architecture, or the architecture is invalid.
-        ValueError: the checkpoint cannot be trained.
-        OSError: the checkpoint does not exist, or cannot be read or downloaded.
+    If the classes of the data differ from the checkpoint's, new heads are initialized and a warning is issued.
     """
     student = _load_student(source, recipe, options) if source is not None else _new_student(recipe, data)
     model, variables = student.model, student.variables

@@ -49,22 +49,7 @@ def _make_teacher(
     root: Path,
     options: _HubOptions = _DEFAULTS,
 ) -> _TeacherSource:
-    """Load and check the teacher.
-
-    Args:
-        teacher: as in `finetune`.
-        recipe: how to train.
-        config: the student's config.
-        processor: the student's processor.
-        train: the training images.
-        root: the directory that the paths of stored logits are relative to.
-        options: how to access the Hub.
-
-    Raises:
-        RecipeError: the recipe needs a teacher and there is none, or the reverse; the recipe mixes images and
-            the logits are stored; or the problem is not single-label.
-        ValueError: the teacher does not have all of the student's classes.
-    """
+    """Load and check the teacher; `root` is the directory that the paths of stored logits are relative to."""
     _check_teacher(teacher, recipe, train)
     if teacher is None:
         return _TeacherSource()
@@ -192,11 +177,7 @@ def store_logits(path: str | Path, classifier: ImageClassifier, data: str | Path
 
 
 def _read_logits(path: Path, train: LabeledImages, root: Path, config: LevitConfig) -> np.ndarray:
-    """Return stored logits [N L] of the training images, in the order of the student's classes.
-
-    Raises:
-        ValueError: the file was not written by `store_logits`, or an image or a class is missing.
-    """
+    """Return stored logits [N L] of the training images, in the order of the student's classes."""
     if not isinstance(train.images, list):
         raise ValueError(
             f"{path} stores logits by image path, but the images of {train.where} are not files: expected a directory."
