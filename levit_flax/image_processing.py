@@ -150,7 +150,7 @@ class LevitImageProcessor:
             FileNotFoundError: a file does not exist.
             TypeError: an object is not an image, or an override is not a parameter of the class.
             ValueError: a setting is invalid.
-            ImportError: `return_tensors="pt"`, and PyTorch is not installed.
+            ImportError: `return_tensors` is "pt", and PyTorch is not installed.
 
         Examples:
             >>> images = [np.zeros((100, 200, 3), np.uint8), Image.new("L", (300, 250))]

@@ -1,4 +1,4 @@
-"""`levit-flax classify`."""
+"""The command `levit-flax classify`."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`levit-flax convert`."""
+"""The command `levit-flax convert`."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`levit-flax explain`."""
+"""The command `levit-flax explain`."""
 
 from pathlib import Path
 from typing import Annotated

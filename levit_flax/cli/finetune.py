@@ -1,4 +1,4 @@
-"""`levit-flax finetune`."""
+"""The command `levit-flax finetune`."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`levit-flax info`."""
+"""The command `levit-flax info`."""
 
 from typing import Annotated, Any
 

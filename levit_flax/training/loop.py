@@ -241,7 +241,7 @@ class _Session:
 
     def unusable(self, error: DataError) -> DataError:
         """Save the state, and return the error to raise for an image that cannot be used."""
-        if self.shard.count > 1:  # saving needs all hosts, and the others do not know of the error
+        if self.shard.count > 1:  # saving requires all hosts, and the others have no error
             return error
         self.save()
         self.checkpoints.wait()

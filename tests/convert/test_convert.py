@@ -270,7 +270,7 @@ def test_transformers_opens_what_is_saved(model_class, tmp_path):
     assert opened.config.id2label[1] == "b"
     for name, array in convert.to_torch(model, variables).items():
         np.testing.assert_array_equal(opened.state_dict()[name].numpy(), array)
-    with pytest.raises(FileExistsError, match="pass overwrite=True"):
+    with pytest.raises(FileExistsError, match="Pass overwrite=True"):
         convert.save_torch(tmp_path / "model.safetensors", model, variables)
 
 
