@@ -462,7 +462,7 @@ def _crop(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> n
 
 
 def _rescale(pixels: np.ndarray, factor: float) -> np.ndarray:
-    return (pixels.astype(np.float64) * factor).astype(np.float32)  # by way of float64, as in transformers
+    return (pixels.astype(np.float64) * factor).astype(np.float32)  # via float64, as in transformers
 
 
 def _per_channel(name: str, value: float | tuple[float, ...], channels: int) -> tuple[float, ...]:

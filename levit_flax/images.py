@@ -123,7 +123,7 @@ def _sixteen_to_eight_bits(levels: np.ndarray) -> np.ndarray:
 
 
 def _image_suffixes() -> frozenset[str]:
-    """Return the lower-case file name suffixes of the image formats that Pillow knows."""
+    """Return the lower-case file name suffixes of the image formats that Pillow supports."""
     return frozenset(Image.registered_extensions())
 
 

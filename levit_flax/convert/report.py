@@ -315,7 +315,7 @@ class _Report:
 
     Attributes:
         source: where the weights were loaded from, JSON-ready.
-        checkpoint: the content of the source; None for a model directory of ours.
+        checkpoint: the content of the source; None for a Flax model directory.
         results: the results of the verifications by name.
         written: the model that was written.
         versions: versions of the packages.

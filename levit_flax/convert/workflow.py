@@ -43,7 +43,7 @@ class _Loaded:
         variables: its variables.
         processor: prepares its images.
         provenance: where it was loaded from, JSON-ready.
-        checkpoint: the opened PyTorch checkpoint and its conversion; None for a model directory of ours.
+        checkpoint: the opened PyTorch checkpoint and its conversion; None for a Flax model directory.
     """
 
     model: LevitBase
@@ -72,9 +72,9 @@ def _convert_to_directory(
     The directory is written completely or not at all.
 
     Args:
-        source: a weight file, directory or Hub id with PyTorch weights, or a model directory of ours.
+        source: a weight file, directory or Hub id with PyTorch weights, or a Flax model directory.
         out: the directory to write.
-        layout: the PyTorch layout to write; None for a model directory of ours.
+        layout: the PyTorch layout to write; None for a Flax model directory.
         dtype: dtype of the floating-point arrays; None keeps the source's.
         image_size: as in `from_torch`.
         ema: as in `from_torch`.
@@ -121,7 +121,7 @@ def _load(
     ema: bool,
     options: _HubOptions,
 ) -> _Loaded:
-    """Load a model directory of ours, or convert a PyTorch checkpoint; `prefer_own` decides if there are both."""
+    """Load a Flax model directory, or convert a PyTorch checkpoint; `prefer_own` decides if there are both."""
     resolved = _find(source, prefer_own, options)
     if resolved is not None and resolved.weights is not None and resolved.weights.name == checkpoint._WEIGHTS_FILE:
         if image_size is not None or ema:
@@ -159,7 +159,7 @@ def _hash_files(files: Iterable[Path]) -> dict[str, str]:
 
 
 def _load_own(source: str, resolved: _Resolved, dtype: str | None) -> _Loaded:
-    """Load a model directory of ours."""
+    """Load a Flax model directory."""
     directory = resolved.directory
     model, variables = checkpoint._read_directory(directory)
     if dtype is not None:

@@ -31,7 +31,7 @@ class _TrainingPlan:
         student: the model to train.
         teacher: the source of the teacher's logits.
         train: the images to train on, with targets in the order of the student's classes.
-        validation: the images to validate on, likewise.
+        validation: the images to validate on, with targets in the same order.
         threads: threads that decode and augment images, in each process.
         processes: worker processes that decode and augment images; 0 decodes in this process.
         export_torch: PyTorch layout in which to write the best model as well, or None.

@@ -107,9 +107,7 @@ class _Task:
 
     def init(self, variables: Variables) -> _State:
         """Return the state before the first step."""
-        variables = jax.tree.map(
-            jnp.copy, variables
-        )  # the state is donated, but the caller's variables must stay valid
+        variables = jax.tree.map(jnp.copy, variables)  # because the state is donated
         flat = flatten_dict(variables["params"], sep="/")
         return _State(
             step=jnp.zeros((), jnp.int32),
