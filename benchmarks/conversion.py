@@ -28,7 +28,7 @@ def megabytes():  # peak resident memory so far, including mapped files
 
 imports = megabytes()
 start = time.perf_counter()
-workflow.convert_to_directory(sys.argv[1], Path(sys.argv[2]), verify=False)
+workflow._convert_to_directory(sys.argv[1], Path(sys.argv[2]), verify=False)
 print(json.dumps({"seconds": time.perf_counter() - start, "peak_mib": megabytes() - imports, "imports_mib": imports}))
 """
 

@@ -43,7 +43,7 @@ class HubError(OSError):
         ...     from_pretrained("someone/levit", cache_dir="empty", local_files_only=True)
         ... except HubError as error:
         ...     print(str(error).partition(",")[0])
-        The cache empty does not hold the whole of someone/levit
+        The cache empty does not have all files of someone/levit
     """
 
 

@@ -29,7 +29,7 @@ class ImageError(ValueError):
         ...     LevitImageProcessor()(np.full((8, 8, 3), np.nan))
         ... except ImageError as error:
         ...     print(error)
-        Expected finite pixel values, found NaN or infinity in the image.
+        The image is not valid: expected finite pixel values, found NaN or infinity.
     """
 
 
