@@ -1,6 +1,8 @@
 """Labeled images from a directory with one folder per class, a Hugging Face dataset or any sequence."""
 
+import os
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,9 @@ from .image_processing import LevitImageProcessor
 from .images import _image_suffixes, _load_image
 
 _LISTED = 5  # class names that a message lists
+
+# Suffixes of images that cannot be decoded.
+_OTHER_IMAGES = frozenset(".arw .cr2 .cr3 .dng .eps .exr .heic .heif .jxl .nef .psd .svg".split())
 
 # Names by which a column is chosen if several have the right type.
 _IMAGE_COLUMNS = ("image", "img")
@@ -190,13 +195,40 @@ def _row_key(images: Any, index: int) -> str:
 
 
 def _image_files(directory: Path) -> list[Path]:
-    """Return the image files in a directory and its subdirectories, sorted, without hidden files and folders."""
-    suffixes = _image_suffixes()
-    return [
-        path
-        for path in sorted(directory.rglob("*"))
-        if path.suffix.lower() in suffixes and path.is_file() and not _is_hidden(path, directory)
-    ]
+    """Return the image files in a directory and its subdirectories, sorted, without hidden files and folders.
+
+    Links to folders are followed. A warning counts the images that are skipped because of their format.
+    """
+    files: list[Path] = []
+    skipped: Counter[str] = Counter()
+    _walk(directory, _image_suffixes(), files, skipped, ())
+    if skipped:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common())
+        warnings.warn(
+            f"{skipped.total()} images in {directory} are skipped, because their formats cannot be decoded: {counts}."
+            " Convert them to JPEG or PNG.",
+            stacklevel=3,
+        )
+    return sorted(files)
+
+
+def _walk(
+    directory: Path, suffixes: Collection[str], files: list[Path], skipped: Counter[str], above: tuple[str, ...]
+) -> None:
+    """Add the visible images below a directory to `files` or to `skipped`; `above` ends loops of links."""
+    real = os.path.realpath(directory)
+    if real in above:
+        return
+    for path in directory.iterdir():
+        suffix = path.suffix.lower()
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            _walk(path, suffixes, files, skipped, (*above, real))
+        elif suffix in suffixes and path.is_file():
+            files.append(path)
+        elif suffix in _OTHER_IMAGES:
+            skipped[suffix] += 1
 
 
 def _read_folder(
@@ -214,7 +246,7 @@ def _read_folder(
         DataError: there are no folders, or a class has no images.
     """
     root = directory if root is None else root
-    folders = sorted(path for path in directory.iterdir() if path.is_dir() and not _is_hidden(path, directory))
+    folders = sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise DataError(f"{directory} has no folders: expected one folder of images per class.")
     classes = {
@@ -323,10 +355,6 @@ def _match_names(names: Sequence[str], labels: Sequence[str], what: str) -> list
             f" {places} have. Name ImageNet's classes by WordNet ids, such as n01440764."
         )
     return [indices[name][0] for name in names]
-
-
-def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _read_columns(
