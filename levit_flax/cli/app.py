@@ -57,13 +57,13 @@ def _print_version(requested: bool) -> None:
         raise typer.Exit
 
 
+_VersionOption = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+]
+
+
 @app.callback()
-def _start(
-    context: typer.Context,
-    show_version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
+def _start(context: typer.Context, show_version: _VersionOption = False) -> None:
     """LeViT for JAX: convert PyTorch checkpoints, classify, evaluate, explain, fine-tune and export."""
     assert isinstance(context.command, TyperGroup)
     command = context.command.commands[str(context.invoked_subcommand)]
