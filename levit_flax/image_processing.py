@@ -57,7 +57,9 @@ class LevitImageProcessor:
     - The output is channels last by default; pass `data_format="channels_first"` for the other order.
     - `do_convert_rgb` is True by default, so that gray, palette, CMYK and transparent images work. As in transformers,
       the alpha channel of PIL images and arrays is blended with white, and that of image files is dropped.
-    - 16-bit images (modes "I" and "I;16") are scaled to 8 bits. Pillow's conversion would clip them to white.
+    - 16-bit images (modes "I" and "I;16") and floating-point images (mode "F") are scaled to 8 bits, by the range of
+      their values: [0, 1], [0, 255] or [0, 65535]. Pillow's conversion would clip them. Boolean images have the levels
+      0 and 255.
     - An error is raised for pixel values that are not finite, for settings that are None, and for images that have
       more than `PIL.Image.MAX_IMAGE_PIXELS` pixels before or after resizing.
 
@@ -437,7 +439,7 @@ def _to_levels(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
             return _rescale(pixels, 255).astype(np.uint8), True
     raise ImageError(
         "The pixel values are out of range: expected integers from 0 to 255 or values in [0, 1], found"
-        f" {low} to {high}."
+        f" {low} to {high}. Scale them to one of these ranges."
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from levit_flax.configuration import VARIANTS, LevitConfig
+from levit_flax.configuration import LevitConfig
 from levit_flax.image_processing import (
     _IMAGENET_MEAN,
     _IMAGENET_STD,
@@ -19,6 +19,7 @@ from levit_flax.image_processing import (
     LevitImageProcessor,
     _size_for_edge,
 )
+from levit_flax.variants import VARIANTS
 
 from .errors import ConversionError, _explain_malformed
 
