@@ -83,7 +83,7 @@ class LabeledImages:
     targets: np.ndarray
     labels: tuple[str, ...] = ()
     where: str = "the data"
-    problem_type: str = _SINGLE_LABEL
+    problem_type: str = "single_label_classification"
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -31,8 +31,6 @@ _INDEX_SUFFIX = ".index.json"
 
 _LISTED_NAMES = 12  # maximum number of file names in an error message
 
-_COMMIT_MESSAGE = "Upload LeViT model"
-
 
 class HubError(OSError):
     """Raised when a model cannot be downloaded from or uploaded to the Hub.
@@ -149,7 +147,7 @@ def _push(
     token: str | None = None,
     private: bool = False,
     revision: str | None = None,
-    commit_message: str = _COMMIT_MESSAGE,
+    commit_message: str | None = None,
 ) -> str:
     """Upload a model directory to the Hub, creating the repository if it does not exist.
 
@@ -160,7 +158,7 @@ def _push(
         token: access token with write permission; None for the one stored by `hf auth login` or in HF_TOKEN.
         private: create the repository as private; no effect if it exists.
         revision: the branch to upload to, which must exist; None for the main branch.
-        commit_message: first line of the commit message.
+        commit_message: first line of the commit message; None for "Upload LeViT model".
 
     Returns:
         The URL of the repository.
@@ -185,7 +183,7 @@ def _push(
             folder_path=directory,
             allow_patterns=present,
             revision=revision,
-            commit_message=commit_message,
+            commit_message="Upload LeViT model" if commit_message is None else commit_message,
         )
     return str(url)
 

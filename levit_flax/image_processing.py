@@ -19,15 +19,12 @@ from .image_settings import (
     _parse_numbers,
     _parse_resample,
     _parse_size,
-    _Size,
 )
 from .images import ImageError, _exceeds_pixel_limit, _flatten_images, _read_image
 
 _PROCESSOR_FILE = "preprocessor_config.json"
 
 _TIMM_CROP_PCT = 0.9  # used for the accuracies that timm reports for LeViT
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # LeViT is evaluated on images resized to 256 pixels and cropped to 224. Source: facebookresearch/LeViT datasets.py.
 _RESIZE_RATIO = 256 / 224
@@ -92,15 +89,15 @@ class LevitImageProcessor:
         self,
         *,
         do_resize: bool = True,
-        size: _Size = 224,
+        size: int | Sequence[int] | Mapping[str, int] = 224,
         resample: int = Image.Resampling.BICUBIC,
         do_center_crop: bool = True,
-        crop_size: _Size = 224,
+        crop_size: int | Sequence[int] | Mapping[str, int] = 224,
         do_rescale: bool = True,
         rescale_factor: float = 1 / 255,
         do_normalize: bool = True,
-        image_mean: float | Sequence[float] = _IMAGENET_MEAN,
-        image_std: float | Sequence[float] = _IMAGENET_STD,
+        image_mean: float | Sequence[float] = (0.485, 0.456, 0.406),
+        image_std: float | Sequence[float] = (0.229, 0.224, 0.225),
         do_convert_rgb: bool = True,
     ) -> None:
         # `preprocess`, `to_dict` and `from_dict` rely on the attributes being exactly the parameters.

@@ -202,7 +202,7 @@ def push_to_hub(
     token: str | None = None,
     private: bool = False,
     revision: str | None = None,
-    commit_message: str = hub._COMMIT_MESSAGE,
+    commit_message: str | None = None,
 ) -> str:
     """Upload a model to the Hub, creating the repository if it does not exist.
 
@@ -214,7 +214,7 @@ def push_to_hub(
         token: access token with write permission; None for the one stored by `hf auth login` or in HF_TOKEN.
         private: create the repository as private; no effect if it exists.
         revision: the branch to upload to, which must exist; None for the main branch.
-        commit_message: first line of the commit message.
+        commit_message: first line of the commit message; None for "Upload LeViT model".
 
     Returns:
         The URL of the repository.

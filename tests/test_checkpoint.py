@@ -232,7 +232,7 @@ def test_push_to_hub_uploads_the_model_directory(two_heads, tmp_path, monkeypatc
     assert sent == {
         "names": ["config.json", "flax_model.safetensors"],
         "repo_id": "me/levit",
-        "options": {"private": True, "token": None, "revision": None, "commit_message": "Upload LeViT model"},
+        "options": {"private": True, "token": None, "revision": None, "commit_message": None},
     }
 
 

@@ -45,8 +45,8 @@ def _find_backend_error() -> str | None:
     except (RuntimeError, AssertionError) as error:
         platforms, reason = os.environ.get("JAX_PLATFORMS", ""), str(error) or "found no such device"
         return (
-            f"JAX cannot compute on JAX_PLATFORMS={platforms}: {reason}. Unset JAX_PLATFORMS, or set it to a platform of"
-            " this machine, such as cpu."
+            f"JAX cannot compute on JAX_PLATFORMS={platforms}: {reason}. Unset JAX_PLATFORMS, or set it to a platform"
+            " of this machine, such as cpu."
         )
     return None
 

@@ -16,8 +16,6 @@ from .plan import _make_plan
 from .recipe import Recipe, RecipeError
 from .run_directory import _prepare_output
 
-_DEFAULT_THREADS = 2
-
 
 def finetune(
     data: str | Path,
@@ -33,7 +31,7 @@ def finetune(
     export_torch: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
-    threads: int = _DEFAULT_THREADS,
+    threads: int = 2,
     processes: int = 0,
     show: Callable[[Progress], None] | None = None,
     revision: str | None = None,
