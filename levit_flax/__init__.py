@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import save_pretrained as save_pretrained
     from .classifier import ImageClassifier as ImageClassifier
-    from .configuration import VARIANTS as VARIANTS
     from .configuration import LevitConfig as LevitConfig
     from .image_processing import LevitFeatureExtractor as LevitFeatureExtractor
     from .image_processing import LevitImageProcessor as LevitImageProcessor
@@ -23,10 +22,11 @@ if TYPE_CHECKING:
     from .surgery import merge_heads as merge_heads
     from .surgery import replace_head as replace_head
     from .surgery import resize_image as resize_image
+    from .variants import VARIANTS as VARIANTS
 
 _MODULES = {
     # The architecture
-    "VARIANTS": "configuration",
+    "VARIANTS": "variants",
     "LevitConfig": "configuration",
     # The models
     "LevitModel": "modeling",

@@ -13,7 +13,7 @@ import numpy as np
 from .choices import _CROP_RULES
 from .classifier import ImageClassifier
 from .configuration import _SINGLE_LABEL
-from .datasets import DataError, LabeledImages, _load_dataset, _match_classes, _read_folder, _read_split
+from .datasets import DataError, LabeledImages, _Columns, _load_dataset, _match_classes, _read_folder, _read_split
 from .image_processing import _TIMM_CROP_PCT, LevitImageProcessor, _size_for_edge
 
 _TOP_K = 5
@@ -99,7 +99,7 @@ def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
         data: images with one class each, as returned by `read_data`. `targets` are class indices of the model.
 
     Raises:
-        ValueError: there are no images, or none of them can be read.
+        ValueError: there are no images, none of them can be read, or a target is not a class index of the model.
 
     Examples:
         >>> classifier = ImageClassifier.from_pretrained("cifar10")
@@ -111,6 +111,7 @@ def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
     """
     labels = classifier.model.config.id2label
     config = classifier.model.config
+    _check_targets(data, len(labels))
     count, batch_size = len(data), classifier.batch_size
     for size in {min(count, batch_size), count % batch_size} - {0}:  # compile all shapes before timing
         classifier.logits(np.zeros((size, *config.image_height_width, config.num_channels), np.uint8))
@@ -139,6 +140,17 @@ def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
         seconds=time.perf_counter() - start,
         broken=broken,
     )
+
+
+def _check_targets(data: LabeledImages, num_labels: int) -> None:
+    """Raise DataError unless every target is a class index."""
+    targets = np.asarray(data.targets)
+    outside = np.flatnonzero((targets < 0) | (targets >= num_labels))
+    if outside.size:
+        raise DataError(
+            f"{outside.size} of {len(targets)} targets of {data.where} are no class indices: expected values in"
+            f" [0, {num_labels}), found {targets[outside[0]]} for {data.name(int(outside[0]))}. Leave these images out."
+        )
 
 
 def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> LevitImageProcessor:
@@ -175,21 +187,31 @@ def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> Lev
     return processor_class(**{**vars(model_processor), "size": size, "crop_size": (height, width)})
 
 
-def read_data(source: str | Path, labels: Sequence[str], split: str = "test") -> LabeledImages:
+def read_data(
+    source: str | Path,
+    labels: Sequence[str],
+    split: str = "test",
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> LabeledImages:
     """Read the labeled images of a directory or a Hugging Face dataset.
 
     Args:
         source: a directory with one folder per class, or the name of a Hugging Face dataset (requires `datasets`).
             Hidden files and folders are skipped.
-        labels: class names of the model. The classes of the data are matched by name, or by position if the names
-            differ but their number is the same.
+        labels: class names of the model. The classes of the data are matched by name, or those of ImageNet by WordNet
+            id. If no name matches but the numbers are equal, they are matched by position, with a warning.
         split: split of a Hugging Face dataset.
+        image_column: image column of a Hugging Face dataset; None for the only one, or the one called image or img.
+        label_column: class column of a Hugging Face dataset; None for the only one, or the one called label or labels.
 
     Returns:
         The images, with the class indices and class names of the model.
 
     Raises:
-        ValueError: there are no images, or the classes do not match those of the model.
+        DataError: there are no images, the classes do not match those of the model, or it is not clear which columns
+            to read.
         ImportError: `source` is not a directory, and `datasets` is not installed.
 
     Examples:
@@ -207,7 +229,8 @@ def read_data(source: str | Path, labels: Sequence[str], split: str = "test") ->
     if directory.is_dir():
         data = _read_folder(directory, allow_empty=True)
     else:
-        data = _read_split(_load_dataset(str(source), split=split), str(source), split, (_SINGLE_LABEL,))
+        columns = _Columns(image_column, label_column)
+        data = _read_split(_load_dataset(str(source), split=split), str(source), split, (_SINGLE_LABEL,), columns)
     indices = _match_classes(data.labels, labels, data.where)
     if not len(data):
         raise DataError(f"{data.where} contains no images: expected at least one.")

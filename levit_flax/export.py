@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .choices import _KNOWN_PLATFORMS, _PLATFORMS, _ExportFormat
+from .choices import _KNOWN_PLATFORMS, _ExportFormat
 from .files import _staged_directory
 from .image_processing import LevitImageProcessor
 from .inference import _prepare
@@ -68,7 +68,7 @@ def export_model(
     processor: LevitImageProcessor,
     *,
     format: str = "stablehlo",
-    platforms: Sequence[str] = _PLATFORMS,
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
     overwrite: bool = False,
 ) -> None:
     """Write a classifier as an artifact that runs without this library.

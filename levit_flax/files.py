@@ -60,7 +60,7 @@ def _staged_directory(directory: Path, overwrite: bool, replaceable: Collection[
     except OSError as error:
         raise _cannot_write(directory, error) from None
     try:
-        staging.chmod(0o755)  # mkdtemp creates it with mode 0700
+        staging.chmod(_permissions(0o777))  # mkdtemp creates it with mode 0700
         with _explain_full_disk(directory):
             yield staging
         _replace_directory(directory, staging, replaceable)
@@ -95,10 +95,17 @@ def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         with _explain_full_disk(path):
             write(staging)
-        staging.chmod(0o644)  # mkstemp creates it with mode 0600
+        staging.chmod(_permissions(0o666))  # mkstemp creates it with mode 0600
         os.replace(staging, path)
     finally:
         staging.unlink(missing_ok=True)
+
+
+def _permissions(mode: int) -> int:
+    """Return the mode of a new file or directory under the umask of the process."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return mode & ~umask
 
 
 def _write_text(path: Path, text: str) -> None:

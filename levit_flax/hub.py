@@ -31,8 +31,6 @@ _INDEX_SUFFIX = ".index.json"
 
 _LISTED_NAMES = 12  # maximum number of file names in an error message
 
-_COMMIT_MESSAGE = "Upload LeViT model"
-
 
 class HubError(OSError):
     """Raised when a model cannot be downloaded from or uploaded to the Hub.
@@ -144,7 +142,7 @@ def _push(
     token: str | None = None,
     private: bool = False,
     revision: str | None = None,
-    commit_message: str = _COMMIT_MESSAGE,
+    commit_message: str | None = None,
 ) -> str:
     """Upload those of `files` that exist in a directory, and return the URL of the repository.
 
@@ -166,7 +164,7 @@ def _push(
             folder_path=directory,
             allow_patterns=present,
             revision=revision,
-            commit_message=commit_message,
+            commit_message="Upload LeViT model" if commit_message is None else commit_message,
         )
     return str(url)
 

@@ -9,7 +9,7 @@ import numpy as np
 from .configuration import _MULTI_LABEL, _REGRESSION, LevitConfig
 from .image_processing import LevitImageProcessor
 from .modeling import LevitBase, LevitForImageClassificationWithTeacher, LevitModel, Variables
-from .surgery import fold_batch_norm, merge_heads
+from .surgery import _copy, fold_batch_norm, merge_heads
 
 
 def _normalize(pixels: jax.Array, processor: LevitImageProcessor, dtype: Any = jnp.float32) -> jax.Array:
@@ -32,7 +32,7 @@ def _prepare(model: LevitBase, variables: Variables) -> tuple[LevitBase, Variabl
             f" LevitForImageClassificationWithTeacher with classes, found a {type(model).__name__} with"
             f" num_labels={model.config.num_labels}."
         )
-    variables = _upcast(variables, model._shared["dtype"])
+    variables = jax.tree.map(_copy, _upcast(variables, model._shared["dtype"]))  # the caller may donate or change them
     if isinstance(model, LevitForImageClassificationWithTeacher):
         model, variables = merge_heads(model, variables)
     return (model, variables) if model.folded else fold_batch_norm(model, variables)

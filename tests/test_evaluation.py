@@ -12,7 +12,7 @@ import levit_flax as lf
 from configs import SMALL, random_variables
 from levit_flax import convert
 from levit_flax.cli import main
-from levit_flax.datasets import LabeledImages, _match_classes
+from levit_flax.datasets import DataError, LabeledImages, _match_classes
 from levit_flax.evaluation import evaluate, evaluation_processor, read_data
 from levit_flax.hub import _EMBEDDED_DIRECTORY
 
@@ -70,14 +70,31 @@ def test_embedded_model_reaches_the_accuracy_of_its_card(capsys):
     assert (found["images"], found["top1"]) == (card["images"], card["top1"])
 
 
-def test_classes_are_matched_by_name_or_by_order():
+def test_classes_are_matched_by_name_and_by_order_only_if_no_name_matches():
     labels = ["ant", "bee", "cat"]
     assert _match_classes(["cat", "ant"], labels, "here") == [2, 0]
-    assert _match_classes(["n01", "n02", "n03"], labels, "here") == [0, 1, 2]
-    with pytest.raises(
-        ValueError, match=r"of here do not match .* its 3 classes in order, found 2 classes, .* does not have yak"
-    ):
-        _match_classes(["ant", "yak"], labels, "here")
+    with pytest.warns(UserWarning, match="No class name of here .* 3 classes are matched by position, n01 as ant"):
+        assert _match_classes(["n01", "n02", "n03"], labels, "here") == [0, 1, 2]
+    with pytest.raises(DataError, match=r"of here do not match: .* found 1 of 3 that are not, such as Cat\. Rename"):
+        _match_classes(["ant", "bee", "Cat"], labels, "here")
+    with pytest.raises(DataError, match=r"its 3 classes in order, found 2 classes, .* does not have gnu"):
+        _match_classes(["gnu", "yak"], labels, "here")
+
+
+def test_names_of_two_classes_are_ambiguous_and_wordnet_ids_are_not():
+    labels = lf.VARIANTS["levit-128S"].id2label
+    first, second = (i for i, label in enumerate(labels) if label == "crane")
+    assert _match_classes(["n02012849", "n03126707"], labels, "here") == [first, second]
+    assert _match_classes(labels, labels, "here") == list(range(1000))
+    with pytest.raises(DataError, match=f"of here are ambiguous: .* crane, which classes {first} and {second} have"):
+        _match_classes(["crane"], labels, "here")
+
+
+@pytest.mark.parametrize("target", [-1, 7, -100])
+def test_targets_that_are_no_class_indices_raise(classifier, target):
+    images = [np.zeros((32, 32, 3), np.uint8)] * 2
+    with pytest.raises(DataError, match=rf"^1 of 2 targets of the data .* \[0, 7\), found {target} for image 1"):
+        evaluate(classifier, LabeledImages(images, np.array([0, target])))
 
 
 def test_dataset_is_loaded_by_name(classifier, monkeypatch, folder):

@@ -7,7 +7,7 @@ import typer
 
 from levit_flax.choices import _RECIPE_NAMES, _WrittenLayout
 
-from .options import JsonOption, OfflineOption, RevisionOption
+from .options import ImageColumnOption, JsonOption, LabelColumnOption, OfflineOption, RevisionOption
 from .output import print_fields, print_json, print_notice, training_progress
 
 
@@ -69,6 +69,8 @@ def finetune(  # long: its parameters are the options, with their help
     process_id: Annotated[
         int | None, typer.Option(min=0, envvar="LEVIT_FLAX_PROCESS_ID", help="Index of this process, from 0.")
     ] = None,
+    image_column: ImageColumnOption = None,
+    label_column: LabelColumnOption = None,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
     force: Annotated[
@@ -99,6 +101,8 @@ def finetune(  # long: its parameters are the options, with their help
                 skip=_read_skip_list(skip) if skip else (),
                 check_data=check_data,
                 export_torch=export_torch,
+                image_column=image_column,
+                label_column=label_column,
                 threads=threads,
                 processes=processes,
                 show=show,

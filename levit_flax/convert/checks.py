@@ -4,9 +4,9 @@ import enum
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
+from levit_flax.checkpoint import _NEGATIVE, _NOT_FINITE, _find_fault
 from levit_flax.modeling import _abstract_variables
 
 from .architecture import _Architecture
@@ -98,19 +98,15 @@ def _find_ignored(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 def _check_values(row: _Row, tensor: np.ndarray, problems: _Problems) -> bool:
     """Check the dtype and the values of a tensor, and return whether it can be converted."""
-    if row.flax.endswith("/count"):
-        if tensor.dtype.kind in "iu" and 0 <= int(tensor) < 2**31:
-            return True
-        found = f"{tensor} of {tensor.dtype}"
-        problems.add(_Problem.WRONG_DTYPE, f"{row.torch} (expected an integer from 0 to 2^31 - 1, found {found})")
-    elif not jnp.issubdtype(tensor.dtype, jnp.floating):
-        problems.add(_Problem.WRONG_DTYPE, f"{row.torch} (expected floating point, found {tensor.dtype})")
-    elif not np.isfinite(tensor).all():
+    fault = _find_fault(row.flax, tensor)
+    if fault is None:
+        return True
+    if fault == _NOT_FINITE:
         problems.add(_Problem.NOT_FINITE, row.torch)
-    elif row.flax.endswith("/var") and (tensor < 0).any():
+    elif fault == _NEGATIVE:
         problems.add(_Problem.NEGATIVE, row.torch)
     else:
-        return True
+        problems.add(_Problem.WRONG_DTYPE, f"{row.torch} ({fault})")
     return False
 
 

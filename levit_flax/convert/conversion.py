@@ -153,10 +153,10 @@ def _read_leaves(tensors: _Tensors, rows: Iterable[_Row], dtype: Any, problems: 
         if not _check_values(row, tensor, problems):
             continue
         if row.flax.endswith("/count"):
-            leaves[row.flax] = np.asarray(tensor, np.int32)
+            leaves[row.flax] = np.array(tensor, np.int32)
             continue
         with np.errstate(over="ignore"):
-            leaf = np.asarray(row.permutation.to_flax(tensor), dtype, order="C")
+            leaf = np.array(row.permutation.to_flax(tensor), dtype, order="C")  # not a view of the file or mapping
         if dtype is not None and not np.isfinite(leaf).all():
             problems.add(_Problem.OVERFLOW, row.torch)
         leaves[row.flax] = leaf

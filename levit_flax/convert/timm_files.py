@@ -11,14 +11,13 @@ from typing import Any
 
 from PIL import Image
 
-from levit_flax.configuration import VARIANTS, LevitConfig
+from levit_flax.configuration import LevitConfig
 from levit_flax.image_processing import (
-    _IMAGENET_MEAN,
-    _IMAGENET_STD,
     _TIMM_CROP_PCT,
     LevitImageProcessor,
     _size_for_edge,
 )
+from levit_flax.variants import VARIANTS
 
 from .errors import ConversionError, _explain_malformed
 
@@ -135,12 +134,13 @@ def _read_processor(cfg: Mapping[str, Any]) -> LevitImageProcessor:
             f" found {interpolation} and a {mode} crop."
         )
     edge = math.floor(max(height, width) / cfg.get("crop_pct", _TIMM_CROP_PCT))
+    default = LevitImageProcessor()
     return LevitImageProcessor(
         size=_size_for_edge(edge),
         crop_size=(height, width),
         resample=_RESAMPLE[interpolation],
-        image_mean=cfg.get("mean", _IMAGENET_MEAN),
-        image_std=cfg.get("std", _IMAGENET_STD),
+        image_mean=cfg.get("mean", default.image_mean),
+        image_std=cfg.get("std", default.image_std),
     )
 
 

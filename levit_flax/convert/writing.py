@@ -43,6 +43,12 @@ def to_torch(model: LevitBase, variables: Mapping[str, Any], layout: str = "hf")
         >>> convert.to_torch(*from_pretrained("cifar10"), layout="facebook")["head.l.weight"].shape
         (10, 160)
     """
+    # Copies, because the arrays of `_state_dict` may be views of the variables.
+    return {name: np.array(array) for name, array in _state_dict(model, variables, layout).items()}
+
+
+def _state_dict(model: LevitBase, variables: Mapping[str, Any], layout: str) -> dict[str, np.ndarray]:
+    """Return the state dict; arrays whose axes are not permuted are views of the variables."""
     _check_layout(model, layout)
     _check_variables(model, variables, "The given tree")
     structure = _Structure.of(model.config, model.head_names, model.folded)
@@ -122,7 +128,7 @@ def save_torch(
     path = Path(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} already exists. Pass overwrite=True to replace it, or choose another name.")
-    tensors = to_torch(model, variables, layout)
+    tensors = _state_dict(model, variables, layout)
     if path.suffix in _PICKLE_SUFFIXES:
         _write_atomically(path, lambda file: _save_pickle(file, tensors, layout))
     else:

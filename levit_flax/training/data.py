@@ -18,7 +18,15 @@ from typing import Any
 import grain
 import numpy as np
 
-from levit_flax.datasets import DataError, LabeledImages, _load_dataset, _read_folder, _read_split
+from levit_flax.datasets import (
+    _ANY_COLUMNS,
+    DataError,
+    LabeledImages,
+    _Columns,
+    _load_dataset,
+    _read_folder,
+    _read_split,
+)
 from levit_flax.image_processing import LevitImageProcessor
 from levit_flax.images import ImageError, _check_header
 
@@ -31,7 +39,13 @@ _LISTED = 5  # maximum number of images or classes in an error message
 
 
 def read_images(
-    source: str | Path, recipe: Recipe, skip: Collection[str] = (), check: bool = False
+    source: str | Path,
+    recipe: Recipe,
+    skip: Collection[str] = (),
+    check: bool = False,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> tuple[LabeledImages, LabeledImages]:
     """Find the images to train on and those to validate on.
 
@@ -42,6 +56,9 @@ def read_images(
         recipe: its `validation_share` and `seed` select the validation images if the source has no validation part.
         skip: images to leave out: paths relative to the source, or rows of a dataset such as "train/17".
         check: decode every image. By default only the headers of image files are read.
+        image_column: image column of a Hugging Face dataset; None for the only one, or the one called image or img.
+        label_column: column of targets of a Hugging Face dataset; None for the only column of classes, or the one
+            called label or labels; if there are no classes, the same for numbers.
 
     Returns:
         The training images and the validation images.
@@ -62,16 +79,18 @@ def read_images(
         >>> len(train), len(validation), train.labels
         (18, 2, ('cat', 'dog'))
     """
-    parts = _find_images(source, recipe, skip)
+    parts = _find_images(source, recipe, skip, _Columns(image_column, label_column))
     for part in parts:
         _check_images(part, decode=check)
     return parts
 
 
-def _find_images(source: str | Path, recipe: Recipe, skip: Collection[str]) -> tuple[LabeledImages, LabeledImages]:
+def _find_images(
+    source: str | Path, recipe: Recipe, skip: Collection[str], columns: _Columns = _ANY_COLUMNS
+) -> tuple[LabeledImages, LabeledImages]:
     """Like `read_images`, but does not open the files."""
     directory = Path(source).expanduser()
-    parts = _read_folders(directory, skip) if directory.is_dir() else _read_dataset(str(source), skip)
+    parts = _read_folders(directory, skip) if directory.is_dir() else _read_dataset(str(source), skip, columns)
     train = parts[_TRAIN_FOLDER]
     if train.labels and len(train.labels) < 2:
         raise DataError(f"{train.where} has one class, {train.labels[0]}: expected two or more.")
@@ -101,14 +120,14 @@ def _read_folders(directory: Path, skip: Collection[str]) -> dict[str, LabeledIm
     return {name: _read_folder(directory / name, directory, skip) for name in names}
 
 
-def _read_dataset(name: str, skip: Collection[str] = ()) -> dict[str, LabeledImages]:
+def _read_dataset(name: str, skip: Collection[str] = (), columns: _Columns = _ANY_COLUMNS) -> dict[str, LabeledImages]:
     """Like `_read_folders`, for a Hugging Face dataset."""
     splits = _load_dataset(name)
     if _TRAIN_FOLDER not in splits:
         raise DataError(f"The dataset {name} has the splits {', '.join(splits)}: expected one named {_TRAIN_FOLDER}.")
     other = next((part for part in _VALIDATION_FOLDERS if part in splits), None)
     names = (_TRAIN_FOLDER, other) if other else (_TRAIN_FOLDER,)
-    parts = {part: _read_split(splits[part], name, part) for part in names}
+    parts = {part: _read_split(splits[part], name, part, columns=columns) for part in names}
     if not skip:
         return parts
     return {

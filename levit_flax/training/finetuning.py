@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from levit_flax.datasets import _Columns
 from levit_flax.hub import _HubOptions
 
 from .hosts import _run_on_hosts
@@ -14,8 +15,6 @@ from .outputs import _MODEL_DIRECTORY, _TORCH_DIRECTORY
 from .plan import _make_plan
 from .recipe import Recipe, RecipeError
 from .run_directory import _prepare_output
-
-_DEFAULT_THREADS = 2
 
 
 def finetune(
@@ -30,7 +29,9 @@ def finetune(
     skip: Any = (),
     check_data: bool = False,
     export_torch: str | None = None,
-    threads: int = _DEFAULT_THREADS,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    threads: int = 2,
     processes: int = 0,
     show: Callable[[Progress], None] | None = None,
     revision: str | None = None,
@@ -54,6 +55,8 @@ def finetune(
         skip: images to leave out, as in `read_images`.
         check_data: decode every image before the first step.
         export_torch: PyTorch layout in which to write the best model as well, such as "hf".
+        image_column: as in `read_images`.
+        label_column: as in `read_images`.
         threads: number of threads that decode and augment images, in each process.
         processes: number of worker processes that decode and augment images; 0 decodes in this process.
         show: called after each step with the progress.
@@ -106,6 +109,7 @@ def finetune(
         export_torch=export_torch,
         threads=threads,
         processes=processes,
+        columns=_Columns(image_column, label_column),
         options=_HubOptions(revision, token, cache_dir, local_files_only),
     )
     _run_on_hosts(lambda: _prepare_output(plan.output, plan.settings, plan.resumed), only_first=True)

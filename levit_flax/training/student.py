@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from levit_flax import loading
-from levit_flax.configuration import _SINGLE_LABEL, VARIANTS, LevitConfig
-from levit_flax.datasets import LabeledImages
+from levit_flax.configuration import _SINGLE_LABEL, LevitConfig
+from levit_flax.datasets import LabeledImages, _match_names
 from levit_flax.hub import _DEFAULTS, _HubOptions
 from levit_flax.image_processing import LevitImageProcessor, _size_for_edge
 from levit_flax.modeling import (
@@ -21,6 +21,7 @@ from levit_flax.modeling import (
     Variables,
 )
 from levit_flax.surgery import merge_heads, replace_head, resize_image
+from levit_flax.variants import VARIANTS
 
 from .recipe import Recipe, RecipeError
 
@@ -148,7 +149,7 @@ def _align_classes(data: LabeledImages, config: LevitConfig) -> LabeledImages:
     """Return labeled images with the targets in the order of a model's classes; the class names must be the same."""
     if not data.labels or data.labels == config.id2label:
         return data
-    indices = [config.label2id[label] for label in data.labels]
+    indices = _match_names(data.labels, config.id2label, f"The classes of {data.where} and of the model")
     if data.targets.ndim == 1:
         targets = data.targets.dtype.type(indices)[data.targets]
     else:

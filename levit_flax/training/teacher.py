@@ -14,7 +14,7 @@ import numpy as np
 from levit_flax import loading
 from levit_flax.classifier import ImageClassifier
 from levit_flax.configuration import _SINGLE_LABEL, LevitConfig
-from levit_flax.datasets import LabeledImages
+from levit_flax.datasets import LabeledImages, _match_names
 from levit_flax.files import _write_atomically
 from levit_flax.hub import _DEFAULTS, _HubOptions
 from levit_flax.image_processing import LevitImageProcessor
@@ -88,7 +88,7 @@ def _load_teacher(
     """Load a model as a teacher. The student's images are resized and normalized for it."""
     model, variables, own_processor, _ = loading._load_model(source, options, dtype="float32")
     model, variables = _prepare(model, variables)
-    order = _match_labels(model.config.id2label, config.id2label, str(source))
+    order = _match_names(config.id2label, model.config.id2label, f"The classes of the teacher {source}")
     mean, std, own_mean, own_std = (
         np.asarray(value, np.float32).reshape(1, 1, 1, -1)
         for each in (processor, own_processor)
@@ -123,18 +123,6 @@ def _check_width(function: Callable[[jax.Array], jax.Array], width: int) -> _Tea
         return logits
 
     return teach
-
-
-def _match_labels(own: Sequence[str], wanted: Sequence[str], where: str) -> list[int]:
-    """Return the teacher's index of each of the student's classes."""
-    indices = {label: i for i, label in enumerate(own)}
-    missing = [label for label in wanted if label not in indices]
-    if missing:
-        raise ValueError(
-            f"The teacher {where} has {len(own)} classes, and {missing[0]} is not one of them: expected a teacher with"
-            f" the names of all {len(wanted)} classes of the student."
-        )
-    return [indices[label] for label in wanted]
 
 
 def store_logits(path: str | Path, classifier: ImageClassifier, data: str | Path, files: Sequence[str | Path]) -> None:
@@ -199,6 +187,6 @@ def _read_logits(path: Path, train: LabeledImages, root: Path, config: LevitConf
             f"{path} has no logits for {len(missing)} of the {len(names)} training images, such as {missing[0]}. Store"
             " the logits of all images."
         )
-    order = _match_labels(labels.tolist(), config.id2label, str(path))
+    order = _match_names(config.id2label, labels.tolist(), f"The classes of the teacher {path}")
     selected: np.ndarray = logits[[rows[name] for name in names]][:, order]
     return selected
