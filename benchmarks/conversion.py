@@ -1,8 +1,8 @@
 """Measure the time and the peak memory of a conversion, without the imports.
 
-For each variant, a safetensors file with random weights is converted as by `levit-flax convert --no-verify`: read,
-checked, converted to the Flax tree, converted back and compared with the file, and written. Each run is a separate
-process that is measured after its imports.
+For each variant, a safetensors file with random weights is converted as by `levit-flax convert --no-verify`: it is
+read, checked, converted to the Flax tree, converted back and compared with the file, and written. Each run is a
+separate process, measured after its imports.
 
     python benchmarks/conversion.py [--variants levit-128S ...] [--runs 5] [--layout hf] [--out FILE]
 """

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .surgery import resize_image as resize_image
     from .variants import VARIANTS as VARIANTS
 
-_HOMES = {
+_MODULES = {
     # The architecture
     "VARIANTS": "variants",
     "LevitConfig": "configuration",
@@ -48,13 +48,13 @@ _HOMES = {
     "ImageClassifier": "classifier",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,7 @@
-"""The model directory on disk: `config.json`, `preprocessor_config.json` and `flax_model.safetensors`."""
+"""Read and write model directories.
+
+A directory contains `config.json`, `preprocessor_config.json` and `flax_model.safetensors`.
+"""
 
 import json
 from collections.abc import Mapping
@@ -21,7 +24,7 @@ from .modeling import LevitBase, Variables
 _CONFIG_FILE = "config.json"
 _WEIGHTS_FILE = "flax_model.safetensors"  # transformers would load model.safetensors as PyTorch weights
 
-# The report of a conversion, for programs and for people.
+# The report of a conversion, as JSON and as Markdown.
 _REPORT_FILE = "conversion_report.json"
 _READABLE_REPORT_FILE = "conversion_report.md"
 
@@ -55,7 +58,7 @@ def _read_directory(directory: Path) -> tuple[LevitBase, Variables]:
     weights = directory / _WEIGHTS_FILE
     try:
         flat = load_file(weights)
-    except (SafetensorError, KeyError, TypeError, AttributeError) as error:  # the latter for dtypes unknown to NumPy
+    except (SafetensorError, KeyError, TypeError, AttributeError) as error:  # the last two for dtypes unknown to NumPy
         raise ValueError(
             f"{weights} is not a complete safetensors file with dtypes of NumPy ({error!r}). Copy or download it again."
         ) from None
@@ -85,7 +88,7 @@ def _find_fault(path: str, array: np.ndarray) -> str | None:
 
 
 def _read_provenance(directory: Path) -> dict[str, Any]:
-    """Return the origin of the weights that is recorded in a model directory, or an empty dictionary."""
+    """Return the origin of the weights recorded in a model directory, or an empty dictionary."""
     values = json.loads((directory / _CONFIG_FILE).read_text(encoding="utf-8"))
     provenance: dict[str, Any] = values.get(_OWN_BLOCK, {}).get("provenance", {})
     return provenance
@@ -188,8 +191,8 @@ def _to_device(variables: Variables, name: str) -> Variables:
     """Return the variables as JAX arrays, or raise ValueError if JAX would truncate float64 to float32."""
     if not jax.config.jax_enable_x64 and any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(variables)):
         raise ValueError(
-            f"{name} holds float64 arrays, which JAX would truncate to float32. Choose float32 with dtype=..., or call"
-            " jax.config.update('jax_enable_x64', True)."
+            f"{name} contains float64 arrays, which JAX would truncate to float32. Choose float32 with dtype=..., or"
+            " call jax.config.update('jax_enable_x64', True)."
         )
     arrays: Variables = jax.device_put(variables)
     return arrays

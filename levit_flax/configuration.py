@@ -1,4 +1,4 @@
-"""The configuration of a LeViT model, with the field names of transformers, and the published variants."""
+"""The configuration of a LeViT model."""
 
 import dataclasses
 import itertools
@@ -43,7 +43,7 @@ _FIXED_KEYS: dict[str, tuple[Any, ...]] = {
 
 
 class DownOp(NamedTuple):
-    """The settings of one downsampling, in the order of transformers' `down_ops` entries.
+    """The settings of one downsampling, in the order of transformers' `down_ops`.
 
     Attributes:
         kind: always "Subsample".
@@ -73,7 +73,7 @@ class _Derived(tuple[Any, ...]):
 
 
 class FeatureInfo(NamedTuple):
-    """The shape of a feature map [B H W C] that a model returns with `output_features=True`.
+    """The shape of a feature map [B H W C] returned with `output_features=True`.
 
     Attributes:
         channels: number of channels, C.
@@ -92,7 +92,7 @@ class FeatureInfo(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LevitConfig:
-    """The architecture of a LeViT model. The defaults are LeViT-128's, as in transformers.
+    """The architecture of a LeViT model; by default LeViT-128, as in transformers.
 
     Every field is validated at construction. Sequences are converted to tuples, so that a config is hashable and can be
     a static argument of `jax.jit`.
@@ -263,7 +263,7 @@ class LevitConfig:
         self._set("id2label", labels)
 
     def replace(self, **changes: Any) -> "LevitConfig":
-        """Return the config with some fields changed, and the fields that depend on them derived again.
+        """Return the config with some fields changed and dependent fields derived again.
 
         Args:
             **changes: new values of fields. Unless it is given too, `down_ops` follows `hidden_sizes` and `key_dim`,
@@ -301,7 +301,7 @@ class LevitConfig:
 
     @property
     def label2id(self) -> dict[str, int]:
-        """Class indices by name. If two classes have the same name, the last index.
+        """Class indices by name; the last index if two classes have the same name.
 
         Examples:
             >>> LevitConfig(id2label=("cat", "dog")).label2id
@@ -374,12 +374,12 @@ class LevitConfig:
         values = dict(values)
         if values.get("model_type", "levit") != "levit":
             raise ValueError(f"The config has another model_type: expected 'levit', found {values['model_type']!r}.")
-        own = values.pop(_OWN_BLOCK, {})
+        block = values.pop(_OWN_BLOCK, {})
         values.pop("label2id", None)  # follows from id2label
         if "id2label" in values:
             values.pop("num_labels", None)
-        if "drop_path_rate" in own:
-            values["drop_path_rate"] = own["drop_path_rate"]
+        if "drop_path_rate" in block:
+            values["drop_path_rate"] = block["drop_path_rate"]
         known = {field.name for field in dataclasses.fields(cls)} - {"extra"}
         fields, extra = {}, {}
         for key, value in values.items():

@@ -1,4 +1,4 @@
-"""Labeled images from a directory with one folder per class, a Hugging Face dataset or any sequence."""
+"""Labeled images from a directory, a Hugging Face dataset or any sequence."""
 
 import os
 import warnings
@@ -22,12 +22,12 @@ from .configuration import (
 from .image_processing import LevitImageProcessor
 from .images import _image_suffixes, _load_image
 
-_LISTED = 5  # class names that a message lists
+_LISTED = 5  # maximum number of class names in an error message
 
 # Suffixes of images that cannot be decoded.
 _OTHER_IMAGES = frozenset(".arw .cr2 .cr3 .dng .eps .exr .heic .heif .jxl .nef .psd .svg".split())
 
-# Names by which a column is chosen if several have the right type.
+# Preferred column names if several columns have the right type.
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels")
 
@@ -129,7 +129,7 @@ class LabeledImages:
             if isinstance(image, str | Path):
                 return _load_image(image)
             return Image.fromarray(_READER.resize_and_crop(image))
-        except Exception as error:  # the decoder of a dataset may raise anything
+        except Exception as error:  # the decoder of a dataset may raise any exception
             raise DataError(f"{self.name(index)} cannot be used: {error}") from error
 
     def select(self, indices: Any, where: str) -> "LabeledImages":
@@ -234,16 +234,10 @@ def _walk(
 def _read_folder(
     directory: Path, root: Path | None = None, skip: Collection[str] = (), allow_empty: bool = False
 ) -> LabeledImages:
-    """List the images of a directory with one folder per class, without opening them.
+    """List the images of a directory with one folder per class, sorted by name, without opening them.
 
-    Args:
-        directory: the directory. Its folders, sorted by name, are the classes.
-        root: directory that the paths in `skip` are relative to; None for `directory`.
-        skip: paths of images to leave out.
-        allow_empty: accept classes without images.
-
-    Raises:
-        DataError: there are no folders, or a class has no images.
+    The paths in `skip` are relative to `root`, by default the directory. Classes without images raise DataError unless
+    `allow_empty` is True.
     """
     root = directory if root is None else root
     folders = sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -269,7 +263,8 @@ def _load_dataset(name: str, **options: Any) -> Any:
         import datasets
     except ImportError:
         raise ImportError(
-            f"The directory {name} does not exist. To load a Hugging Face dataset, pip install 'levit-flax[datasets]'."
+            f"The directory {name} does not exist, and loading a Hugging Face dataset requires datasets, which is not"
+            " installed. Run: pip install 'levit-flax[datasets]'"
         ) from None
     return datasets.load_dataset(name, **options)
 
@@ -279,15 +274,7 @@ def _read_split(
 ) -> LabeledImages:
     """Return the images and targets of one split of a Hugging Face dataset, decoded on access.
 
-    Args:
-        dataset: the loaded split.
-        name: name of the dataset in messages.
-        split: name of the split.
-        problem_types: accepted problem types of the targets; None for all.
-        columns: the columns to read.
-
-    Raises:
-        DataError: the split has no column of images or targets, several that may be meant, or rows without a class.
+    The targets have one of the accepted `problem_types`; None accepts all.
     """
     data = _read_columns(dataset, f"{name}, {split}", split, problem_types, columns)
     if data.problem_type == _SINGLE_LABEL:
@@ -305,14 +292,6 @@ def _match_classes(names: Sequence[str], labels: Sequence[str], where: str) -> l
 
     Classes are matched by name; those of ImageNet also by WordNet id. Only if no name matches, they are matched by
     position, and a warning is issued.
-
-    Args:
-        names: class names of the data.
-        labels: class names of the model.
-        where: name of the data in messages.
-
-    Raises:
-        DataError: some names match and others do not, a name is ambiguous, or neither names nor numbers match.
     """
     known = set(labels)
     if any(name in known for name in names):
@@ -364,26 +343,26 @@ def _read_columns(
     import datasets
 
     features = dataset.features
-    types = {key: _problem_type(kind) for key, kind in features.items()}
+    types = {key: _problem_type(feature) for key, feature in features.items()}
     accepted = [key for key, problem_type in types.items() if problem_type in (problem_types or _PROBLEM_TYPES)]
-    # Classes are targets. Numbers are only if there are no classes: they may be boxes or coordinates.
+    # Numbers are targets only if there are no classes, because they may be boxes or coordinates.
     targets = [key for key in accepted if types[key] != _REGRESSION] or accepted
-    images = [key for key, kind in features.items() if isinstance(kind, datasets.Image)]
+    images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
     kinds = "classes" if problem_types == (_SINGLE_LABEL,) else "classes, lists of classes or numbers"
     image = _choose_column(images, columns.image, _IMAGE_COLUMNS, "image_column", f"images, {where}", features)
     candidates = targets if columns.label is None else accepted
     target = _choose_column(candidates, columns.label, _LABEL_COLUMNS, "label_column", f"{kinds}, {where}", features)
-    rows, values, kind = _DatasetImages(dataset, image, split), dataset[target], features[target]
+    rows, values, feature = _DatasetImages(dataset, image, split), dataset[target], features[target]
     if types[target] == _SINGLE_LABEL:
         classes = [-1 if index is None else index for index in values]
-        return LabeledImages(rows, np.asarray(classes, np.int32), tuple(kind.names), where)
+        return LabeledImages(rows, np.asarray(classes, np.int32), tuple(feature.names), where)
     if types[target] == _REGRESSION:
         numbers = np.asarray(values, np.float32).reshape(len(dataset), -1)
         return LabeledImages(rows, numbers, (), where, _REGRESSION)
-    matrix = np.zeros((len(dataset), kind.feature.num_classes), np.float32)
+    matrix = np.zeros((len(dataset), feature.feature.num_classes), np.float32)
     for row, indices in zip(matrix, values, strict=True):
         row[list(indices)] = 1
-    return LabeledImages(rows, matrix, tuple(kind.feature.names), where, _MULTI_LABEL)
+    return LabeledImages(rows, matrix, tuple(feature.feature.names), where, _MULTI_LABEL)
 
 
 def _choose_column(
@@ -414,13 +393,13 @@ def _choose_column(
     )
 
 
-def _problem_type(kind: Any) -> str | None:
+def _problem_type(feature: Any) -> str | None:
     """Return the problem type of a dataset's feature, or None if it cannot be a target."""
     import datasets
 
-    entry = getattr(kind, "feature", None)
-    if isinstance(kind, datasets.ClassLabel):
+    entry = getattr(feature, "feature", None)
+    if isinstance(feature, datasets.ClassLabel):
         return _SINGLE_LABEL
     if isinstance(entry, datasets.ClassLabel):
         return _MULTI_LABEL
-    return _REGRESSION if getattr(entry or kind, "dtype", "").startswith("float") else None
+    return _REGRESSION if getattr(entry or feature, "dtype", "").startswith("float") else None

@@ -1,4 +1,4 @@
-"""Measure accuracy, loss and confusion of a classifier on a folder of images or a Hugging Face dataset."""
+"""Evaluate a classifier on labeled images: accuracy, loss and confusion matrix."""
 
 import csv
 import io
@@ -20,10 +20,10 @@ _TOP_K = 5
 
 
 class _HalfEvenProcessor(LevitImageProcessor):
-    """Round half an odd margin to even, as torchvision's `center_crop` does; transformers rounds down."""
+    """A processor that rounds the crop offset half to even, as torchvision does; transformers rounds it down."""
 
     def crop_offset(self, margin: int) -> int:
-        """Return the first pixel of a crop in an edge that is `margin` pixels longer."""
+        """Return the offset of the center crop in pixels, rounded half to even."""
         return round(margin / 2)
 
 
@@ -38,8 +38,8 @@ class Evaluation:
         loss: mean cross entropy, in nats.
         confusion: number of images by true class (rows) and predicted class (columns), int64 [num_labels num_labels].
         labels: class names.
-        seconds: time to load and classify the images, without compilation.
-        broken: one error message for each image that cannot be read. These images are not counted.
+        seconds: time to load and classify the images, excluding compilation.
+        broken: one error message per unreadable image. These images are not counted.
 
     Examples:
         >>> result = Evaluation(4, 0.75, 1.0, 0.5, np.array([[2, 1], [0, 1]]), ("cat", "dog"), seconds=0.5)
@@ -79,14 +79,14 @@ class Evaluation:
         Examples:
             >>> result = Evaluation(4, 0.75, 1.0, 0.5, np.array([[2, 1], [0, 1]]), ("cat", "dog"), seconds=0.5)
             >>> print(result.confusion_csv().replace(chr(92), "/"))
-            true / named,cat,dog
+            true / predicted,cat,dog
             cat,2,1
             dog,0,1
             <BLANKLINE>
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["true \\ named", *self.labels])
+        writer.writerow(["true \\ predicted", *self.labels])
         writer.writerows([label, *map(int, row)] for label, row in zip(self.labels, self.confusion, strict=True))
         return text.getvalue()
 
@@ -96,7 +96,7 @@ def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
 
     Args:
         classifier: the model with its processor.
-        data: images with one class each. `targets` are the model's class indices, as returned by `read_data`.
+        data: images with one class each, as returned by `read_data`. `targets` are class indices of the model.
 
     Raises:
         ValueError: there are no images, none of them can be read, or a target is not a class index of the model.
@@ -125,8 +125,8 @@ def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
         order = np.argsort(-logits, kind="stable")
         confusion[label, order[0]] += 1
         in_top5 += label in order[:_TOP_K]
-        wide = logits.astype(np.float64)
-        losses += np.log(np.exp(wide - wide.max()).sum()) + wide.max() - wide[label]
+        row = logits.astype(np.float64)
+        losses += np.log(np.exp(row - row.max()).sum()) + row.max() - row[label]
     count = int(confusion.sum())
     if not count:
         raise ValueError(f"There are no images to evaluate: {'; '.join(broken[:3]) or 'the data is empty'}.")
@@ -163,7 +163,7 @@ def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> Lev
             - "hf": transformers. Resizes to crop size * 256 / 224, and rounds the crop offset down.
             - "torchvision": the original repository. Resizes as "hf" does, and rounds the offset half to even.
             - "timm": timm. Resizes to crop size / 0.9, and rounds the offset half to even.
-        model_processor: the source of crop size, mean and standard deviation.
+        model_processor: the processor that provides the crop size, mean and standard deviation.
 
     Raises:
         ValueError: the rule is unknown.
@@ -182,9 +182,9 @@ def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> Lev
         return model_processor
     if rule not in _CROP_RULES:
         raise ValueError(f"Unknown crop rule: expected one of {', '.join(_CROP_RULES)}, found {rule!r}.")
-    kind = LevitImageProcessor if rule == "hf" else _HalfEvenProcessor
+    processor_class = LevitImageProcessor if rule == "hf" else _HalfEvenProcessor
     size = _size_for_edge(int(side / _TIMM_CROP_PCT)) if rule == "timm" else side
-    return kind(**{**vars(model_processor), "size": size, "crop_size": (height, width)})
+    return processor_class(**{**vars(model_processor), "size": size, "crop_size": (height, width)})
 
 
 def read_data(
@@ -201,7 +201,7 @@ def read_data(
         source: a directory with one folder per class, or the name of a Hugging Face dataset (requires `datasets`).
             Hidden files and folders are skipped.
         labels: class names of the model. The classes of the data are matched by name, or those of ImageNet by WordNet
-            id. Only if no name matches and the numbers are equal, they are matched by order, with a warning.
+            id. If no name matches but the numbers are equal, they are matched by position, with a warning.
         split: split of a Hugging Face dataset.
         image_column: image column of a Hugging Face dataset; None for the only one, or the one called image or img.
         label_column: class column of a Hugging Face dataset; None for the only one, or the one called label or labels.

@@ -1,4 +1,4 @@
-"""Atomic writes of files and directories, with errors that explain why a write failed."""
+"""Write files and directories atomically, and explain why a write failed."""
 
 import contextlib
 import errno
@@ -50,14 +50,7 @@ def _check_free(directory: Path, overwrite: bool) -> None:
 def _staged_directory(directory: Path, overwrite: bool, replaceable: Collection[str]) -> Iterator[Path]:
     """Yield a temporary directory to write to, and rename it to `directory` if the block succeeds.
 
-    Args:
-        directory: the directory to write.
-        overwrite: replace the files of a directory that is not empty.
-        replaceable: names of the files that may be replaced; other files in `directory` are kept.
-
-    Raises:
-        FileExistsError: the directory is not empty and `overwrite` is False.
-        OSError: the directory cannot be written.
+    With `overwrite`, only files whose names are in `replaceable` are replaced; other files in `directory` are kept.
     """
     _check_free(directory, overwrite)
     directory = directory.expanduser().resolve()

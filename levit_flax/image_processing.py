@@ -1,4 +1,4 @@
-"""Preprocess images for LeViT, bit for bit like transformers' `LevitImageProcessorPil`."""
+"""Preprocess images for LeViT, bit for bit like transformers' PIL processor."""
 
 import json
 import os
@@ -133,7 +133,7 @@ class LevitImageProcessor:
         Args:
             images: a path, a PIL image, an array [H W], [H W C] or [C H W] (NumPy, JAX or PyTorch), a batch of these
                 with 4 axes, or a list of any of them. Float arrays contain values in [0, 1] or integers from 0 to 255.
-                Image files are rotated by their EXIF orientation. Of an animation, the first frame is used.
+                Image files are rotated by their EXIF orientation, and the first frame of an animation is used.
             return_tensors: "np", "jax" or "pt" (PyTorch) returns one array for the batch; None returns a list of NumPy
                 arrays, one per image, whose sizes may differ.
             data_format: "channels_last" for [B H W C], "channels_first" for [B C H W].
@@ -149,7 +149,7 @@ class LevitImageProcessor:
             FileNotFoundError: a file does not exist.
             TypeError: an object is not an image, or an override is not a parameter of the class.
             ValueError: a setting is invalid.
-            ImportError: `return_tensors="pt"`, and PyTorch is not installed.
+            ImportError: `return_tensors` is "pt", and PyTorch is not installed.
 
         Examples:
             >>> images = [np.zeros((100, 200, 3), np.uint8), Image.new("L", (300, 250))]
@@ -232,7 +232,7 @@ class LevitImageProcessor:
 
         Returns:
             An array [... C], float32 except in two cases: if neither step is enabled, the dtype is unchanged, and
-            arrays of another float dtype are normalized in theirs.
+            arrays of another float dtype keep it.
 
         Raises:
             ValueError: `image_mean` or `image_std` does not fit the number of channels.
@@ -290,9 +290,9 @@ class LevitImageProcessor:
             >>> LevitImageProcessor.from_dict({"size": {"shortest_edge": 160}, "crop_size": 160}).crop_size
             {'height': 160, 'width': 160}
         """
-        kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or _PROCESSOR_TYPES[0]
-        if kind not in _PROCESSOR_TYPES:
-            raise ValueError(f"The settings are of another processor: expected LevitImageProcessor, found {kind}.")
+        name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or _PROCESSOR_TYPES[0]
+        if name not in _PROCESSOR_TYPES:
+            raise ValueError(f"The settings belong to another processor: expected LevitImageProcessor, found {name}.")
         known = vars(cls())
         given = {name: value for name, value in settings.items() if value is not None}
         for name, value in _FIXED_KEYS.items():
@@ -461,7 +461,7 @@ def _crop(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> n
 
 
 def _rescale(pixels: np.ndarray, factor: float) -> np.ndarray:
-    return (pixels.astype(np.float64) * factor).astype(np.float32)  # by way of float64, as in transformers
+    return (pixels.astype(np.float64) * factor).astype(np.float32)  # via float64, as in transformers
 
 
 def _per_channel(name: str, value: float | tuple[float, ...], channels: int) -> tuple[float, ...]:

@@ -20,7 +20,7 @@ _DECODER_ERRORS = (
 )
 
 
-# The formats that Pillow decodes by itself. For others, such as EPS, it starts another program.
+# The formats that Pillow decodes itself. For others, such as EPS, it starts another program.
 _FORMATS = frozenset("AVIF BMP DIB GIF ICNS ICO JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP XBM".split())
 
 
@@ -40,17 +40,8 @@ class ImageError(ValueError):
 def _load_image(path: str | os.PathLike[str]) -> Image.Image:
     """Read the first frame of an image file as RGB, rotated by its EXIF orientation, as transformers does.
 
-    The alpha channel is dropped without blending. 16-bit images are scaled to 8 bits.
-
-    Args:
-        path: the file. Its format is detected from its content.
-
-    Returns:
-        An image of mode "RGB".
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ImageError: the file is empty, damaged, not an image, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+    The format is detected from the content. The alpha channel is dropped without blending. 16-bit images are scaled
+    to 8 bits.
 
     Source: transformers image_utils.py (`_load_image`).
     """
@@ -60,7 +51,7 @@ def _load_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def _check_header(path: str | os.PathLike[str]) -> None:
-    """Raise the errors of `_load_image` that the header of a file reveals, without decoding its pixels."""
+    """Raise the errors of `_load_image` that can be detected without decoding the pixels."""
     with _opened(path):
         pass
 
@@ -151,7 +142,7 @@ def _installed_formats() -> list[str]:
 
 def _image_suffixes() -> frozenset[str]:
     """Return the lower-case file name suffixes of the image formats that can be decoded."""
-    formats = {*_installed_formats(), "MPO"}  # which the decoder of JPEG opens
+    formats = {*_installed_formats(), "MPO"}  # the JPEG decoder opens MPO
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 

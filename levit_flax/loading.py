@@ -47,8 +47,8 @@ def from_pretrained(
 
     Args:
         source: a directory, a Hub id such as "facebook/levit-128S", or "cifar10", the small model in the package.
-        dtype: dtype of the floating-point arrays; "auto" keeps the checkpoint's, and None does so too except that
-            narrower ones become float32, because optimizers underflow in float16.
+        dtype: dtype of the floating-point arrays; "auto" keeps the checkpoint's. None does the same, but converts
+            narrower dtypes than float32 to float32, because optimizers underflow in float16.
         image_size: input size in pixels, one side or (height, width); None keeps the checkpoint's. See `resize_image`.
         num_labels: number of classes; None keeps the checkpoint's. Heads for another number are newly initialized, and
             a warning is issued. See `replace_head`.
@@ -159,14 +159,7 @@ def _change_heads(
 ) -> tuple[LevitBase, Variables]:
     """Return the model as another class, with heads dropped and newly initialized as needed.
 
-    Args:
-        model: any model; returned unchanged if it already is of the class.
-        variables: its variables.
-        model_class: one of the three models.
-        key: random key for new heads; None for `jax.random.key(0)`.
-
-    Raises:
-        ValueError: a head is missing and the model is folded.
+    `key` is the random key for new heads; None for `jax.random.key(0)`.
     """
     if type(model) is model_class:
         return model, dict(variables)

@@ -158,7 +158,7 @@ class LevitBase(nn.Module):
         overwrite: bool = False,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write this model and its variables to a directory; see `levit_flax.save_pretrained`.
+        """Save this model and its variables; see `levit_flax.save_pretrained`.
 
         Args:
             directory: the directory to write; created if it does not exist.
@@ -400,7 +400,9 @@ class LevitForImageClassification(LevitBase):
 
 
 class LevitForImageClassificationWithTeacher(LevitBase):
-    """LeViT with two classifier heads, one trained on labels and one on a teacher, whose logits are averaged.
+    """LeViT with two classifier heads, whose logits are averaged.
+
+    `head` is trained on the labels, `head_dist` on the predictions of a teacher.
 
     Examples:
         >>> model, variables = LevitForImageClassificationWithTeacher.from_pretrained("cifar10")

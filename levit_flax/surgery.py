@@ -1,6 +1,6 @@
-"""Pure functions from a model and its variables to another model and its variables.
+"""Transform a model and its variables: fold, merge, resize, replace heads.
 
-They compute in float64 with NumPy and return every array in its original dtype.
+All functions are pure. They compute in float64 with NumPy and return every array in its original dtype.
 """
 
 import dataclasses
@@ -55,18 +55,18 @@ def fold_batch_norm(model: LevitBase, variables: Mapping[str, Any]) -> tuple[Lev
         factor, shift = _scale_and_shift(flat, layer)
         linear = f"params/{layer}/" + ("conv" if f"params/{layer}/conv/kernel" in flat else "linear")
         kernel, bias = flat[f"{linear}/kernel"], flat.get(f"{linear}/bias")
-        wide = np.asarray(kernel, np.float64)
+        kernel64 = np.asarray(kernel, np.float64)
         if bias is None:  # the norm follows the layer
-            new_kernel, new_bias = wide * factor, shift
+            new_kernel, new_bias = kernel64 * factor, shift
         else:  # a head: the norm precedes the layer
-            new_kernel, new_bias = factor[:, None] * wide, shift @ wide + np.asarray(bias, np.float64)
+            new_kernel, new_bias = factor[:, None] * kernel64, shift @ kernel64 + np.asarray(bias, np.float64)
         folded[f"{linear}/kernel"] = _like(new_kernel, kernel)
         folded[f"{linear}/bias"] = _like(new_bias, kernel if bias is None else bias)
     return model.clone(folded=True), _unflatten(folded, flat)
 
 
 def merge_heads(model: LevitBase, variables: Mapping[str, Any]) -> tuple[LevitForImageClassification, Variables]:
-    """Merge the two heads of a distilled model into one that returns their average logits.
+    """Merge the two heads of a distilled model into one that averages their logits.
 
     The merged head of a model that is not folded can still be trained: its batch norm has the running statistics of
     `head`, scale 1 and bias 0, and its linear layer absorbs everything else.
@@ -121,8 +121,8 @@ def resize_image(
 
     Only the attention-bias tables depend on the image size. They contain one bias for every offset (|dy|, |dx|) between
     two tokens. An offset d on the new grid of R' tokens corresponds to d * R / R' on the old grid of R tokens, along
-    each axis. The new tables sample the old ones there by cubic convolution. Biases are even in d, which gives the
-    values at negative offsets; beyond the largest old offset the last bias is repeated.
+    each axis. The new tables interpolate the old ones at these positions by cubic convolution. Biases are even in d, so
+    values at negative offsets equal those at positive ones. Beyond the largest old offset, the last bias is repeated.
 
     Args:
         model: any model, folded or not.
@@ -131,7 +131,7 @@ def resize_image(
             because the stem rounds the number of tokens up.
 
     Returns:
-        The model with the new size in its config, and its variables. At the same size both are equal to the old ones.
+        The model with the new size in its config, and its variables. If the size is unchanged, so are both.
 
     Raises:
         ValueError: the image size is invalid.
@@ -188,7 +188,7 @@ def _cubic(x: float) -> float:
 def replace_head(
     model: LevitBase, variables: Mapping[str, Any], num_labels: int, key: jax.Array
 ) -> tuple[LevitBase, Variables]:
-    """Replace the heads of a model with newly initialized ones for another number of classes.
+    """Replace a model's heads with newly initialized ones for `num_labels` classes.
 
     Args:
         model: a model with one or two heads and `folded=False`.

@@ -9,7 +9,7 @@ _UNTRAINED_TIMM_VARIANTS = ("levit_384_s8", "levit_512_s8", "levit_512", "levit_
 
 
 class _Variants(dict[str, LevitConfig]):
-    """The configs of the published variants by name, each with the 1000 classes of ImageNet.
+    """Configs of the published variants by name, with ImageNet's 1000 classes.
 
     Raises:
         KeyError: the name is not that of a published variant.
@@ -26,7 +26,7 @@ class _Variants(dict[str, LevitConfig]):
     def __missing__(self, name: str) -> LevitConfig:
         if str(name).replace("-", "_").replace("levit_conv_", "levit_") in _UNTRAINED_TIMM_VARIANTS:
             raise KeyError(
-                f"{name} is not a published LeViT variant but an experiment of timm's without weights: expected one of"
+                f"{name} is not a published LeViT variant but an experiment of timm without weights: expected one of"
                 f" {', '.join(self)}."
             )
         raise KeyError(f"{name} is not a published LeViT variant: expected one of {', '.join(self)}.")
@@ -45,7 +45,7 @@ def _published(
         num_attention_heads=heads,
         depths=depths,
         drop_path_rate=drop_path_rate,
-        id2label=_Derived(_imagenet_labels()),  # replaced if another number of classes is asked for
+        id2label=_Derived(_imagenet_labels()),  # replaced if num_labels changes
     )
 
 

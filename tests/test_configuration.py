@@ -26,7 +26,7 @@ def test_variants_are_the_published_ones():
     assert {config.num_labels for config in lf.VARIANTS.values()} == {1000}
     assert lf.VARIANTS["levit-192"].down_ops == (("Subsample", 32, 6, 4, 2, 2), ("Subsample", 32, 9, 4, 2, 2))
     with pytest.raises(
-        KeyError, match="levit_conv_512_s8 is not a published LeViT variant but an experiment of timm's"
+        KeyError, match="levit_conv_512_s8 is not a published LeViT variant but an experiment of timm without"
     ):
         lf.VARIANTS["levit_conv_512_s8"]
     with pytest.raises(KeyError, match="levit-512x is not a published LeViT variant: expected one of levit-128S, "):

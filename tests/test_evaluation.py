@@ -59,7 +59,7 @@ def test_metrics_equal_a_count_by_hand(classifier, folder):
     np.add.at(expected, (labels, logits.argmax(-1)), 1)
     np.testing.assert_array_equal(result.confusion, expected)
     rows = result.confusion_csv().splitlines()
-    assert rows[0] == r"true \ named,ant,bee,cat,dog,elk,fox,gnu" and rows[3].startswith("cat,") and len(rows) == 8
+    assert rows[0] == r"true \ predicted,ant,bee,cat,dog,elk,fox,gnu" and rows[3].startswith("cat,") and len(rows) == 8
 
 
 @pytest.mark.skipif(CIFAR is None, reason="needs CIFAR-10 as JPEG files: LEVIT_FLAX_CIFAR10 is not set")
@@ -185,7 +185,7 @@ def test_evaluate_command_writes_its_results(capsys, classifier, folder, tmp_pat
     assert "top1" in out and err.startswith("error: ") and "1.png" in err and len(err.splitlines()) == 1
     assert sorted(os.listdir(tmp_path / "out")) == ["confusion.csv", "confusion.png", "metrics.json"]
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["images"] == 20
-    assert (tmp_path / "out" / "confusion.csv").read_text().startswith("true \\ named,ant,bee")
+    assert (tmp_path / "out" / "confusion.csv").read_text().startswith("true \\ predicted,ant,bee")
     with Image.open(tmp_path / "out" / "confusion.png") as image:
         assert image.format == "PNG"
 

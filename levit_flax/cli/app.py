@@ -1,4 +1,4 @@
-"""The application behind `levit-flax`: registers the commands and handles their errors.
+"""The `levit-flax` application: registers the commands and handles errors.
 
 Results are printed to stdout, progress, warnings and errors to stderr. Heavy modules are imported inside the commands,
 so that `--help` is fast.

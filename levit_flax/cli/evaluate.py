@@ -1,4 +1,4 @@
-"""`levit-flax evaluate`."""
+"""The command `levit-flax evaluate`."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""`levit-flax finetune`."""
+"""The command `levit-flax finetune`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -57,7 +57,7 @@ def finetune(  # long: its parameters are the options, with their help
         int, typer.Option(min=0, help="Worker processes that decode and augment images; 0 uses this process.")
     ] = 0,
     distributed: Annotated[
-        bool, typer.Option("--distributed", help="Train on several hosts, which the cluster (TPU, SLURM or MPI) lists.")
+        bool, typer.Option("--distributed", help="Train on all hosts of a TPU, SLURM or MPI cluster.")
     ] = False,
     coordinator: Annotated[
         str | None,
@@ -78,7 +78,7 @@ def finetune(  # long: its parameters are the options, with their help
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a model on labeled images, from a checkpoint or from scratch, with or without a teacher."""
+    """Train a model on labeled images, from a checkpoint or from scratch."""
     from levit_flax.memory import keep_freed_memory
 
     keep_freed_memory()

@@ -1,4 +1,4 @@
-"""Replace Python parameters by command-line flags in the library's messages.
+"""Replace Python parameters with command-line flags in the library's messages.
 
 The library names Python parameters in its messages, such as `overwrite=True`. The command line prints the flag of the
 running command instead, such as `--force`. A parameter without a flag in the running command is printed unchanged.

@@ -1,4 +1,4 @@
-"""Fine-tuning and training from scratch in one call."""
+"""Train or fine-tune a model in one call."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ import jax
 from levit_flax.datasets import _Columns
 from levit_flax.hub import _HubOptions
 
-from .hosts import _together
+from .hosts import _run_on_hosts
 from .loop import Progress, _run_plan
 from .outputs import _MODEL_DIRECTORY, _TORCH_DIRECTORY
 from .plan import _make_plan
@@ -60,8 +60,9 @@ def finetune(
         threads: number of threads that decode and augment images, in each process.
         processes: number of worker processes that decode and augment images; 0 decodes in this process.
         show: called after each step with the progress.
-        revision: branch, tag or commit hash of `model` on the Hub; the teacher is loaded from its main branch.
-        token: access token for the Hub.
+        revision: branch, tag or commit of `model` on the Hub; None for its main branch. The teacher is always
+            loaded from its main branch.
+        token: access token for the Hub; None for the one stored by `hf auth login` or in HF_TOKEN.
         cache_dir: directory for downloads; None for huggingface_hub's own cache.
         local_files_only: do not access the network.
 
@@ -75,7 +76,7 @@ def finetune(
             several hosts, resume from the last checkpoint.
         NotFiniteError: the loss or a gradient is NaN or infinite.
         TrainingStopped: SIGTERM or SIGINT was received; the state is saved.
-        FileExistsError: the directory holds a run, and neither `resume` nor `overwrite` is set.
+        FileExistsError: the directory contains a run, and neither `resume` nor `overwrite` is set.
         OSError: a file cannot be read or written.
 
     Examples:
@@ -111,7 +112,7 @@ def finetune(
         columns=_Columns(image_column, label_column),
         options=_HubOptions(revision, token, cache_dir, local_files_only),
     )
-    _together(lambda: _prepare_output(plan.output, plan.settings, plan.resumed), only_first=True)
+    _run_on_hosts(lambda: _prepare_output(plan.output, plan.settings, plan.resumed), only_first=True)
     try:
         report = _run_plan(plan, show)
     except jax.errors.JaxRuntimeError as error:

@@ -1,4 +1,4 @@
-"""The model to train: loaded from a checkpoint, or initialized from a recipe's architecture."""
+"""The model to train, from a checkpoint or newly initialized."""
 
 import dataclasses
 import warnings
@@ -43,19 +43,9 @@ class _Student(NamedTuple):
 def _make_student(
     source: str | Path | None, recipe: Recipe, data: LabeledImages, options: _HubOptions = _DEFAULTS
 ) -> _Student:
-    """Return the model that a recipe trains on labeled data.
+    """Return the model that a recipe trains on labeled data, from a checkpoint or newly initialized.
 
-    Args:
-        source: a checkpoint, as in `levit_flax.from_pretrained`; None initializes the recipe's architecture.
-        recipe: sets the heads, the image size, stochastic depth and the compute dtype.
-        data: the training data. If the classes differ from the checkpoint's, new heads are initialized and a warning is
-            issued.
-        options: how to access the Hub.
-
-    Raises:
-        RecipeError: there is neither a checkpoint nor an architecture, or the architecture is invalid.
-        ValueError: the checkpoint cannot be trained.
-        OSError: the checkpoint does not exist, or cannot be read or downloaded.
+    If the classes of the data differ from the checkpoint's, new heads are initialized and a warning is issued.
     """
     student = _load_student(source, recipe, options) if source is not None else _new_student(recipe, data)
     model, variables = student.model, student.variables
@@ -114,16 +104,16 @@ def _load_student(source: str | Path, recipe: Recipe, options: _HubOptions) -> _
             f"{source} is folded and cannot be trained: expected a model with batch norms. Use the model before"
             " folding."
         )
-    wanted = _head_class(recipe)
-    if isinstance(model, LevitForImageClassificationWithTeacher) and wanted is LevitForImageClassification:
+    model_class = _head_class(recipe)
+    if isinstance(model, LevitForImageClassificationWithTeacher) and model_class is LevitForImageClassification:
         if recipe.heads == "merge":
             model, variables = merge_heads(model, variables)
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the recipe drops the second head on purpose
-                model, variables = loading._change_heads(model, variables, wanted)
+                model, variables = loading._change_heads(model, variables, model_class)
     else:
-        model, variables = loading._change_heads(model, variables, wanted, jax.random.key(recipe.seed))
+        model, variables = loading._change_heads(model, variables, model_class, jax.random.key(recipe.seed))
     return _Student(model, variables, processor)
 
 

@@ -49,22 +49,7 @@ def _make_teacher(
     root: Path,
     options: _HubOptions = _DEFAULTS,
 ) -> _TeacherSource:
-    """Load and check the teacher.
-
-    Args:
-        teacher: as in `finetune`.
-        recipe: how to train.
-        config: the student's config.
-        processor: the student's processor.
-        train: the training images.
-        root: the directory that the paths of stored logits are relative to.
-        options: how to access the Hub.
-
-    Raises:
-        RecipeError: the recipe needs a teacher and there is none, or the other way round; the recipe mixes images and
-            the logits are stored; or the problem is not single-label.
-        ValueError: the teacher does not have all of the student's classes.
-    """
+    """Load and check the teacher; `root` is the directory that the paths of stored logits are relative to."""
     _check_teacher(teacher, recipe, train)
     if teacher is None:
         return _TeacherSource()
@@ -106,8 +91,8 @@ def _load_teacher(
     order = _match_names(config.id2label, model.config.id2label, f"The classes of the teacher {source}")
     mean, std, own_mean, own_std = (
         np.asarray(value, np.float32).reshape(1, 1, 1, -1)
-        for of in (processor, own_processor)
-        for value in ((of.image_mean, of.image_std) if of.do_normalize else (0.0, 1.0))
+        for each in (processor, own_processor)
+        for value in ((each.image_mean, each.image_std) if each.do_normalize else (0.0, 1.0))
     )
     size = model.config.image_height_width
 
@@ -141,10 +126,10 @@ def _check_width(function: Callable[[jax.Array], jax.Array], width: int) -> _Tea
 
 
 def store_logits(path: str | Path, classifier: ImageClassifier, data: str | Path, files: Sequence[str | Path]) -> None:
-    """Write a classifier's logits for images to a file that `finetune` accepts as a teacher.
+    """Write a classifier's logits to a file that `finetune` accepts as a teacher.
 
     Args:
-        path: the .npz file to write. It holds "files", paths relative to `data`; "labels", the class names; and
+        path: the .npz file to write. It contains "files", paths relative to `data`; "labels", the class names; and
             "logits" [N L].
         classifier: the teacher.
         data: the directory that will be passed to `finetune`.
@@ -180,11 +165,7 @@ def store_logits(path: str | Path, classifier: ImageClassifier, data: str | Path
 
 
 def _read_logits(path: Path, train: LabeledImages, root: Path, config: LevitConfig) -> np.ndarray:
-    """Return stored logits [N L] of the training images, in the order of the student's classes.
-
-    Raises:
-        ValueError: the file was not written by `store_logits`, or an image or a class is missing.
-    """
+    """Return stored logits [N L] of the training images, in the order of the student's classes."""
     if not isinstance(train.images, list):
         raise ValueError(
             f"{path} stores logits by image path, but the images of {train.where} are not files: expected a directory."
@@ -207,5 +188,5 @@ def _read_logits(path: Path, train: LabeledImages, root: Path, config: LevitConf
             " the logits of all images."
         )
     order = _match_names(config.id2label, labels.tolist(), f"The classes of the teacher {path}")
-    found: np.ndarray = logits[[rows[name] for name in names]][:, order]
-    return found
+    selected: np.ndarray = logits[[rows[name] for name in names]][:, order]
+    return selected
