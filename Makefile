@@ -1,11 +1,11 @@
-# `make demo` and `make test` need nothing but Python: they create .venv and install into it.
+# All targets need only Python: they create .venv and install the packages that they use into it.
 PYTHON ?= $$(sh tools/newest_python.sh)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
-COVERAGE := # --cov measures it
+COVERAGE := # --cov measures coverage
 
 .PHONY: help demo test test-all lint format docs notebooks clean
 
@@ -20,7 +20,7 @@ help:
 demo: $(STAMPS)/demo
 	$(BIN)/levit-flax demo
 
-# Without optimizations XLA compiles in half the time, which dominates here. test-all compiles as users do.
+# Compilation dominates the fast tests, and XLA compiles twice as fast without optimizations. test-all uses the defaults.
 test: $(STAMPS)/test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=true $(PYTEST) -m "not slow and not measurement and not network" $(PARALLEL) $(COVERAGE)
 
@@ -49,7 +49,7 @@ notebooks: $(STAMPS)/test
 clean:
 	rm -rf $(VENV) build dist site *.egg-info
 
-# A stamp is written after its installation has succeeded, and again when pyproject.toml changes.
+# A stamp records that an extra is installed. If pyproject.toml changes, the extra is installed again.
 $(STAMPS)/%: pyproject.toml $(STAMPS)/python
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@

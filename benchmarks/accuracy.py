@@ -1,10 +1,10 @@
-"""Measure the accuracy of the embedded model at other image sizes and in narrower dtypes.
+"""Measure the embedded model's accuracy at other image sizes and dtypes.
 
-The model is evaluated at 75 % and 125 % of the image size that it was trained at: once directly after `resize_image`,
-and once after an epoch of fine-tuning at the new size. It is also evaluated in bfloat16 and float16 and compared with
-float32. The images are the test half of CIFAR-10 that the model card names.
+The model is evaluated at 75% and 125% of the image size that it was trained at: once after `resize_image`, and
+once after an epoch of fine-tuning at the new size. It is also evaluated in bfloat16 and float16 and compared with
+float32. The images are the half of CIFAR-10's test split that the model card describes.
 
-    python benchmarks/accuracy.py DATA [--out FILE]     # DATA/train and DATA/test hold one folder per class
+    python benchmarks/accuracy.py DATA [--out FILE]     # DATA/train and DATA/test have one folder per class
 
 Requires `pip install -e '.[train]'`.
 """
@@ -51,9 +51,9 @@ def main() -> None:
     for share in SHARES:
         size = round(own * share)
         classifier = lf.ImageClassifier.from_pretrained("cifar10", image_size=size, batch_size=BATCH)
-        found = evaluate(classifier, data)
-        row = {"top1": found.top1, "top5": found.top5, "loss": found.loss}
-        print(f"{size:4} pixels  top-1 {found.top1:.2%}", flush=True)
+        evaluation = evaluate(classifier, data)
+        row = {"top1": evaluation.top1, "top5": evaluation.top5, "loss": evaluation.loss}
+        print(f"{size:4} pixels  top-1 {evaluation.top1:.2%}", flush=True)
         if size != own and arguments.epochs:
             recipe = read_recipe(
                 "small_images_finish",
@@ -65,17 +65,17 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as run:
                 report = finetune(arguments.data, run, model="cifar10", recipe=recipe)
             row["fine_tuned"] = {"epochs": arguments.epochs, "top1": report["last"]["validation_accuracy"]}
-            print(f"{'':13}fine-tuned there {row['fine_tuned']['top1']:.2%}", flush=True)
+            print(f"{'':13}fine-tuned at this size {row['fine_tuned']['top1']:.2%}", flush=True)
         result["image_sizes"][size] = row
     reference = None
     for name in DTYPES:
         model = loaded.model.clone(dtype=jnp.dtype(name))
         classifier = lf.ImageClassifier(model, loaded.variables, loaded.processor, BATCH)
-        named = np.array([logits.argmax() for logits in classifier.stream_logits(data.images)])
-        reference = named if reference is None else reference
-        agreement = float((named == reference).mean())
+        predicted = np.array([logits.argmax() for logits in classifier.stream_logits(data.images)])
+        reference = predicted if reference is None else reference
+        agreement = float((predicted == reference).mean())
         result["types"][name] = {
-            "top1": float((named == data.targets).mean()),
+            "top1": float((predicted == data.targets).mean()),
             "agreement_with_float32": agreement,
         }
         print(f"{name:9}  top-1 {result['types'][name]['top1']:.2%}  agrees with float32 on {agreement:.2%}")

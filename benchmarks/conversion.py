@@ -1,8 +1,8 @@
 """Measure the time and the peak memory of a conversion, without the imports.
 
-For each variant, a safetensors file with random weights is converted as by `levit-flax convert --no-verify`: read,
-checked, converted to the Flax tree, converted back and compared with the file, and written. Each run is a separate
-process that is measured after its imports.
+For each variant, a safetensors file with random weights is converted as by `levit-flax convert --no-verify`: it is
+read, checked, converted to the Flax tree, converted back and compared with the file, and written. Each run is a
+separate process, measured after its imports.
 
     python benchmarks/conversion.py [--variants levit-128S ...] [--runs 5] [--layout hf] [--out FILE]
 """
@@ -18,37 +18,7 @@ from pathlib import Path
 import turns
 from machine import describe_machine
 
-RUN = """
-import json, resource, sys, time
-from pathlib import Path
-from levit_flax.convert import workflow
-
-def megabytes():  # peak resident memory so far, including mapped files
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-imports = megabytes()
-start = time.perf_counter()
-workflow.convert_to_directory(sys.argv[1], Path(sys.argv[2]), verify=False)
-print(json.dumps({"seconds": time.perf_counter() - start, "peak_mib": megabytes() - imports, "imports_mib": imports}))
-"""
-
-WRITE = """
-import sys
-from pathlib import Path
-import numpy as np
-from flax.traverse_util import unflatten_dict
-import levit_flax as lf
-from levit_flax import convert
-from levit_flax.modeling import _abstract_variables
-
-model = lf.LevitForImageClassificationWithTeacher(lf.VARIANTS[sys.argv[1]])
-generator = np.random.default_rng(0)
-variables = {
-    path: np.abs(generator.standard_normal(leaf.shape)).astype(leaf.dtype)
-    for path, leaf in _abstract_variables(model).items()
-}
-convert.save_torch(Path(sys.argv[2]), model, unflatten_dict(variables, sep="/"), layout=sys.argv[3])
-"""
+PROCESS = str(Path(__file__).parent / "conversion_process.py")
 
 
 def main() -> None:
@@ -82,8 +52,8 @@ def measure(name: str, layout: str, runs: int) -> dict[str, object]:
     """Return the medians of several processes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        python("-c", WRITE, name, str(path), layout)
-        results = [json.loads(python("-c", RUN, str(path), f"{folder}/out{i}")) for i in range(runs)]
+        python(PROCESS, "write", name, str(path), layout)
+        results = [json.loads(python(PROCESS, "convert", str(path), f"{folder}/out{i}")) for i in range(runs)]
         mebibytes = path.stat().st_size / 2**20
     seconds = [result["seconds"] for result in results]
     peak = statistics.median(result["peak_mib"] for result in results)

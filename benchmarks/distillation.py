@@ -6,7 +6,7 @@ accuracies on the test half after the last epoch are compared.
 
     python benchmarks/distillation.py DATA --teacher DIR [--kind hard] [--epochs 8] [--share 0.2] [--out FILE]
 
-DATA holds `train` and `test` with one folder per class. DIR is a model directory, such as the output of `levit-flax
+DATA contains `train` and `test` with one folder per class. DIR is a model directory, such as the output of `levit-flax
 finetune DATA --recipe small_images`.
 """
 
@@ -50,12 +50,12 @@ def main() -> None:
     files = sorted((arguments.data / "train").glob("*/*"))
     skip = {path.relative_to(arguments.data).as_posix() for i, path in enumerate(files) if i % every}
     teacher = lf.ImageClassifier.from_pretrained(arguments.teacher, batch_size=64)
-    taught_by = evaluate(teacher, read_data(arguments.data / "test", teacher.model.config.id2label)).top1
-    print(f"teacher: top-1 {taught_by:.2%}")
+    teacher_top1 = evaluate(teacher, read_data(arguments.data / "test", teacher.model.config.id2label)).top1
+    print(f"teacher: top-1 {teacher_top1:.2%}")
 
     accuracies: dict[str, list[float]] = {"none": [], arguments.kind: []}
     for seed in range(arguments.seeds):
-        for kind, found in accuracies.items():
+        for kind, top1 in accuracies.items():
             recipe = read_recipe(
                 "small_images",
                 architecture=STUDENTS[arguments.student],
@@ -73,14 +73,14 @@ def main() -> None:
                     teacher=None if kind == "none" else arguments.teacher,
                     skip=skip,
                 )
-            found.append(report["last"]["validation_accuracy"])
-            print(f"seed {seed}  {kind:5} top-1 {found[-1]:.2%}", flush=True)
+            top1.append(report["last"]["validation_accuracy"])
+            print(f"seed {seed}  {kind:5} top-1 {top1[-1]:.2%}", flush=True)
     alone, taught = accuracies.values()
     gains = [with_teacher - without for without, with_teacher in zip(alone, taught, strict=True)]
     result = {
         "description": "top-1 accuracy on CIFAR-10 of a student trained from scratch, without and with a teacher",
         "machine": describe_machine(("optax", "grain")),
-        "teacher_top1": taught_by,
+        "teacher_top1": teacher_top1,
         "student": STUDENTS[arguments.student],
         "training_images": len(files) - len(skip),
         "epochs": arguments.epochs,

@@ -1,7 +1,8 @@
-"""Run every peer on the same weights and images. Shared by `latency.py` and `throughput.py`.
+"""Run every peer on the same weights and images.
 
-Each measurement is a separate process. For each batch size, it times the first call, which compiles, then warms up,
-then measures. After all rounds, the logits of each peer are compared with those of levit-flax.
+`latency.py` and `throughput.py` share this module. Each measurement is a separate process. For each batch size, it
+times the first call, which compiles, then warms up, then measures. After all rounds, the logits of each peer are
+compared with those of levit-flax.
 """
 
 import argparse
@@ -23,7 +24,7 @@ WARM_UP = 0.25  # relative to the measured time
 TOLERANCE = {
     "float32": 2e-3,
     "bfloat16": 0.1,
-}  # relative to the largest logit; GPUs multiply float32 in TF32 by default
+}  # relative to the largest logit; by default, GPUs multiply float32 in TF32
 
 Measure = Callable[[Runner, Any, float], list[float]]  # (runner, inputs, seconds) -> milliseconds per batch
 
@@ -54,7 +55,7 @@ def logits_file(directory: Path, peer: str, batch: int) -> Path:
 
 
 def difference(directory: Path, peer: str, batch: int) -> float:
-    """Return the largest difference between a peer's logits and ours, relative to our largest logit."""
+    """Return the largest difference from our logits, relative to our largest logit."""
     theirs, ours = (np.load(logits_file(directory, name, batch)) for name in (peer, OURS))
     return float(np.abs(theirs - ours).max() / np.abs(ours).max())
 
@@ -67,22 +68,22 @@ def compare(found: dict[str, list[Any]], batch: int, dtype: str, directory: Path
         for name, runs in found.items()
     }
     for name, runs in found.items():
-        of_batch = [run["batches"][str(batch)] for run in runs]
-        differs = difference(directory, name, batch)
-        if not differs < TOLERANCE[dtype]:
+        measured = [run["batches"][str(batch)] for run in runs]
+        error = difference(directory, name, batch)
+        if not error < TOLERANCE[dtype]:
             raise SystemExit(
-                f"The logits of {name} at batch size {batch} differ by {differs:.1e} of the largest: expected less than"
+                f"The logits of {name} at batch size {batch} differ by {error:.1e} of the largest: expected less than"
                 f" {TOLERANCE[dtype]:.0e}."
             )
         ratios = [theirs / ours for theirs, ours in zip(medians[name], medians[OURS], strict=False)]
         rows[name] = {
             "milliseconds": turns.spread(medians[name]),
-            "milliseconds_p90": float(np.median([np.percentile(run["milliseconds"], 90) for run in of_batch])),
+            "milliseconds_p90": float(np.median([np.percentile(run["milliseconds"], 90) for run in measured])),
             "images_per_second": 1000 * batch / float(np.median(medians[name])),
             "times_ours": turns.spread(ratios),
             "build_seconds": turns.spread([run["build_seconds"] for run in runs]),
-            "first_call_seconds": turns.spread([run["first_call_seconds"] for run in of_batch]),
-            "difference": differs,
+            "first_call_seconds": turns.spread([run["first_call_seconds"] for run in measured]),
+            "difference": error,
         }
     return rows
 
@@ -127,8 +128,8 @@ def main(script: str, description: str, measure: Measure) -> None:
         turns.answer(lambda: work(arguments, measure))
         return
 
-    of_device = "" if arguments.device == "cpu" else f"-{arguments.device}"
-    out = arguments.out or Path(script).parent / "results" / f"{Path(script).stem}{of_device}.json"
+    suffix = "" if arguments.device == "cpu" else f"-{arguments.device}"
+    out = arguments.out or Path(script).parent / "results" / f"{Path(script).stem}{suffix}.json"
     names = [OURS, *(name for name in arguments.peers if name != OURS)]
     result: dict[str, Any] = {
         "description": description,
@@ -139,7 +140,7 @@ def main(script: str, description: str, measure: Measure) -> None:
         "variants": {},
     }
     for variant in arguments.variants:
-        of_variant = result["variants"][variant] = {}
+        by_dtype = result["variants"][variant] = {}
         for dtype in arguments.dtypes:
             with tempfile.TemporaryDirectory() as folder:
                 write_models(Path(folder), variant)
@@ -148,8 +149,8 @@ def main(script: str, description: str, measure: Measure) -> None:
                 commands = {name: ["--worker", name, *options] for name in names}
                 compiled = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}  # empty, so that the first call compiles
                 found = turns.in_turns(script, commands, arguments.rounds, **compiled)
-                turns.need(found, OURS)
-                of_variant[dtype] = {batch: compare(found, batch, dtype, Path(folder)) for batch in arguments.batches}
-            for batch, rows in of_variant[dtype].items():
+                turns.require(found, OURS)
+                by_dtype[dtype] = {batch: compare(found, batch, dtype, Path(folder)) for batch in arguments.batches}
+            for batch, rows in by_dtype[dtype].items():
                 show(f"{variant}, {dtype}, batch size {batch}", rows)
         turns.write(out, result)

@@ -12,7 +12,7 @@ OURS = ("levit-flax", "jax", "flax", "numpy", "safetensors")
 
 
 def describe_machine(packages: tuple[str, ...] = ()) -> dict[str, str | int | None]:
-    """Return the hardware, the commit, and the versions of our packages and of `packages`; None if not installed."""
+    """Return the hardware, the commit and package versions; None if not installed."""
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -48,7 +48,7 @@ def gpu() -> str | None:
 
 
 def commit() -> str | None:
-    """Return the commit of this repository, with "-dirty" if files other than results have changed."""
+    """Return the commit, with "-dirty" if files other than results have changed."""
     git = ("git", "-C", str(REPOSITORY))
     head = output(*git, "rev-parse", "HEAD")
     changed = output(*git, "status", "--porcelain", "--", ".", ":!benchmarks/results")

@@ -66,7 +66,7 @@ def main() -> None:
             options = ["--directory", folder, "--warm-up", arguments.warm_up, "--seconds", arguments.seconds]
             commands = {name: ["--worker", name, *options] for name in names}
             found = turns.in_turns(__file__, commands, 1, **ONE_THREAD)
-            turns.need(found, OURS)
+            turns.require(found, OURS)
             for name in found:
                 if not difference(Path(folder), name, BATCH) < TOLERANCE["float32"]:
                     raise SystemExit(f"The logits of {name} differ from those of {OURS}.")

@@ -1,4 +1,7 @@
-"""The compared ways to run LeViT. Each builds a `Runner`, which computes logits from a batch on the device."""
+"""The ways to run LeViT that are compared.
+
+Each builds a `Runner`, which computes logits from a batch on the device.
+"""
 
 import json
 import multiprocessing
@@ -25,7 +28,7 @@ class Case(NamedTuple):
     """A model, a dtype and a device.
 
     Attributes:
-        directory: holds the same weights in `flax` and in a directory per PyTorch layout.
+        directory: contains the same weights in `flax` and in one directory per PyTorch layout.
         dtype: "float32" or "bfloat16".
         device: "cpu" or "cuda".
     """
@@ -52,14 +55,17 @@ class Runner(NamedTuple):
 
 
 def use_jax_on(device: str) -> None:
-    """Restrict JAX to one platform, because it reserves most of the memory of every GPU that it finds."""
+    """Restrict JAX to one platform; otherwise it reserves memory on every GPU."""
     import jax
 
     jax.config.update("jax_platforms", device)
 
 
 def write_models(directory: Path, variant: str) -> None:
-    """Write a variant with two heads in all layouts, with random weights of a trained model's magnitude."""
+    """Write a variant with two heads and random weights in all layouts.
+
+    The weights have the magnitude of those of a trained model.
+    """
     from flax.traverse_util import unflatten_dict
 
     use_jax_on("cpu")
@@ -101,7 +107,7 @@ def levit_flax(case: Case, precision: str | None = None) -> Runner:
 
 
 def levit_flax_keeping(case: Case) -> Runner:
-    """Run levit-flax in a process that keeps freed memory, as the commands `evaluate` and `classify` do."""
+    """Run levit-flax with freed memory kept, as `evaluate` and `classify` do."""
     from levit_flax.memory import keep_freed_memory
 
     if case.device != "cpu" or not keep_freed_memory():
@@ -110,7 +116,7 @@ def levit_flax_keeping(case: Case) -> Runner:
 
 
 def keras(case: Case) -> Runner:
-    """Run LeViT of zeromodels, which is Keras on JAX, compiled."""
+    """Run the LeViT of zeromodels, which uses Keras on JAX, compiled."""
     import os
 
     os.environ["KERAS_BACKEND"] = "jax"
@@ -141,7 +147,7 @@ def keras(case: Case) -> Runner:
 
 
 def load_torch(case: Case, layout: str) -> Any:
-    """Load the PyTorch model of a layout in evaluation mode; models of timm are fused."""
+    """Load the PyTorch model of a layout in evaluation mode; timm's are fused."""
     from timm.utils import reparameterize_model
 
     use_jax_on("cpu")
@@ -178,7 +184,7 @@ def torch_runner(case: Case, layout: str, *, channels_last: bool = False, compil
 
 
 def onnx_file(case: Case) -> Path:
-    """Return the path of timm's fused model as ONNX, exporting it in a separate process if needed."""
+    """Return the path of timm's fused model as ONNX; a separate process exports it."""
     path = case.directory / "model.onnx"
     if not path.exists():
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -62,10 +62,10 @@ def draw_ratios(variants: dict[str, Any], batches: list[str]) -> Any:
         height = 0.8 / len(variants)
         for i, (variant, results) in enumerate(variants.items()):
             spreads = [results[batch].get(peer, {}).get("times_ours") for peer in peers]
-            found = [(row, spread) for row, spread in enumerate(spreads) if spread]
-            medians = np.array([spread["median"] for _, spread in found])
-            reach = np.abs(np.array([(spread["least"], spread["most"]) for _, spread in found]).T - medians)
-            places = [row + (i - len(variants) / 2 + 0.5) * height for row, _ in found]
+            measured = [(row, spread) for row, spread in enumerate(spreads) if spread]
+            medians = np.array([spread["median"] for _, spread in measured])
+            reach = np.abs(np.array([(spread["least"], spread["most"]) for _, spread in measured]).T - medians)
+            places = [row + (i - len(variants) / 2 + 0.5) * height for row, _ in measured]
             axes.barh(places, medians, height, xerr=reach, label=variant, error_kw={"lw": 0.8})
         axes.axvline(1, color="black", lw=1)
         axes.set(
@@ -82,7 +82,7 @@ def draw_ratios(variants: dict[str, Any], batches: list[str]) -> Any:
 
 
 def draw_training(reports: list[dict[str, Any]]) -> Any:
-    """Plot successive training runs of one model as one run, with a line where the image size changes."""
+    """Plot successive training runs of one model as one, with lines between them."""
     joined: list[dict[str, float]] = []
     starts, parts = [], []
     for report in reports:

@@ -1,6 +1,6 @@
-"""Measure the time from a JPEG file to pixel values against the two processors of transformers.
+"""Measure image preprocessing against the two processors of transformers.
 
-Files of 640x480 pixels are decoded, resized, cropped and normalized one at a time, on one thread and on two. Our
+JPEG files of 640x480 pixels are decoded, resized, cropped and normalized one at a time, on one thread and on two. Our
 pixel values must equal those of transformers' PIL processor bit for bit.
 
     python benchmarks/preprocessing.py [--images 64] [--rounds 5] [--out FILE]
@@ -90,7 +90,7 @@ def main() -> None:
         write_images(Path(folder), arguments.images)
         commands = {name: ["--worker", name, "--directory", folder] for name in (OURS, PIL, TORCHVISION)}
         found = turns.in_turns(__file__, commands, arguments.rounds)
-        turns.need(found, OURS)
+        turns.require(found, OURS)
         differing = {
             name: int(np.sum(np.load(Path(folder, f"{name}.npy")) != np.load(Path(folder, f"{OURS}.npy"))))
             for name in found
@@ -108,14 +108,16 @@ def main() -> None:
         "rounds": arguments.rounds,
         "processors": {
             name: {
-                "images_per_second": {threads: turns.spread(values) for threads, values in of.items()},
+                "images_per_second": {threads: turns.spread(values) for threads, values in by_threads.items()},
                 "ours_times_as_fast": {
-                    threads: turns.spread([a / b for a, b in zip(rates[OURS][threads], of[threads], strict=True)])
-                    for threads in of
+                    threads: turns.spread(
+                        [a / b for a, b in zip(rates[OURS][threads], by_threads[threads], strict=True)]
+                    )
+                    for threads in by_threads
                 },
                 "values_that_differ_from_ours": differing[name],
             }
-            for name, of in rates.items()
+            for name, by_threads in rates.items()
         },
         "two_threads_over_one": turns.spread([b / a for a, b in zip(*rates[OURS].values(), strict=True)]),
     }

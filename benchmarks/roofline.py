@@ -1,4 +1,4 @@
-"""Measure the fraction of the machine's peak that a model reaches, and where its time goes.
+"""Measure a model's fraction of the peak speed and the time spent in its parts.
 
 The peak is the rate of a large matrix product. The operations of a model are those of its matrix products and
 convolutions, counting a multiplication and its addition as two. The profiler assigns the time to the parts of the
@@ -38,7 +38,7 @@ LAYER = re.compile(r"/((?:stage_\d+|downsample_\d+|stem|head\w*)(?:/\w+)?)/")
 REST = "activations, copies and the rest"
 
 
-def seconds_a_call(call: Any, seconds: float) -> list[float]:
+def seconds_per_call(call: Any, seconds: float) -> list[float]:
     """Return the time of each call."""
     jax.block_until_ready(call())
     found: list[float] = []
@@ -51,10 +51,10 @@ def seconds_a_call(call: Any, seconds: float) -> list[float]:
 
 
 def measure_machine(seconds: float) -> float:
-    """Return the floating-point operations per second of a large matrix product at the default precision."""
+    """Return the operations per second of a large float32 matrix product."""
     matrix = jnp.asarray(np.random.default_rng(0).standard_normal((SIDE, SIDE), np.float32))
     multiply = jax.jit(lambda x: jnp.matmul(x, x))
-    return 2 * SIDE**3 / float(np.median(seconds_a_call(lambda: multiply(matrix), seconds)))
+    return 2 * SIDE**3 / float(np.median(seconds_per_call(lambda: multiply(matrix), seconds)))
 
 
 def count_operations(jaxpr: Any) -> int:
@@ -84,7 +84,7 @@ def inner_jaxprs(equation: Any) -> Iterator[Any]:
 
 
 def profile(call: Any, program: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the fraction of the time, in [0, 1], of each kind of operation and of each layer.
+    """Return the fraction of time, in [0, 1], by kind of operation and by layer.
 
     Args:
         call: runs the model once.
@@ -144,7 +144,7 @@ def main() -> None:
             rates, peaks, times = [], [], []
             for _ in range(arguments.rounds):  # the peak of a shared machine changes
                 peaks.append(measure_machine(arguments.seconds))
-                times.append(float(np.median(seconds_a_call(call, arguments.seconds))))
+                times.append(float(np.median(seconds_per_call(call, arguments.seconds))))
                 rates.append(operations / times[-1])
             parts, layers = profile(call, compiled.as_text())
             shares = [rate / peak for rate, peak in zip(rates, peaks, strict=True)]

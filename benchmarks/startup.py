@@ -1,6 +1,7 @@
-"""Measure the time from process start to the first prediction, with and without a compilation cache.
+"""Measure the time from process start to the first prediction.
 
-The cache is used as the command line uses it. The scores of the predictions are compared after the measurement.
+levit-flax is measured with and without the compilation cache that its command line uses. The scores of the predictions
+are compared after the measurement.
 
     python benchmarks/startup.py [--variant levit-128S] [--rounds 5] [--out FILE]
 
@@ -28,7 +29,7 @@ TOP = 3
 
 
 def work_ours(directory: Path) -> tuple[list[float], float, list[float]]:
-    """Return the time at the end of each part except compilation, the compile time, and the scores."""
+    """Return the end time of each part, the compile time and the scores."""
     import jax
     from PIL import Image
 
@@ -54,7 +55,7 @@ def work_ours(directory: Path) -> tuple[list[float], float, list[float]]:
 
 
 def work_theirs(directory: Path) -> tuple[list[float], float, list[float]]:
-    """Return the time at the end of each part, a compile time of 0, and the scores."""
+    """Return the end time of each part, a compile time of 0 and the scores."""
     import torch
     from PIL import Image
     from transformers import LevitForImageClassificationWithTeacher, LevitImageProcessor
@@ -111,7 +112,7 @@ def main() -> None:
             for name, (command, environment) in commands.items():
                 for answered, runs in turns.in_turns(__file__, {name: command}, 1, **environment).items():
                     found.setdefault(answered, []).extend(runs)
-        turns.need(found, *list(commands)[:2])
+        turns.require(found, *list(commands)[:2])
     for runs in found.values():
         np.testing.assert_allclose(runs[0]["scores"], found[f"{OURS}, compiling"][0]["scores"], rtol=TOLERANCE)
     rows = {

@@ -1,4 +1,4 @@
-"""Measure a training step against transformers' PyTorch model, and the speed of the input pipeline.
+"""Measure a training step against transformers' model, and the input pipeline.
 
 Step: both libraries train the same model on the same batch with AdamW, without augmentation. The losses of the first
 steps must agree. Input pipeline: 500-pixel JPEGs are decoded, augmented and batched as in training, first without a
@@ -96,7 +96,7 @@ def time_torch(arguments: argparse.Namespace) -> dict:
 
 
 def time_data(arguments: argparse.Namespace) -> dict:
-    """Measure the input pipeline, and the fraction of a training run that waits for it."""
+    """Measure the input pipeline and the fraction of a run spent waiting for it."""
     from PIL import Image
 
     import levit_flax as lf
@@ -151,7 +151,7 @@ def write_model(directory: Path, variant: str) -> None:
 
 def compare(found: dict[str, list[dict]]) -> dict:
     """Return the speeds of both libraries on one model, after comparing their losses."""
-    turns.need(found, "levit-flax", "transformers")
+    turns.require(found, "levit-flax", "transformers")
     ours, theirs = found["levit-flax"], found["transformers"]
     np.testing.assert_allclose(ours[0]["losses"], theirs[0]["losses"], rtol=TOLERANCE)
     medians = {name: [statistics.median(run["seconds"]) for run in runs] for name, runs in found.items()}
@@ -197,7 +197,7 @@ def main() -> None:
             write_model(Path(folder, variant), variant)
         command = ["--worker", "data", "--model", Path(folder, arguments.variants[0], "flax"), *options]
         found = turns.in_turns(__file__, {"data": command}, 1)
-        turns.need(found, "data")
+        turns.require(found, "data")
         (data,) = found["data"]
         print(
             f"training {arguments.variants[0]} on JPEGs waits for data {data['share_waiting_for_data']:.1%} of the time"

@@ -1,4 +1,4 @@
-"""Run measurements as alternating processes, so that noise of the machine affects all of them alike."""
+"""Run measurements as alternating processes, so that noise affects all alike."""
 
 import json
 import os
@@ -13,7 +13,7 @@ MARK = "RESULT "
 
 
 def answer(work: Callable[[], Mapping[str, Any]]) -> None:
-    """Run `work` and print its results for the parent process, or the reason why it cannot run."""
+    """Run `work` and print its results, or why it cannot run, for the parent process."""
     try:
         found = work()
     except (ImportError, NotImplementedError) as error:
@@ -39,9 +39,9 @@ def run(script: str, *arguments: Any, **environment: str) -> dict[str, Any]:
 def in_turns(
     script: str, commands: Mapping[str, Sequence[Any]], rounds: int, **environment: str
 ) -> dict[str, list[Any]]:
-    """Run each command once per round, starting with a different one each time, and return the results by name.
+    """Run each command once per round and return the results by name.
 
-    A command that cannot run is reported on stderr and has no entry.
+    Each round starts with a different command. A command that cannot run is reported on stderr and has no entry.
     """
     left = dict(commands)
     found: dict[str, list[Any]] = {name: [] for name in commands}
@@ -57,7 +57,7 @@ def in_turns(
     return {name: found[name] for name in left}
 
 
-def need(found: Mapping[str, Any], *names: str) -> None:
+def require(found: Mapping[str, Any], *names: str) -> None:
     """Exit if a required measurement is missing."""
     if missing := [name for name in names if name not in found]:
         raise SystemExit(f"Required measurements are missing: {', '.join(missing)}.")

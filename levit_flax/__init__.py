@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import save_pretrained as save_pretrained
     from .classifier import ImageClassifier as ImageClassifier
-    from .configuration import VARIANTS as VARIANTS
     from .configuration import LevitConfig as LevitConfig
     from .image_processing import LevitFeatureExtractor as LevitFeatureExtractor
     from .image_processing import LevitImageProcessor as LevitImageProcessor
@@ -23,10 +22,11 @@ if TYPE_CHECKING:
     from .surgery import merge_heads as merge_heads
     from .surgery import replace_head as replace_head
     from .surgery import resize_image as resize_image
+    from .variants import VARIANTS as VARIANTS
 
-_HOMES = {
+_MODULES = {
     # The architecture
-    "VARIANTS": "configuration",
+    "VARIANTS": "variants",
     "LevitConfig": "configuration",
     # The models
     "LevitModel": "modeling",
@@ -48,13 +48,13 @@ _HOMES = {
     "ImageClassifier": "classifier",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""Attention with a learned bias per offset, within a stage and from one stage to the next.
+"""Attention with a learned bias per offset, within and between stages.
 
 Axes: B batch, N tokens, Q queries, K keys, H heads, C channels, D channels per head. In images [B H W C], H and W are
 height and width.
@@ -85,8 +85,9 @@ class _BiasedAttention(_Layer, kw_only=True):
         )
         bias = table[_offset_index(self.grid, self.stride)].transpose(2, 0, 1)  # [H Q K]
         dtype = _at_least_float32(self.dtype)
-        # Two measures make a model 6 % faster on CPU (benchmarks/README.md): heads in front, for plain matrix products,
-        # and dividing after the second product, which has fewer entries than the weights.
+        # Two choices make a model 6% faster on CPU (benchmarks/README.md): the heads axis comes first, so that the
+        # products are plain matrix products, and the second product is divided, which has fewer entries than the
+        # weights.
         query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))  # [B H N D]
         products = jnp.matmul(query * self.key_dim**-0.5, key.swapaxes(2, 3), precision=self.precision)
         logits = products.astype(dtype) + bias.astype(dtype)[None]

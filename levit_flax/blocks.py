@@ -44,10 +44,10 @@ class _Block(_Layer):
     """Attention and an MLP, each in a residual branch.
 
     Attributes:
-        num_heads: as in `BiasedAttention`.
-        key_dim: as in `BiasedAttention`.
-        attention_ratio: as in `BiasedAttention`.
-        grid: as in `BiasedAttention`.
+        num_heads: as in `_BiasedAttention`.
+        key_dim: as in `_BiasedAttention`.
+        attention_ratio: as in `_BiasedAttention`.
+        grid: as in `_BiasedAttention`.
         mlp_ratio: hidden channels of the MLP as a multiple of the stage's width; 0 for no MLP.
         drop_path_rate: probability in [0, 1) that a residual branch is dropped during training.
     """

@@ -1,4 +1,7 @@
-"""The model directory on disk: `config.json`, `preprocessor_config.json` and `flax_model.safetensors`."""
+"""Read and write model directories.
+
+A directory contains `config.json`, `preprocessor_config.json` and `flax_model.safetensors`.
+"""
 
 import json
 from collections.abc import Mapping
@@ -21,11 +24,15 @@ from .modeling import LevitBase, Variables
 _CONFIG_FILE = "config.json"
 _WEIGHTS_FILE = "flax_model.safetensors"  # transformers would load model.safetensors as PyTorch weights
 
-# The report of a conversion, for programs and for people.
+# The report of a conversion, as JSON and as Markdown.
 _REPORT_FILE = "conversion_report.json"
 _READABLE_REPORT_FILE = "conversion_report.md"
 
 _OWN_FILES = (_CONFIG_FILE, _PROCESSOR_FILE, _WEIGHTS_FILE, _REPORT_FILE, _READABLE_REPORT_FILE)
+
+# The faults of values that need no details.
+_NOT_FINITE = "expected finite values, found NaN or infinity"
+_NEGATIVE = "expected variances of at least 0, found negative ones"
 
 # The names of PyTorch weight files, in order of preference.
 _TORCH_WEIGHT_FILES = (
@@ -48,21 +55,40 @@ def _read_directory(directory: Path) -> tuple[LevitBase, Variables]:
         raise ValueError(
             f"{path} is not the config of a LeViT model: expected a file written by save_pretrained, found {error!r}."
         ) from None
+    weights = directory / _WEIGHTS_FILE
     try:
-        flat = load_file(directory / _WEIGHTS_FILE)
-    except SafetensorError as error:
+        flat = load_file(weights)
+    except (SafetensorError, KeyError, TypeError, AttributeError) as error:  # the last two for dtypes unknown to NumPy
         raise ValueError(
-            f"{directory / _WEIGHTS_FILE} is not a complete safetensors file ({error}). Copy or download it again."
+            f"{weights} is not a complete safetensors file with dtypes of NumPy ({error!r}). Copy or download it again."
         ) from None
     param_dtype = next((leaf.dtype for leaf in flat.values() if jnp.issubdtype(leaf.dtype, jnp.floating)), jnp.float32)
     model = model_class(config, folded=folded, param_dtype=jnp.dtype(param_dtype))
-    variables = unflatten_dict(flat, sep="/")
-    _check_variables(model, variables, str(directory / _WEIGHTS_FILE))
-    return model, variables
+    _check_variables(model, flat, str(weights))
+    faults = [f"{path} ({fault})" for path, leaf in flat.items() if (fault := _find_fault(path, leaf))]
+    if faults:
+        raise ValueError(
+            f"{weights} holds invalid values: {', '.join(faults[:8])}{' and more' if len(faults) > 8 else ''}. Save or"
+            " convert the model again."
+        )
+    return model, unflatten_dict(flat, sep="/")
+
+
+def _find_fault(path: str, array: np.ndarray) -> str | None:
+    """Return why an array cannot be the variable at `path`, or None."""
+    if path.endswith("/count"):
+        if array.dtype.kind in "iu" and 0 <= int(array) < 2**31:
+            return None
+        return f"expected an integer from 0 to 2^31 - 1, found {array} of {array.dtype}"
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return f"expected floating point, found {array.dtype}"
+    if not np.isfinite(array).all():
+        return _NOT_FINITE
+    return _NEGATIVE if path.endswith("/var") and (array < 0).any() else None
 
 
 def _read_provenance(directory: Path) -> dict[str, Any]:
-    """Return the origin of the weights that is recorded in a model directory, or an empty dictionary."""
+    """Return the origin of the weights recorded in a model directory, or an empty dictionary."""
     values = json.loads((directory / _CONFIG_FILE).read_text(encoding="utf-8"))
     provenance: dict[str, Any] = values.get(_OWN_BLOCK, {}).get("provenance", {})
     return provenance
@@ -141,7 +167,7 @@ def _save_tensors(path: Path, tensors: Mapping[str, np.ndarray], format: str) ->
         save_file(dict(tensors), path, metadata={"format": format})
     except SafetensorError as error:  # also raised if the disk is full
         raise OSError(f"Cannot write {path}: {error}. Choose a writable location with enough space.") from None
-    path.chmod(0o644)  # safetensors creates it with mode 0600
+    path.chmod(files._permissions(0o666))  # safetensors creates it with mode 0600
 
 
 def _check_variables(model: LevitBase, variables: Mapping[str, Any], name: str) -> None:
@@ -165,8 +191,8 @@ def _to_device(variables: Variables, name: str) -> Variables:
     """Return the variables as JAX arrays, or raise ValueError if JAX would truncate float64 to float32."""
     if not jax.config.jax_enable_x64 and any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(variables)):
         raise ValueError(
-            f"{name} holds float64 arrays, which JAX would truncate to float32. Choose float32 with dtype=..., or call"
-            " jax.config.update('jax_enable_x64', True)."
+            f"{name} contains float64 arrays, which JAX would truncate to float32. Choose float32 with dtype=..., or"
+            " call jax.config.update('jax_enable_x64', True)."
         )
     arrays: Variables = jax.device_put(variables)
     return arrays

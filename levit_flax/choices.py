@@ -1,6 +1,6 @@
-"""Names that arguments may take, shared by the library and the command line.
+"""Valid values of arguments, shared by the library and the command line.
 
-The module imports nothing heavy: the command line lists the names in its help without importing JAX.
+This module does not import JAX, so that the command line can list the values in its help without waiting for it.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Literal, get_args
 _WrittenLayout = Literal["hf", "timm", "timm_conv", "facebook"]
 WRITTEN_LAYOUTS: tuple[_WrittenLayout, ...] = get_args(_WrittenLayout)
 
-# Data types that weights can be converted to.
+# Dtypes that weights can be converted to.
 _WeightDType = Literal["float32", "float16", "bfloat16"]
 
 # Rules for resizing and cropping images in an evaluation.
@@ -20,9 +20,9 @@ _CROP_RULES: tuple[_CropRule, ...] = get_args(_CropRule)
 # Formats of exported artifacts.
 _ExportFormat = Literal["stablehlo", "onnx"]
 
-# Platforms of a StableHLO artifact: the default ones, and all.
+# Platforms of a StableHLO artifact: the defaults, and all that are supported.
 _PLATFORMS = ("cpu", "cuda", "tpu")
 _KNOWN_PLATFORMS = (*_PLATFORMS, "rocm")
 
-# Training recipes in the package, by the names of their files.
+# Names of the training recipes in the package.
 _RECIPE_NAMES = tuple(sorted(path.stem for path in (Path(__file__).parent / "training" / "recipes").glob("*.toml")))

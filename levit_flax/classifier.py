@@ -1,4 +1,4 @@
-"""Image classification with a processor, a compiled model and class names in one object."""
+"""Classify images with a processor, a compiled model and class names."""
 
 import os
 from collections import deque
@@ -175,7 +175,7 @@ class ImageClassifier:
             images: as in `stream`.
 
         Yields:
-            For each image, in order, its logits float [num_labels], or the exception if it cannot be used.
+            For each image, in order, its logits float [num_labels], or the exception if the image cannot be used.
 
         Examples:
             >>> classifier = ImageClassifier.from_pretrained("cifar10")

@@ -1,4 +1,4 @@
-"""The configuration of a LeViT model, with the field names of transformers, and the published variants."""
+"""The configuration of a LeViT model."""
 
 import dataclasses
 import itertools
@@ -43,7 +43,7 @@ _FIXED_KEYS: dict[str, tuple[Any, ...]] = {
 
 
 class DownOp(NamedTuple):
-    """The settings of one downsampling, in the order of transformers' `down_ops` entries.
+    """The settings of one downsampling, in the order of transformers' `down_ops`.
 
     Attributes:
         kind: always "Subsample".
@@ -66,8 +66,14 @@ class DownOp(NamedTuple):
     stride: int
 
 
+class _Derived(tuple[Any, ...]):
+    """The value of a field that follows from other fields, and is derived again by `dataclasses.replace`."""
+
+    __slots__ = ()
+
+
 class FeatureInfo(NamedTuple):
-    """The shape of a feature map [B H W C] that a model returns with `output_features=True`.
+    """The shape of a feature map [B H W C] returned with `output_features=True`.
 
     Attributes:
         channels: number of channels, C.
@@ -86,7 +92,7 @@ class FeatureInfo(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LevitConfig:
-    """The architecture of a LeViT model. The defaults are LeViT-128's, as in transformers.
+    """The architecture of a LeViT model; by default LeViT-128, as in transformers.
 
     Every field is validated at construction. Sequences are converted to tuples, so that a config is hashable and can be
     a static argument of `jax.jit`.
@@ -124,8 +130,6 @@ class LevitConfig:
         ((4, 6), (2, 3), (1, 2))
         >>> LevitConfig.from_dict(config.to_dict()) == config
         True
-        >>> VARIANTS["levit-384"].hidden_sizes
-        (384, 512, 768)
 
     Source: facebookresearch/LeViT levit.py (`specification`, `model_factory`); transformers configuration_levit.py.
     """
@@ -215,19 +219,12 @@ class LevitConfig:
 
     def _checked_down_ops(self) -> tuple[DownOp, ...]:
         downsamplings = self.num_stages - 1
-        if self.down_ops is None:
-            key_dim = self.key_dim[0]  # the original code uses the first stage's key_dim for all
-            return tuple(
-                DownOp(
-                    "Subsample",
-                    key_dim,
-                    _integer("down_ops heads (hidden_sizes // key_dim[0])", c // key_dim, 1),
-                    4,
-                    2,
-                    2,
-                )
-                for c in self.hidden_sizes[:-1]
-            )
+        key_dim = self.key_dim[0]  # the original code uses the first stage's key_dim for all
+        default = _Derived(DownOp("Subsample", key_dim, c // key_dim, 4, 2, 2) for c in self.hidden_sizes[:-1])
+        if self.down_ops is None or isinstance(self.down_ops, _Derived):
+            for op in default:
+                _integer("down_ops heads (hidden_sizes // key_dim[0])", op.num_attention_heads, 1)
+            return default
         # Every model that transformers builds appends an empty entry to its config's list.
         entries = [tuple(op) for op in self.down_ops if tuple(op) != ("",)]
         if len(entries) != downsamplings:
@@ -243,7 +240,7 @@ class LevitConfig:
             checked.append(
                 DownOp("Subsample", *(_integer("down_ops", v, n) for v, n in zip(entry[1:], least, strict=True)))
             )
-        return tuple(checked)
+        return default if tuple(checked) == default else tuple(checked)
 
     def _set_labels(self) -> None:
         labels = self.id2label
@@ -253,15 +250,44 @@ class LevitConfig:
         if count is None:
             count = 2 if labels is None else len(labels)
         count = _integer("num_labels", count, 0)
-        if labels is None:
-            labels = (f"LABEL_{i}" for i in range(count))
-        labels = tuple(str(label) for label in labels)
+        if labels is None or (isinstance(labels, _Derived) and len(labels) != count):
+            labels = _Derived(f"LABEL_{i}" for i in range(count))
+        elif not isinstance(labels, _Derived):
+            labels = tuple(str(label) for label in labels)
         if len(labels) != count:
             raise ValueError(
-                f"LevitConfig.num_labels and id2label differ: expected {count} class names, found {len(labels)}."
+                f"LevitConfig.num_labels and id2label differ: expected {count} class names, found {len(labels)}. Use"
+                " config.replace(num_labels=...) or config.replace(id2label=...) to change both."
             )
         self._set("num_labels", count)
         self._set("id2label", labels)
+
+    def replace(self, **changes: Any) -> "LevitConfig":
+        """Return the config with some fields changed and dependent fields derived again.
+
+        Args:
+            **changes: new values of fields. Unless it is given too, `down_ops` follows `hidden_sizes` and `key_dim`,
+                `num_labels` follows `id2label`, and `id2label` becomes LABEL_0, LABEL_1, ... if the number of classes
+                changes.
+
+        Raises:
+            ValueError: a value is invalid.
+            TypeError: there is no such field.
+
+        Examples:
+            >>> from levit_flax import VARIANTS
+            >>> VARIANTS["levit-128S"].replace(num_labels=3).id2label
+            ('LABEL_0', 'LABEL_1', 'LABEL_2')
+            >>> VARIANTS["levit-128S"].replace(hidden_sizes=(64, 128, 192)).down_ops[0].num_attention_heads
+            4
+        """
+        if changes.keys() & {"hidden_sizes", "key_dim"}:
+            changes = {"down_ops": None, **changes}
+        if "id2label" in changes:
+            changes = {"num_labels": None, **changes}
+        elif changes.get("num_labels", self.num_labels) != self.num_labels:
+            changes = {**changes, "id2label": None}
+        return dataclasses.replace(self, **changes)
 
     @property
     def num_stages(self) -> int:
@@ -275,7 +301,7 @@ class LevitConfig:
 
     @property
     def label2id(self) -> dict[str, int]:
-        """Class indices by name. If two classes have the same name, the last index.
+        """Class indices by name; the last index if two classes have the same name.
 
         Examples:
             >>> LevitConfig(id2label=("cat", "dog")).label2id
@@ -348,12 +374,12 @@ class LevitConfig:
         values = dict(values)
         if values.get("model_type", "levit") != "levit":
             raise ValueError(f"The config has another model_type: expected 'levit', found {values['model_type']!r}.")
-        own = values.pop(_OWN_BLOCK, {})
+        block = values.pop(_OWN_BLOCK, {})
         values.pop("label2id", None)  # follows from id2label
         if "id2label" in values:
             values.pop("num_labels", None)
-        if "drop_path_rate" in own:
-            values["drop_path_rate"] = own["drop_path_rate"]
+        if "drop_path_rate" in block:
+            values["drop_path_rate"] = block["drop_path_rate"]
         known = {field.name for field in dataclasses.fields(cls)} - {"extra"}
         fields, extra = {}, {}
         for key, value in values.items():
@@ -441,59 +467,6 @@ def _imagenet_labels() -> tuple[str, ...]:
     return tuple((Path(__file__).parent / "imagenet_labels.txt").read_text(encoding="utf-8").splitlines())
 
 
-# timm registers these as LeViT variants, with SiLU instead of hard swish, and has not published weights for them.
-_UNTRAINED_TIMM_VARIANTS = ("levit_384_s8", "levit_512_s8", "levit_512", "levit_256d", "levit_512d")
-
-
-class _Variants(dict[str, LevitConfig]):
-    """The configs of the published variants by name, each with the 1000 classes of ImageNet.
-
-    Raises:
-        KeyError: the name is not that of a published variant.
-
-    Examples:
-        >>> list(VARIANTS)
-        ['levit-128S', 'levit-128', 'levit-192', 'levit-256', 'levit-384']
-        >>> VARIANTS["levit-128S"].depths
-        (2, 3, 4)
-
-    Source: Graham et al. 2021, table 1.
-    """
-
-    def __missing__(self, name: str) -> LevitConfig:
-        if str(name).replace("-", "_").replace("levit_conv_", "levit_") in _UNTRAINED_TIMM_VARIANTS:
-            raise KeyError(
-                f"{name} is not a published LeViT variant but an experiment of timm's without weights: expected one of"
-                f" {', '.join(self)}."
-            )
-        raise KeyError(f"{name} is not a published LeViT variant: expected one of {', '.join(self)}.")
-
-
-def _published(
-    hidden_sizes: tuple[int, ...],
-    key_dim: int,
-    heads: tuple[int, ...],
-    depths: tuple[int, ...] = (4, 4, 4),
-    drop_path_rate: float = 0.0,
-) -> LevitConfig:
-    return LevitConfig(
-        hidden_sizes=hidden_sizes,
-        key_dim=(key_dim,) * 3,
-        num_attention_heads=heads,
-        depths=depths,
-        drop_path_rate=drop_path_rate,
-        id2label=_imagenet_labels(),
-    )
-
-
-# Widths, heads and depths are those of Graham et al. 2021, table 1; key_dim and drop_path_rate those of `specification`
-# in facebookresearch/LeViT levit.py.
-VARIANTS: Mapping[str, LevitConfig] = _Variants(
-    {
-        "levit-128S": _published((128, 256, 384), 16, (4, 6, 8), depths=(2, 3, 4)),
-        "levit-128": _published((128, 256, 384), 16, (4, 8, 12)),
-        "levit-192": _published((192, 288, 384), 32, (3, 5, 6)),
-        "levit-256": _published((256, 384, 512), 32, (4, 6, 8)),
-        "levit-384": _published((384, 512, 768), 32, (6, 9, 12), drop_path_rate=0.1),
-    }
-)
+def _imagenet_wordnet_ids() -> tuple[str, ...]:
+    """Return the WordNet ids of ImageNet-1k's 1000 classes, such as "n01440764", in the order of `_imagenet_labels`."""
+    return tuple((Path(__file__).parent / "imagenet_wordnet_ids.txt").read_text(encoding="utf-8").splitlines())

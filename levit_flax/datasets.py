@@ -1,5 +1,8 @@
-"""Labeled images from a directory with one folder per class, a Hugging Face dataset or any sequence."""
+"""Labeled images from a directory, a Hugging Face dataset or any sequence."""
 
+import os
+import warnings
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +11,38 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .configuration import _MULTI_LABEL, _REGRESSION, _SINGLE_LABEL
+from .configuration import (
+    _MULTI_LABEL,
+    _PROBLEM_TYPES,
+    _REGRESSION,
+    _SINGLE_LABEL,
+    _imagenet_labels,
+    _imagenet_wordnet_ids,
+)
 from .image_processing import LevitImageProcessor
 from .images import _image_suffixes, _load_image
 
+_LISTED = 5  # maximum number of class names in an error message
+
+# Suffixes of images that cannot be decoded.
+_OTHER_IMAGES = frozenset(".arw .cr2 .cr3 .dng .eps .exr .heic .heif .jxl .nef .psd .svg".split())
+
+# Preferred column names if several columns have the right type.
+_IMAGE_COLUMNS = ("image", "img")
+_LABEL_COLUMNS = ("label", "labels")
+
 _READER = LevitImageProcessor(do_resize=False, do_center_crop=False)  # converts to RGB
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of a Hugging Face dataset to read; None chooses a column by type and name."""
+
+    image: str | None = None
+    label: str | None = None
+
+
+_ANY_COLUMNS = _Columns()
 
 
 class DataError(ValueError):
@@ -53,7 +83,7 @@ class LabeledImages:
     targets: np.ndarray
     labels: tuple[str, ...] = ()
     where: str = "the data"
-    problem_type: str = _SINGLE_LABEL
+    problem_type: str = "single_label_classification"
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -99,7 +129,7 @@ class LabeledImages:
             if isinstance(image, str | Path):
                 return _load_image(image)
             return Image.fromarray(_READER.resize_and_crop(image))
-        except Exception as error:  # the decoder of a dataset may raise anything
+        except Exception as error:  # the decoder of a dataset may raise any exception
             raise DataError(f"{self.name(index)} cannot be used: {error}") from error
 
     def select(self, indices: Any, where: str) -> "LabeledImages":
@@ -165,31 +195,52 @@ def _row_key(images: Any, index: int) -> str:
 
 
 def _image_files(directory: Path) -> list[Path]:
-    """Return the image files in a directory and its subdirectories, sorted, without hidden files and folders."""
-    suffixes = _image_suffixes()
-    return [
-        path
-        for path in sorted(directory.rglob("*"))
-        if path.suffix.lower() in suffixes and path.is_file() and not _is_hidden(path, directory)
-    ]
+    """Return the image files in a directory and its subdirectories, sorted, without hidden files and folders.
+
+    Links to folders are followed. A warning counts the images that are skipped because of their format.
+    """
+    files: list[Path] = []
+    skipped: Counter[str] = Counter()
+    _walk(directory, _image_suffixes(), files, skipped, ())
+    if skipped:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common())
+        warnings.warn(
+            f"{skipped.total()} images in {directory} are skipped, because their formats cannot be decoded: {counts}."
+            " Convert them to JPEG or PNG.",
+            stacklevel=3,
+        )
+    return sorted(files)
+
+
+def _walk(
+    directory: Path, suffixes: Collection[str], files: list[Path], skipped: Counter[str], above: tuple[str, ...]
+) -> None:
+    """Add the visible images below a directory to `files` or to `skipped`; `above` ends loops of links."""
+    real = os.path.realpath(directory)
+    if real in above:
+        return
+    for path in directory.iterdir():
+        suffix = path.suffix.lower()
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            _walk(path, suffixes, files, skipped, (*above, real))
+        elif suffix in suffixes and path.is_file():
+            files.append(path)
+        elif suffix in _OTHER_IMAGES:
+            skipped[suffix] += 1
 
 
 def _read_folder(
     directory: Path, root: Path | None = None, skip: Collection[str] = (), allow_empty: bool = False
 ) -> LabeledImages:
-    """List the images of a directory with one folder per class, without opening them.
+    """List the images of a directory with one folder per class, sorted by name, without opening them.
 
-    Args:
-        directory: the directory. Its folders, sorted by name, are the classes.
-        root: directory that the paths in `skip` are relative to; None for `directory`.
-        skip: paths of images to leave out.
-        allow_empty: accept classes without images.
-
-    Raises:
-        DataError: there are no folders, or a class has no images.
+    The paths in `skip` are relative to `root`, by default the directory. Classes without images raise DataError unless
+    `allow_empty` is True.
     """
     root = directory if root is None else root
-    folders = sorted(path for path in directory.iterdir() if path.is_dir() and not _is_hidden(path, directory))
+    folders = sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise DataError(f"{directory} has no folders: expected one folder of images per class.")
     classes = {
@@ -212,24 +263,20 @@ def _load_dataset(name: str, **options: Any) -> Any:
         import datasets
     except ImportError:
         raise ImportError(
-            f"The directory {name} does not exist. To load a Hugging Face dataset, pip install 'levit-flax[datasets]'."
+            f"The directory {name} does not exist, and loading a Hugging Face dataset requires datasets, which is not"
+            " installed. Run: pip install 'levit-flax[datasets]'"
         ) from None
     return datasets.load_dataset(name, **options)
 
 
-def _read_split(dataset: Any, name: str, split: str, problem_types: Collection[str] | None = None) -> LabeledImages:
+def _read_split(
+    dataset: Any, name: str, split: str, problem_types: Collection[str] | None = None, columns: _Columns = _ANY_COLUMNS
+) -> LabeledImages:
     """Return the images and targets of one split of a Hugging Face dataset, decoded on access.
 
-    Args:
-        dataset: the loaded split.
-        name: name of the dataset in messages.
-        split: name of the split.
-        problem_types: accepted problem types of the targets; None for all.
-
-    Raises:
-        DataError: the split has no image column, no column of targets, or rows without a class.
+    The targets have one of the accepted `problem_types`; None accepts all.
     """
-    data = _read_columns(dataset, f"{name}, {split}", split, problem_types)
+    data = _read_columns(dataset, f"{name}, {split}", split, problem_types, columns)
     if data.problem_type == _SINGLE_LABEL:
         known = (data.targets >= 0) & (data.targets < len(data.labels))
         if not known.all():
@@ -241,66 +288,118 @@ def _read_split(dataset: Any, name: str, split: str, problem_types: Collection[s
 
 
 def _match_classes(names: Sequence[str], labels: Sequence[str], where: str) -> list[int]:
-    """Return the model's index of each class of the data, by name, or by position if the names differ.
+    """Return the model's index of each class of the data.
 
-    Args:
-        names: class names of the data.
-        labels: class names of the model.
-        where: name of the data in messages.
-
-    Raises:
-        DataError: both the names and the numbers of classes differ.
+    Classes are matched by name; those of ImageNet also by WordNet id. Only if no name matches, they are matched by
+    position, and a warning is issued.
     """
-    by_name = {label: i for i, label in enumerate(labels)}
-    if all(name in by_name for name in names):
-        return [by_name[name] for name in names]
+    known = set(labels)
+    if any(name in known for name in names):
+        return _match_names(names, labels, f"The classes of {where}")
+    if tuple(labels) == _imagenet_labels():
+        by_id = {wordnet_id: i for i, wordnet_id in enumerate(_imagenet_wordnet_ids())}
+        if all(name in by_id for name in names):
+            return [by_id[name] for name in names]
     if len(names) == len(labels):
+        warnings.warn(
+            f"No class name of {where} is one of the model's: its {len(names)} classes are matched by position,"
+            f" {names[0]} as {labels[0]}.",
+            stacklevel=3,
+        )
         return list(range(len(names)))
-    foreign = next(name for name in names if name not in by_name)
     raise DataError(
         f"The classes of {where} do not match the model: expected the model's class names, or its {len(labels)} classes"
-        f" in order, found {len(names)} classes, of which the model does not have {foreign}."
+        f" in order, found {len(names)} classes, of which the model does not have {names[0]}."
     )
 
 
-def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+def _match_names(names: Sequence[str], labels: Sequence[str], what: str) -> list[int]:
+    """Return the index in `labels` of each name; `what` names the classes in messages."""
+    if tuple(names) == tuple(labels):
+        return list(range(len(names)))
+    indices: dict[str, list[int]] = {}
+    for i, label in enumerate(labels):
+        indices.setdefault(label, []).append(i)
+    missing = [name for name in names if name not in indices]
+    if missing:
+        raise DataError(
+            f"{what} do not match: expected names of the {len(labels)} known classes, found {len(missing)} of"
+            f" {len(names)} that are not, such as {', '.join(missing[:_LISTED])}. Rename them, or leave them out."
+        )
+    ambiguous = [name for name in names if len(indices[name]) > 1]
+    if ambiguous:
+        places = " and ".join(map(str, indices[ambiguous[0]]))
+        raise DataError(
+            f"{what} are ambiguous: expected names that only one class has, found {ambiguous[0]}, which classes"
+            f" {places} have. Name ImageNet's classes by WordNet ids, such as n01440764."
+        )
+    return [indices[name][0] for name in names]
 
 
-def _read_columns(dataset: Any, where: str, split: str, problem_types: Collection[str] | None) -> LabeledImages:
-    """Return the first image column and the first column of targets with an accepted problem type."""
+def _read_columns(
+    dataset: Any, where: str, split: str, problem_types: Collection[str] | None, columns: _Columns
+) -> LabeledImages:
+    """Return the image column with the column of targets."""
     import datasets
 
-    column = next((key for key, kind in dataset.features.items() if isinstance(kind, datasets.Image)), None)
-    for key, kind in dataset.features.items() if column is not None else ():
-        problem_type = _problem_type(kind)
-        if problem_type is None or (problem_types is not None and problem_type not in problem_types):
-            continue
-        images, values = _DatasetImages(dataset, str(column), split), dataset[key]
-        if problem_type == _SINGLE_LABEL:
-            classes = [-1 if index is None else index for index in values]
-            return LabeledImages(images, np.asarray(classes, np.int32), tuple(kind.names), where)
-        if problem_type == _REGRESSION:
-            numbers = np.asarray(values, np.float32).reshape(len(dataset), -1)
-            return LabeledImages(images, numbers, (), where, _REGRESSION)
-        rows = np.zeros((len(dataset), kind.feature.num_classes), np.float32)
-        for row, indices in zip(rows, values, strict=True):
-            row[list(indices)] = 1
-        return LabeledImages(images, rows, tuple(kind.feature.names), where, _MULTI_LABEL)
-    targets = "classes" if problem_types == (_SINGLE_LABEL,) else "classes, lists of classes or numbers"
+    features = dataset.features
+    types = {key: _problem_type(feature) for key, feature in features.items()}
+    accepted = [key for key, problem_type in types.items() if problem_type in (problem_types or _PROBLEM_TYPES)]
+    # Numbers are targets only if there are no classes, because they may be boxes or coordinates.
+    targets = [key for key in accepted if types[key] != _REGRESSION] or accepted
+    images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
+    kinds = "classes" if problem_types == (_SINGLE_LABEL,) else "classes, lists of classes or numbers"
+    image = _choose_column(images, columns.image, _IMAGE_COLUMNS, "image_column", f"images, {where}", features)
+    candidates = targets if columns.label is None else accepted
+    target = _choose_column(candidates, columns.label, _LABEL_COLUMNS, "label_column", f"{kinds}, {where}", features)
+    rows, values, feature = _DatasetImages(dataset, image, split), dataset[target], features[target]
+    if types[target] == _SINGLE_LABEL:
+        classes = [-1 if index is None else index for index in values]
+        return LabeledImages(rows, np.asarray(classes, np.int32), tuple(feature.names), where)
+    if types[target] == _REGRESSION:
+        numbers = np.asarray(values, np.float32).reshape(len(dataset), -1)
+        return LabeledImages(rows, numbers, (), where, _REGRESSION)
+    matrix = np.zeros((len(dataset), feature.feature.num_classes), np.float32)
+    for row, indices in zip(matrix, values, strict=True):
+        row[list(indices)] = 1
+    return LabeledImages(rows, matrix, tuple(feature.feature.names), where, _MULTI_LABEL)
+
+
+def _choose_column(
+    candidates: Sequence[str],
+    requested: str | None,
+    usual: Collection[str],
+    option: str,
+    content: str,
+    features: Collection[str],
+) -> str:
+    """Return the requested column, the only candidate, or the only one with a usual name."""
+    if requested is not None:
+        if requested in candidates:
+            return requested
+        raise DataError(
+            f"The column {requested} cannot be used: expected a column of {content}, found"
+            f" {', '.join(candidates) or 'none'} in the columns {', '.join(features)}. Change {option}=..."
+        )
+    named = [column for column in candidates if column.lower() in usual]
+    for choice in (candidates, named):
+        if len(choice) == 1:
+            return choice[0]
+    if not candidates:
+        raise DataError(f"A column is missing: expected one of {content}, found the columns {', '.join(features)}.")
     raise DataError(
-        f"{where} lacks a column: expected a column of images and one of {targets}, found the columns"
-        f" {', '.join(dataset.features)}."
+        f"It is not clear which column to use: expected one column of {content}, found {', '.join(candidates)}. Choose"
+        f" one with {option}=..."
     )
 
 
-def _problem_type(kind: Any) -> str | None:
+def _problem_type(feature: Any) -> str | None:
     """Return the problem type of a dataset's feature, or None if it cannot be a target."""
     import datasets
 
-    entry = getattr(kind, "feature", None)
-    if isinstance(kind, datasets.ClassLabel):
+    entry = getattr(feature, "feature", None)
+    if isinstance(feature, datasets.ClassLabel):
         return _SINGLE_LABEL
     if isinstance(entry, datasets.ClassLabel):
         return _MULTI_LABEL
-    return _REGRESSION if getattr(entry or kind, "dtype", "").startswith("float") else None
+    return _REGRESSION if getattr(entry or feature, "dtype", "").startswith("float") else None

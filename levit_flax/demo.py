@@ -1,4 +1,4 @@
-"""Demonstrate the library: convert a PyTorch checkpoint, verify it, classify photographs and measure the speed."""
+"""Demonstrate the library on the embedded model: convert, verify, classify, time."""
 
 import tempfile
 import time
@@ -12,7 +12,7 @@ from .classifier import ImageClassifier
 from .hub import _EMBEDDED_DIRECTORY
 from .loading import _load_processor
 
-# Photographs in scikit-image, with the correct class. None if the model has no class for the image.
+# Photographs in scikit-image with their class, or None if the model has no such class.
 _PHOTOGRAPHS = (
     ("chelsea", "cat"),
     ("rocket", None),
@@ -24,16 +24,13 @@ _SPEED_SECONDS = 3.0
 
 
 def _run_demo() -> None:
-    """Convert, verify, save, load, classify and time the model in the package, and print each step.
-
-    Raises:
-        ImportError: scikit-image, which contains the photographs, is not installed.
-        ValueError: the logits of the converted model differ from those of PyTorch.
-    """
+    """Convert, verify, save, load and time the model in the package, classify photographs, and print each step."""
     try:
         from skimage import data
     except ImportError:
-        raise ImportError("The demo needs scikit-image for its photographs: pip install 'levit-flax[demo]'.") from None
+        raise ImportError(
+            "The demo requires scikit-image, which is not installed. Run: pip install 'levit-flax[demo]'"
+        ) from None
     from levit_flax.convert import conversion, sources, verification
 
     print(f"1. Convert the PyTorch checkpoint {_EMBEDDED_DIRECTORY / 'model.safetensors'}")
@@ -76,7 +73,7 @@ def _run_demo() -> None:
 
 
 def _measure(classifier: ImageClassifier) -> float:
-    """Return the images classified per second, without preprocessing and compilation."""
+    """Return the number of images classified per second, excluding preprocessing and compilation."""
     config = classifier.model.config
     pixels = np.zeros((_SPEED_BATCH, *config.image_height_width, config.num_channels), np.uint8)
     classifier.logits(pixels)

@@ -1,4 +1,4 @@
-"""Measure accuracy, loss and confusion of a classifier on a folder of images or a Hugging Face dataset."""
+"""Evaluate a classifier on labeled images: accuracy, loss and confusion matrix."""
 
 import csv
 import io
@@ -13,17 +13,17 @@ import numpy as np
 from .choices import _CROP_RULES
 from .classifier import ImageClassifier
 from .configuration import _SINGLE_LABEL
-from .datasets import DataError, LabeledImages, _load_dataset, _match_classes, _read_folder, _read_split
+from .datasets import DataError, LabeledImages, _Columns, _load_dataset, _match_classes, _read_folder, _read_split
 from .image_processing import _TIMM_CROP_PCT, LevitImageProcessor, _size_for_edge
 
 _TOP_K = 5
 
 
 class _HalfEvenProcessor(LevitImageProcessor):
-    """Round half an odd margin to even, as torchvision's `center_crop` does; transformers rounds down."""
+    """A processor that rounds the crop offset half to even, as torchvision does; transformers rounds it down."""
 
     def crop_offset(self, margin: int) -> int:
-        """Return the first pixel of a crop in an edge that is `margin` pixels longer."""
+        """Return the offset of the center crop in pixels, rounded half to even."""
         return round(margin / 2)
 
 
@@ -38,8 +38,8 @@ class Evaluation:
         loss: mean cross entropy, in nats.
         confusion: number of images by true class (rows) and predicted class (columns), int64 [num_labels num_labels].
         labels: class names.
-        seconds: time to load and classify the images, without compilation.
-        broken: one error message for each image that cannot be read. These images are not counted.
+        seconds: time to load and classify the images, excluding compilation.
+        broken: one error message per unreadable image. These images are not counted.
 
     Examples:
         >>> result = Evaluation(4, 0.75, 1.0, 0.5, np.array([[2, 1], [0, 1]]), ("cat", "dog"), seconds=0.5)
@@ -79,14 +79,14 @@ class Evaluation:
         Examples:
             >>> result = Evaluation(4, 0.75, 1.0, 0.5, np.array([[2, 1], [0, 1]]), ("cat", "dog"), seconds=0.5)
             >>> print(result.confusion_csv().replace(chr(92), "/"))
-            true / named,cat,dog
+            true / predicted,cat,dog
             cat,2,1
             dog,0,1
             <BLANKLINE>
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["true \\ named", *self.labels])
+        writer.writerow(["true \\ predicted", *self.labels])
         writer.writerows([label, *map(int, row)] for label, row in zip(self.labels, self.confusion, strict=True))
         return text.getvalue()
 
@@ -96,10 +96,10 @@ def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
 
     Args:
         classifier: the model with its processor.
-        data: images with one class each. `targets` are the model's class indices, as returned by `read_data`.
+        data: images with one class each, as returned by `read_data`. `targets` are class indices of the model.
 
     Raises:
-        ValueError: there are no images, or none of them can be read.
+        ValueError: there are no images, none of them can be read, or a target is not a class index of the model.
 
     Examples:
         >>> classifier = ImageClassifier.from_pretrained("cifar10")
@@ -111,6 +111,7 @@ def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
     """
     labels = classifier.model.config.id2label
     config = classifier.model.config
+    _check_targets(data, len(labels))
     count, batch_size = len(data), classifier.batch_size
     for size in {min(count, batch_size), count % batch_size} - {0}:  # compile all shapes before timing
         classifier.logits(np.zeros((size, *config.image_height_width, config.num_channels), np.uint8))
@@ -124,8 +125,8 @@ def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
         order = np.argsort(-logits, kind="stable")
         confusion[label, order[0]] += 1
         in_top5 += label in order[:_TOP_K]
-        wide = logits.astype(np.float64)
-        losses += np.log(np.exp(wide - wide.max()).sum()) + wide.max() - wide[label]
+        row = logits.astype(np.float64)
+        losses += np.log(np.exp(row - row.max()).sum()) + row.max() - row[label]
     count = int(confusion.sum())
     if not count:
         raise ValueError(f"There are no images to evaluate: {'; '.join(broken[:3]) or 'the data is empty'}.")
@@ -141,6 +142,17 @@ def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
     )
 
 
+def _check_targets(data: LabeledImages, num_labels: int) -> None:
+    """Raise DataError unless every target is a class index."""
+    targets = np.asarray(data.targets)
+    outside = np.flatnonzero((targets < 0) | (targets >= num_labels))
+    if outside.size:
+        raise DataError(
+            f"{outside.size} of {len(targets)} targets of {data.where} are no class indices: expected values in"
+            f" [0, {num_labels}), found {targets[outside[0]]} for {data.name(int(outside[0]))}. Leave these images out."
+        )
+
+
 def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> LevitImageProcessor:
     """Return a processor that resizes and crops images as published evaluations do.
 
@@ -151,7 +163,7 @@ def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> Lev
             - "hf": transformers. Resizes to crop size * 256 / 224, and rounds the crop offset down.
             - "torchvision": the original repository. Resizes as "hf" does, and rounds the offset half to even.
             - "timm": timm. Resizes to crop size / 0.9, and rounds the offset half to even.
-        model_processor: the source of crop size, mean and standard deviation.
+        model_processor: the processor that provides the crop size, mean and standard deviation.
 
     Raises:
         ValueError: the rule is unknown.
@@ -170,26 +182,36 @@ def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> Lev
         return model_processor
     if rule not in _CROP_RULES:
         raise ValueError(f"Unknown crop rule: expected one of {', '.join(_CROP_RULES)}, found {rule!r}.")
-    kind = LevitImageProcessor if rule == "hf" else _HalfEvenProcessor
+    processor_class = LevitImageProcessor if rule == "hf" else _HalfEvenProcessor
     size = _size_for_edge(int(side / _TIMM_CROP_PCT)) if rule == "timm" else side
-    return kind(**{**vars(model_processor), "size": size, "crop_size": (height, width)})
+    return processor_class(**{**vars(model_processor), "size": size, "crop_size": (height, width)})
 
 
-def read_data(source: str | Path, labels: Sequence[str], split: str = "test") -> LabeledImages:
+def read_data(
+    source: str | Path,
+    labels: Sequence[str],
+    split: str = "test",
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> LabeledImages:
     """Read the labeled images of a directory or a Hugging Face dataset.
 
     Args:
         source: a directory with one folder per class, or the name of a Hugging Face dataset (requires `datasets`).
             Hidden files and folders are skipped.
-        labels: class names of the model. The classes of the data are matched by name. If the names differ but their
-            number is the same, they are matched by order.
+        labels: class names of the model. The classes of the data are matched by name, or those of ImageNet by WordNet
+            id. If no name matches but the numbers are equal, they are matched by position, with a warning.
         split: split of a Hugging Face dataset.
+        image_column: image column of a Hugging Face dataset; None for the only one, or the one called image or img.
+        label_column: class column of a Hugging Face dataset; None for the only one, or the one called label or labels.
 
     Returns:
         The images, with the class indices and class names of the model.
 
     Raises:
-        ValueError: there are no images, or the classes do not match those of the model.
+        DataError: there are no images, the classes do not match those of the model, or it is not clear which columns
+            to read.
         ImportError: `source` is not a directory, and `datasets` is not installed.
 
     Examples:
@@ -207,7 +229,8 @@ def read_data(source: str | Path, labels: Sequence[str], split: str = "test") ->
     if directory.is_dir():
         data = _read_folder(directory, allow_empty=True)
     else:
-        data = _read_split(_load_dataset(str(source), split=split), str(source), split, (_SINGLE_LABEL,))
+        columns = _Columns(image_column, label_column)
+        data = _read_split(_load_dataset(str(source), split=split), str(source), split, (_SINGLE_LABEL,), columns)
     indices = _match_classes(data.labels, labels, data.where)
     if not len(data):
         raise DataError(f"{data.where} contains no images: expected at least one.")

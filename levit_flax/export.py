@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .choices import _KNOWN_PLATFORMS, _PLATFORMS, _ExportFormat
+from .choices import _KNOWN_PLATFORMS, _ExportFormat
 from .files import _staged_directory
 from .image_processing import LevitImageProcessor
 from .inference import _prepare
@@ -68,7 +68,7 @@ def export_model(
     processor: LevitImageProcessor,
     *,
     format: str = "stablehlo",
-    platforms: Sequence[str] = _PLATFORMS,
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
     overwrite: bool = False,
 ) -> None:
     """Write a classifier as an artifact that runs without this library.
@@ -167,7 +167,9 @@ def to_stablehlo(classify: Any, shape: Sequence[int], platforms: Sequence[str]) 
     try:
         import flatbuffers  # noqa: F401  # jax.export imports it only after tracing
     except ImportError:
-        raise ImportError("Exporting StableHLO needs flatbuffers: pip install 'levit-flax[export]'.") from None
+        raise ImportError(
+            "Exporting StableHLO requires flatbuffers, which is not installed. Run: pip install 'levit-flax[export]'"
+        ) from None
     from jax import export
 
     (batch,) = export.symbolic_shape("batch")
@@ -201,7 +203,9 @@ def to_onnx(classify: Any, shape: Sequence[int]) -> bytes:
     try:
         import jax2onnx
     except ImportError:
-        raise ImportError("Exporting ONNX needs jax2onnx: pip install 'levit-flax[onnx]'.") from None
+        raise ImportError(
+            "Exporting ONNX requires jax2onnx, which is not installed. Run: pip install 'levit-flax[onnx]'"
+        ) from None
     exported = jax2onnx.to_onnx(
         classify, [("B", *shape)], model_name="levit", input_names=["pixel_values"], output_names=["logits"]
     )

@@ -1,4 +1,4 @@
-"""Atomic writes of files and directories, with errors that explain why a write failed."""
+"""Write files and directories atomically, and explain why a write failed."""
 
 import contextlib
 import errno
@@ -50,14 +50,7 @@ def _check_free(directory: Path, overwrite: bool) -> None:
 def _staged_directory(directory: Path, overwrite: bool, replaceable: Collection[str]) -> Iterator[Path]:
     """Yield a temporary directory to write to, and rename it to `directory` if the block succeeds.
 
-    Args:
-        directory: the directory to write.
-        overwrite: replace the files of a directory that is not empty.
-        replaceable: names of the files that may be replaced; other files in `directory` are kept.
-
-    Raises:
-        FileExistsError: the directory is not empty and `overwrite` is False.
-        OSError: the directory cannot be written.
+    With `overwrite`, only files whose names are in `replaceable` are replaced; other files in `directory` are kept.
     """
     _check_free(directory, overwrite)
     directory = directory.expanduser().resolve()
@@ -67,7 +60,7 @@ def _staged_directory(directory: Path, overwrite: bool, replaceable: Collection[
     except OSError as error:
         raise _cannot_write(directory, error) from None
     try:
-        staging.chmod(0o755)  # mkdtemp creates it with mode 0700
+        staging.chmod(_permissions(0o777))  # mkdtemp creates it with mode 0700
         with _explain_full_disk(directory):
             yield staging
         _replace_directory(directory, staging, replaceable)
@@ -102,10 +95,17 @@ def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         with _explain_full_disk(path):
             write(staging)
-        staging.chmod(0o644)  # mkstemp creates it with mode 0600
+        staging.chmod(_permissions(0o666))  # mkstemp creates it with mode 0600
         os.replace(staging, path)
     finally:
         staging.unlink(missing_ok=True)
+
+
+def _permissions(mode: int) -> int:
+    """Return the mode of a new file or directory under the umask of the process."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return mode & ~umask
 
 
 def _write_text(path: Path, text: str) -> None:

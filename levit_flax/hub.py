@@ -1,6 +1,6 @@
-"""Find model files in local directories and Hub repositories, and upload model directories.
+"""Find model files on the local disk or the Hub, and upload model directories.
 
-huggingface_hub is imported inside the functions, so that loading from the local disk does not wait for it.
+huggingface_hub is imported inside the functions, because loading from the local disk does not need it.
 """
 
 import contextlib
@@ -31,8 +31,6 @@ _INDEX_SUFFIX = ".index.json"
 
 _LISTED_NAMES = 12  # maximum number of file names in an error message
 
-_COMMIT_MESSAGE = "Upload LeViT model"
-
 
 class HubError(OSError):
     """Raised when a model cannot be downloaded from or uploaded to the Hub.
@@ -43,12 +41,12 @@ class HubError(OSError):
         ...     from_pretrained("someone/levit", cache_dir="empty", local_files_only=True)
         ... except HubError as error:
         ...     print(str(error).partition(",")[0])
-        The cache empty does not hold the whole of someone/levit
+        The cache empty does not have all files of someone/levit
     """
 
 
 class HubUnreachableError(HubError):
-    """Raised when the Hub cannot be reached or is out of order.
+    """Raised when the Hub cannot be reached or is unavailable.
 
     Examples:
         >>> issubclass(HubUnreachableError, HubError) and issubclass(HubError, OSError)
@@ -58,7 +56,7 @@ class HubUnreachableError(HubError):
 
 @dataclasses.dataclass(frozen=True)
 class _HubOptions:
-    """Options for access to a Hub repository, without effect on local directories.
+    """Options for access to a Hub repository; they do not affect local directories.
 
     Attributes:
         revision: branch, tag or commit hash of the repository; None for its main branch.
@@ -111,19 +109,14 @@ def _resolve(
         weights: names of weight files in order of preference, of which at least one must exist.
         files: names of other files, downloaded if they exist. If `weights` is empty, at least one must exist.
         options: how to access the Hub.
-
-    Raises:
-        FileNotFoundError: the directory does not exist or has none of the files.
-        NotADirectoryError: `source` is a file.
-        HubError: the files are neither available from the Hub nor in the cache.
     """
     path = Path(source).expanduser()
     if source == _EMBEDDED_NAME and not path.exists():
         path = _EMBEDDED_DIRECTORY
     if path.is_dir():
-        held = os.listdir(path)
-        if _first(weights or files, held) is None:
-            raise FileNotFoundError(f"{path} is not a model directory: {_expected(weights or files, held)}")
+        present = os.listdir(path)
+        if _first(weights or files, present) is None:
+            raise FileNotFoundError(f"{path} is not a model directory: {_expected(weights or files, present)}")
         return _resolved(path, weights, None)
     if path.exists():
         raise NotADirectoryError(f"The model {path} is a file: expected a model directory or a Hub repository.")
@@ -149,25 +142,11 @@ def _push(
     token: str | None = None,
     private: bool = False,
     revision: str | None = None,
-    commit_message: str = _COMMIT_MESSAGE,
+    commit_message: str | None = None,
 ) -> str:
-    """Upload a model directory to the Hub, creating the repository if it does not exist.
+    """Upload those of `files` that exist in a directory, and return the URL of the repository.
 
-    Args:
-        directory: the model directory.
-        repo_id: the repository as "owner/name"; without an owner, that of the token's user.
-        files: names of the files to upload if they exist. Nothing else in `directory` is uploaded.
-        token: access token with write permission; None for the one stored by `hf auth login` or in HF_TOKEN.
-        private: create the repository as private; no effect if it exists.
-        revision: the branch to upload to, which must exist; None for the main branch.
-        commit_message: first line of the commit message.
-
-    Returns:
-        The URL of the repository.
-
-    Raises:
-        FileNotFoundError: `directory` has none of the files.
-        HubError: the upload failed.
+    The repository is created if it does not exist; the other arguments are those of `push_to_hub`.
     """
     directory = Path(directory).expanduser()
     present = [name for name in files if (directory / name).is_file()]
@@ -178,14 +157,14 @@ def _push(
             else f"{directory} has no files to upload: expected a directory."
         )
     api = _api(token)
-    with _clear_errors(repo_id, revision):
+    with _explain_errors(repo_id, revision):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=url.repo_id,
             folder_path=directory,
             allow_patterns=present,
             revision=revision,
-            commit_message=commit_message,
+            commit_message="Upload LeViT model" if commit_message is None else commit_message,
         )
     return str(url)
 
@@ -200,8 +179,8 @@ def _is_repo_id(source: str) -> bool:
     return not source.endswith(_CHECKPOINT_SUFFIXES)
 
 
-def _first(names: Sequence[str], held: Collection[str]) -> str | None:
-    return next((name for name in names if name in held), None)
+def _first(names: Sequence[str], present: Collection[str]) -> str | None:
+    return next((name for name in names if name in present), None)
 
 
 def _resolved(directory: Path, weights: Sequence[str], repo_id: str | None) -> _Resolved:
@@ -214,10 +193,10 @@ def _resolved(directory: Path, weights: Sequence[str], repo_id: str | None) -> _
     )
 
 
-def _expected(names: Sequence[str], held: Collection[str]) -> str:
-    """Return the end of an error message: the file names of which one was expected, and those found."""
-    listed = sorted(held)[:_LISTED_NAMES]
-    more = f" and {len(held) - len(listed)} more" if len(held) > len(listed) else ""
+def _expected(names: Sequence[str], present: Collection[str]) -> str:
+    """Return the end of an error message: the file names expected, one of which is enough, and those found."""
+    listed = sorted(present)[:_LISTED_NAMES]
+    more = f" and {len(present) - len(listed)} more" if len(present) > len(listed) else ""
     wanted = " or ".join(names)
     return f"expected {wanted}, found {', '.join(listed) + more if listed else 'no files'}."
 
@@ -275,24 +254,24 @@ class _Request:
         for name in self.weights or self.files:
             path = try_to_load_from_cache(self.repo_id, name, cache_dir=self.cache, revision=self.revision)
             if isinstance(path, str):
-                found = Path(path)
-                shards = _shards(found) if name.endswith(_INDEX_SUFFIX) else []
-                return found.parent if all((found.parent / shard).is_file() for shard in shards) else None
+                file = Path(path)
+                shards = _shards(file) if name.endswith(_INDEX_SUFFIX) else []
+                return file.parent if all((file.parent / shard).is_file() for shard in shards) else None
         return None
 
     def _download(self) -> Path:
         from huggingface_hub import constants
 
         api = _api(self.token)
-        with _clear_errors(self.repo_id, self.revision):
-            # First, because it has a timeout and no retries, and so fails immediately without a network.
+        with _explain_errors(self.repo_id, self.revision):
+            # Called first, because it has a timeout and no retries, so that it fails quickly without a network.
             info = api.model_info(self.repo_id, revision=self.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-            held = {sibling.rfilename for sibling in info.siblings or ()}
-            if _first(self.weights or self.files, held) is None:
-                wanted = _expected(self.weights or self.files, held)
-                raise HubError(f"The Hub repository {self.repo_id} has no LeViT model: {wanted}")
-            chosen = _first(self.weights, held)
-            names = [name for name in (*self.files, chosen) if name in held]
+            present = {sibling.rfilename for sibling in info.siblings or ()}
+            if _first(self.weights or self.files, present) is None:
+                expected = _expected(self.weights or self.files, present)
+                raise HubError(f"The Hub repository {self.repo_id} has no LeViT model: {expected}")
+            chosen = _first(self.weights, present)
+            names = [name for name in (*self.files, chosen) if name in present]
             download = functools.partial(api.snapshot_download, self.repo_id, cache_dir=self.cache)
             snapshot = Path(download(revision=self.revision, allow_patterns=names))
             if chosen is not None and chosen.endswith(_INDEX_SUFFIX):
@@ -310,8 +289,8 @@ def _api(token: str | None) -> "HfApi":
 
 
 @contextlib.contextmanager
-def _clear_errors(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Convert the errors of huggingface_hub to a HubError with advice."""
+def _explain_errors(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Convert the errors of huggingface_hub to a HubError that advises what to do."""
     from huggingface_hub import constants, errors
 
     try:

@@ -1,4 +1,4 @@
-"""Preprocess images for LeViT, bit for bit like transformers' `LevitImageProcessorPil`."""
+"""Preprocess images for LeViT, bit for bit like transformers' PIL processor."""
 
 import json
 import os
@@ -19,15 +19,12 @@ from .image_settings import (
     _parse_numbers,
     _parse_resample,
     _parse_size,
-    _Size,
 )
 from .images import ImageError, _exceeds_pixel_limit, _flatten_images, _read_image
 
 _PROCESSOR_FILE = "preprocessor_config.json"
 
 _TIMM_CROP_PCT = 0.9  # used for the accuracies that timm reports for LeViT
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # LeViT is evaluated on images resized to 256 pixels and cropped to 224. Source: facebookresearch/LeViT datasets.py.
 _RESIZE_RATIO = 256 / 224
@@ -57,7 +54,9 @@ class LevitImageProcessor:
     - The output is channels last by default; pass `data_format="channels_first"` for the other order.
     - `do_convert_rgb` is True by default, so that gray, palette, CMYK and transparent images work. As in transformers,
       the alpha channel of PIL images and arrays is blended with white, and that of image files is dropped.
-    - 16-bit images (modes "I" and "I;16") are scaled to 8 bits. Pillow's conversion would clip them to white.
+    - 16-bit images (modes "I" and "I;16") and floating-point images (mode "F") are scaled to 8 bits, by the range of
+      their values: [0, 1], [0, 255] or [0, 65535]. Pillow's conversion would clip them. Boolean images have the levels
+      0 and 255.
     - An error is raised for pixel values that are not finite, for settings that are None, and for images that have
       more than `PIL.Image.MAX_IMAGE_PIXELS` pixels before or after resizing.
 
@@ -90,15 +89,15 @@ class LevitImageProcessor:
         self,
         *,
         do_resize: bool = True,
-        size: _Size = 224,
+        size: int | Sequence[int] | Mapping[str, int] = 224,
         resample: int = Image.Resampling.BICUBIC,
         do_center_crop: bool = True,
-        crop_size: _Size = 224,
+        crop_size: int | Sequence[int] | Mapping[str, int] = 224,
         do_rescale: bool = True,
         rescale_factor: float = 1 / 255,
         do_normalize: bool = True,
-        image_mean: float | Sequence[float] = _IMAGENET_MEAN,
-        image_std: float | Sequence[float] = _IMAGENET_STD,
+        image_mean: float | Sequence[float] = (0.485, 0.456, 0.406),
+        image_std: float | Sequence[float] = (0.229, 0.224, 0.225),
         do_convert_rgb: bool = True,
     ) -> None:
         # `preprocess`, `to_dict` and `from_dict` rely on the attributes being exactly the parameters.
@@ -134,7 +133,7 @@ class LevitImageProcessor:
         Args:
             images: a path, a PIL image, an array [H W], [H W C] or [C H W] (NumPy, JAX or PyTorch), a batch of these
                 with 4 axes, or a list of any of them. Float arrays contain values in [0, 1] or integers from 0 to 255.
-                Image files are rotated by their EXIF orientation. Of an animation, the first frame is used.
+                Image files are rotated by their EXIF orientation, and the first frame of an animation is used.
             return_tensors: "np", "jax" or "pt" (PyTorch) returns one array for the batch; None returns a list of NumPy
                 arrays, one per image, whose sizes may differ.
             data_format: "channels_last" for [B H W C], "channels_first" for [B C H W].
@@ -150,7 +149,7 @@ class LevitImageProcessor:
             FileNotFoundError: a file does not exist.
             TypeError: an object is not an image, or an override is not a parameter of the class.
             ValueError: a setting is invalid.
-            ImportError: `return_tensors="pt"`, and PyTorch is not installed.
+            ImportError: `return_tensors` is "pt", and PyTorch is not installed.
 
         Examples:
             >>> images = [np.zeros((100, 200, 3), np.uint8), Image.new("L", (300, 250))]
@@ -233,7 +232,7 @@ class LevitImageProcessor:
 
         Returns:
             An array [... C], float32 except in two cases: if neither step is enabled, the dtype is unchanged, and
-            arrays of another float dtype are normalized in theirs.
+            arrays of another float dtype keep it.
 
         Raises:
             ValueError: `image_mean` or `image_std` does not fit the number of channels.
@@ -291,9 +290,9 @@ class LevitImageProcessor:
             >>> LevitImageProcessor.from_dict({"size": {"shortest_edge": 160}, "crop_size": 160}).crop_size
             {'height': 160, 'width': 160}
         """
-        kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or _PROCESSOR_TYPES[0]
-        if kind not in _PROCESSOR_TYPES:
-            raise ValueError(f"The settings are of another processor: expected LevitImageProcessor, found {kind}.")
+        name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or _PROCESSOR_TYPES[0]
+        if name not in _PROCESSOR_TYPES:
+            raise ValueError(f"The settings belong to another processor: expected LevitImageProcessor, found {name}.")
         known = vars(cls())
         given = {name: value for name, value in settings.items() if value is not None}
         for name, value in _FIXED_KEYS.items():
@@ -437,7 +436,7 @@ def _to_levels(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
             return _rescale(pixels, 255).astype(np.uint8), True
     raise ImageError(
         "The pixel values are out of range: expected integers from 0 to 255 or values in [0, 1], found"
-        f" {low} to {high}."
+        f" {low} to {high}. Scale them to one of these ranges."
     )
 
 
@@ -462,7 +461,7 @@ def _crop(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> n
 
 
 def _rescale(pixels: np.ndarray, factor: float) -> np.ndarray:
-    return (pixels.astype(np.float64) * factor).astype(np.float32)  # by way of float64, as in transformers
+    return (pixels.astype(np.float64) * factor).astype(np.float32)  # via float64, as in transformers
 
 
 def _per_channel(name: str, value: float | tuple[float, ...], channels: int) -> tuple[float, ...]:

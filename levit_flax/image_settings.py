@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-_Size = int | Sequence[int] | Mapping[str, int]
-
 
 def _check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:
     """Raise ValueError if the value is not one of the choices."""
@@ -49,7 +47,7 @@ def _parse_resample(value: int) -> int:
     return int(value)
 
 
-def _parse_size(name: str, value: _Size, *, shortest_edge: bool) -> dict[str, int]:
+def _parse_size(name: str, value: int | Sequence[int] | Mapping[str, int], *, shortest_edge: bool) -> dict[str, int]:
     """Return a size as a dictionary; a shortest edge is accepted only if `shortest_edge` is True."""
     edges: dict[str, Any] = {}
     if isinstance(value, Mapping):

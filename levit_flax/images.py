@@ -20,6 +20,10 @@ _DECODER_ERRORS = (
 )
 
 
+# The formats that Pillow decodes itself. For others, such as EPS, it starts another program.
+_FORMATS = frozenset("AVIF BMP DIB GIF ICNS ICO JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP XBM".split())
+
+
 class ImageError(ValueError):
     """Raised when an image cannot be used.
 
@@ -29,24 +33,15 @@ class ImageError(ValueError):
         ...     LevitImageProcessor()(np.full((8, 8, 3), np.nan))
         ... except ImageError as error:
         ...     print(error)
-        Expected finite pixel values, found NaN or infinity in the image.
+        The image is not valid: expected finite pixel values, found NaN or infinity.
     """
 
 
 def _load_image(path: str | os.PathLike[str]) -> Image.Image:
     """Read the first frame of an image file as RGB, rotated by its EXIF orientation, as transformers does.
 
-    The alpha channel is dropped without blending. 16-bit images are scaled to 8 bits.
-
-    Args:
-        path: the file. Its format is detected from its content.
-
-    Returns:
-        An image of mode "RGB".
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ImageError: the file is empty, damaged, not an image, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+    The format is detected from the content. The alpha channel is dropped without blending. 16-bit images are scaled
+    to 8 bits.
 
     Source: transformers image_utils.py (`_load_image`).
     """
@@ -56,7 +51,7 @@ def _load_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def _check_header(path: str | os.PathLike[str]) -> None:
-    """Raise the errors of `_load_image` that the header of a file reveals, without decoding its pixels."""
+    """Raise the errors of `_load_image` that can be detected without decoding the pixels."""
     with _opened(path):
         pass
 
@@ -71,7 +66,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     if os.path.getsize(path) == 0:
         raise ImageError(f"{path} is empty: expected an image file, found 0 bytes.")
     with open(path, "rb") as file, _decoding(str(path)):
-        image = Image.open(file)
+        image = Image.open(file, formats=_installed_formats())
         if _exceeds_pixel_limit(*image.size):
             raise Image.DecompressionBombError
         yield image
@@ -90,7 +85,9 @@ def _decoding(name: str) -> Iterator[None]:
             " file, raise PIL.Image.MAX_IMAGE_PIXELS."
         ) from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not an image: expected a format that Pillow can read.") from error
+        raise ImageError(
+            f"{name} is not an image: expected one of the formats {', '.join(sorted(_installed_formats()))}."
+        ) from error
     except _DECODER_ERRORS as error:
         raise ImageError(f"{name} cannot be decoded and is probably damaged ({error}).") from error
 
@@ -102,10 +99,8 @@ def _exceeds_pixel_limit(width: int, height: int) -> bool:
 
 def _opaque_rgb(image: Image.Image) -> Image.Image:
     """Convert to RGB, dropping transparency and scaling 16 bits to 8."""
-    if image.mode.startswith("I"):  # "I", "I;16", "I;16B", ...
-        return Image.fromarray(_sixteen_to_eight_bits(np.asarray(image))).convert("RGB")
-    if image.mode == "F":
-        _require_finite(np.asarray(image))
+    if image.mode == "F" or image.mode.startswith("I"):  # "I", "I;16", "I;16B", ...
+        return _to_eight_bits(image).convert("RGB")
     if image.mode == "P":
         image = image.convert("RGBA")  # Pillow warns if a palette with transparency is converted directly to RGB
     if image.mode == "RGB":
@@ -123,17 +118,32 @@ def _rgb_over_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
-def _sixteen_to_eight_bits(levels: np.ndarray) -> np.ndarray:
-    if levels.min() < 0 or levels.max() > 65535:
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Return an image of mode "F", "I" or "I;16" with levels 0 to 255; its range follows from its values."""
+    values = np.asarray(image)
+    _require_finite(values)
+    low, high = values.min(), values.max()
+    if low < 0 or high > 65535:
         raise ImageError(
-            f"The image is not a 16-bit image: expected levels from 0 to 65535, found {levels.min()} to {levels.max()}."
+            f"The range of the image is not known: expected values in [0, 1], [0, 255] or [0, 65535], found {low} to"
+            f" {high}. Scale them to one of these ranges."
         )
-    return np.round(levels / 257).astype(np.uint8)  # 65535 = 257 * 255
+    if image.mode in ("F", "I") and 1 < high <= 255:
+        return image
+    scale = 255 if image.mode == "F" and high <= 1 else 1 / 257  # 65535 = 257 * 255
+    return Image.fromarray(np.round(values * scale).astype(np.uint8))
+
+
+def _installed_formats() -> list[str]:
+    """Return the image formats that can be decoded: those of `_FORMATS` that this build of Pillow has."""
+    Image.init()
+    return [name for name in Image.OPEN if name in _FORMATS]
 
 
 def _image_suffixes() -> frozenset[str]:
-    """Return the lower-case file name suffixes of the image formats that Pillow knows."""
-    return frozenset(Image.registered_extensions())
+    """Return the lower-case file name suffixes of the image formats that can be decoded."""
+    formats = {*_installed_formats(), "MPO"}  # the JPEG decoder opens MPO
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 def _flatten_images(images: Any) -> Iterator[Any]:
@@ -156,6 +166,8 @@ def _read_image(image: Any, input_data_format: str | None, do_convert_rgb: bool)
     if isinstance(image, str | os.PathLike):
         return _load_image(image)
     if isinstance(image, Image.Image):
+        if image.format == "EPS":  # Pillow would start Ghostscript
+            raise ImageError("The PIL image is not decoded: expected pixels, found an EPS file. Convert it to PNG.")
         if 0 in image.size:
             raise ImageError(f"The PIL image is empty: expected at least one pixel, found size {image.size}.")
         with _decoding("The PIL image"):  # PIL images can be lazy
@@ -176,7 +188,9 @@ def _as_array(image: Any) -> np.ndarray:
         array = np.asarray(image)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"The {type(image).__name__} cannot be converted to a NumPy array ({error}).") from error
-    if array.dtype.kind not in "biuf":
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * 255
+    if array.dtype.kind not in "iuf":
         raise TypeError(f"An image array has the wrong dtype: expected uint8 or float32, found {array.dtype}.")
     return array
 

@@ -1,4 +1,4 @@
-"""Prepare a model for inference: merge heads, fold batch norms, normalize images on the device."""
+"""Prepare models for inference: merge heads, fold batch norms, normalize images."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from .configuration import _MULTI_LABEL, _REGRESSION, LevitConfig
 from .image_processing import LevitImageProcessor
 from .modeling import LevitBase, LevitForImageClassificationWithTeacher, LevitModel, Variables
-from .surgery import fold_batch_norm, merge_heads
+from .surgery import _copy, fold_batch_norm, merge_heads
 
 
 def _normalize(pixels: jax.Array, processor: LevitImageProcessor, dtype: Any = jnp.float32) -> jax.Array:
@@ -32,13 +32,13 @@ def _prepare(model: LevitBase, variables: Variables) -> tuple[LevitBase, Variabl
             f" LevitForImageClassificationWithTeacher with classes, found a {type(model).__name__} with"
             f" num_labels={model.config.num_labels}."
         )
-    variables = _widen(variables, model._shared["dtype"])
+    variables = jax.tree.map(_copy, _upcast(variables, model._shared["dtype"]))  # the caller may donate or change them
     if isinstance(model, LevitForImageClassificationWithTeacher):
         model, variables = merge_heads(model, variables)
     return (model, variables) if model.folded else fold_batch_norm(model, variables)
 
 
-def _widen(variables: Variables, dtype: Any) -> Variables:
+def _upcast(variables: Variables, dtype: Any) -> Variables:
     """Return the variables with narrower floating-point arrays converted to `dtype`, once instead of in every call."""
     width = jnp.dtype(dtype).itemsize
 
@@ -48,10 +48,8 @@ def _widen(variables: Variables, dtype: Any) -> Variables:
     if not any(is_narrow(leaf) for leaf in jax.tree.leaves(variables)):
         return variables
     # NumPy converts without compiling.
-    widened: Variables = jax.tree.map(
-        lambda leaf: np.asarray(leaf, dtype if is_narrow(leaf) else leaf.dtype), variables
-    )
-    arrays: Variables = jax.device_put(widened)
+    upcast: Variables = jax.tree.map(lambda leaf: np.asarray(leaf, dtype if is_narrow(leaf) else leaf.dtype), variables)
+    arrays: Variables = jax.device_put(upcast)
     return arrays
 
 

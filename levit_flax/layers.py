@@ -1,4 +1,4 @@
-"""The layers of LeViT: convolution and linear layers with batch norm, MLP and stochastic depth."""
+"""LeViT's layers: convolution and linear with batch norm, MLP, stochastic depth."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def _at_least_float32(dtype: Dtype) -> Dtype:
 
 
 class _Layer(nn.Module, kw_only=True):
-    """The base class of all layers, with the fields that a layer passes on to its children.
+    """The base class of all layers, with the fields that a layer passes to its children.
 
     Attributes:
         folded: whether batch norms are folded into the layers next to them, which then have biases.

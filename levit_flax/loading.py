@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from . import checkpoint, hub, surgery
@@ -46,7 +47,8 @@ def from_pretrained(
 
     Args:
         source: a directory, a Hub id such as "facebook/levit-128S", or "cifar10", the small model in the package.
-        dtype: dtype of the floating-point arrays; None keeps the checkpoint's.
+        dtype: dtype of the floating-point arrays; "auto" keeps the checkpoint's. None does the same, but converts
+            narrower dtypes than float32 to float32, because optimizers underflow in float16.
         image_size: input size in pixels, one side or (height, width); None keeps the checkpoint's. See `resize_image`.
         num_labels: number of classes; None keeps the checkpoint's. Heads for another number are newly initialized, and
             a warning is issued. See `replace_head`.
@@ -92,15 +94,20 @@ def _resolve(
 
 
 def _load_weights(files: _Resolved, dtype: Any = None) -> tuple[LevitBase, Variables]:
-    """Return the module and its variables as JAX arrays, from Flax or PyTorch weights."""
-    assert files.weights is not None  # resolve raises if there are none
+    """Return the module and its variables as JAX arrays; `dtype` is that of `from_pretrained`."""
+    assert files.weights is not None  # _resolve raises if there are none
+    requested = None if dtype == "auto" else dtype
     if files.weights.name != _WEIGHTS_FILE:
-        from levit_flax import convert  # a heavy import that Flax weights do not need
+        from levit_flax.convert import conversion, sources  # heavy imports that Flax weights do not need
 
-        return convert.from_torch(files.weights, dtype)
-    model, variables = checkpoint._read_directory(files.directory)
-    if dtype is not None:
-        model, variables = checkpoint._cast(model, variables, dtype)
+        converted = conversion._convert(sources._open_source(files.weights), requested)
+        model, variables = converted.model, converted.variables
+    else:
+        model, variables = checkpoint._read_directory(files.directory)
+        if requested is not None:
+            model, variables = checkpoint._cast(model, variables, requested)
+    if dtype is None and jnp.dtype(model.param_dtype).itemsize < jnp.dtype(jnp.float32).itemsize:
+        model, variables = checkpoint._cast(model, variables, jnp.float32)
     return model, checkpoint._to_device(variables, str(files.weights))
 
 
@@ -152,14 +159,7 @@ def _change_heads(
 ) -> tuple[LevitBase, Variables]:
     """Return the model as another class, with heads dropped and newly initialized as needed.
 
-    Args:
-        model: any model; returned unchanged if it already is of the class.
-        variables: its variables.
-        model_class: one of the three models.
-        key: random key for new heads; None for `jax.random.key(0)`.
-
-    Raises:
-        ValueError: a head is missing and the model is folded.
+    `key` is the random key for new heads; None for `jax.random.key(0)`.
     """
     if type(model) is model_class:
         return model, dict(variables)
@@ -195,7 +195,7 @@ def push_to_hub(
     token: str | None = None,
     private: bool = False,
     revision: str | None = None,
-    commit_message: str = hub._COMMIT_MESSAGE,
+    commit_message: str | None = None,
 ) -> str:
     """Upload a model to the Hub, creating the repository if it does not exist.
 
@@ -207,7 +207,7 @@ def push_to_hub(
         token: access token with write permission; None for the one stored by `hf auth login` or in HF_TOKEN.
         private: create the repository as private; no effect if it exists.
         revision: the branch to upload to, which must exist; None for the main branch.
-        commit_message: first line of the commit message.
+        commit_message: first line of the commit message; None for "Upload LeViT model".
 
     Returns:
         The URL of the repository.

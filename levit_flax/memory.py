@@ -1,4 +1,4 @@
-"""Keep the memory that a process frees, which makes computing on a CPU faster."""
+"""Keep the memory that a process frees, which speeds up computation on CPU."""
 
 import ctypes
 import sys
@@ -13,15 +13,15 @@ _M_MMAP_MAX = -4
 def keep_freed_memory() -> bool:
     """Make the C library keep freed memory instead of returning it to the system.
 
-    On a CPU, XLA allocates new working memory for every call, and the system clears each page of it. That takes
-    about a sixth of the time of training levit-128S with 32 images, and up to a quarter of classifying 64
-    (benchmarks/README.md). The commands `finetune`, `evaluate` and `classify` call this function.
+    On CPU, XLA allocates new working memory for every call, and the system clears each page of it. For levit-128S,
+    this takes about a sixth of the time of training, and up to a quarter of that of inference (benchmarks/README.md).
+    The commands `finetune`, `evaluate` and `classify` call this function.
 
     Call it before JAX computes anything, and compute in the main thread. It applies to the whole process: the memory of
     the process never shrinks below its peak, and a jitted function returns only after the CPU has computed the result.
 
     Returns:
-        True if the memory is kept. False if the C library is not glibc, which alone has these settings.
+        Whether the memory is kept: False if the C library is not glibc, because only glibc has these settings.
 
     Examples:
         >>> kept = keep_freed_memory()

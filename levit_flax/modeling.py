@@ -20,7 +20,6 @@ from flax.typing import Dtype, PrecisionLike
 
 from .blocks import _Downsample, _Stage, _Stem
 from .configuration import LevitConfig
-from .hub import _COMMIT_MESSAGE
 from .image_processing import LevitImageProcessor
 from .layers import _at_least_float32, _NormLinear
 from .modeling_outputs import (
@@ -159,7 +158,7 @@ class LevitBase(nn.Module):
         overwrite: bool = False,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write this model and its variables to a directory; see `levit_flax.save_pretrained`.
+        """Save this model and its variables; see `levit_flax.save_pretrained`.
 
         Args:
             directory: the directory to write; created if it does not exist.
@@ -195,7 +194,7 @@ class LevitBase(nn.Module):
         token: str | None = None,
         private: bool = False,
         revision: str | None = None,
-        commit_message: str = _COMMIT_MESSAGE,
+        commit_message: str | None = None,
     ) -> str:
         """Upload this model and its variables to the Hub; see `levit_flax.push_to_hub`.
 
@@ -206,7 +205,7 @@ class LevitBase(nn.Module):
             token: access token with write permission; None for the one stored by `hf auth login` or in HF_TOKEN.
             private: create the repository as private; no effect if it exists.
             revision: the branch to upload to, which must exist; None for the main branch.
-            commit_message: first line of the commit message.
+            commit_message: first line of the commit message; None for "Upload LeViT model".
 
         Returns:
             The URL of the repository.
@@ -401,7 +400,9 @@ class LevitForImageClassification(LevitBase):
 
 
 class LevitForImageClassificationWithTeacher(LevitBase):
-    """LeViT with two classifier heads, one trained on labels and one on a teacher, whose logits are averaged.
+    """LeViT with two classifier heads, whose logits are averaged.
+
+    `head` is trained on the labels, `head_dist` on the predictions of a teacher.
 
     Examples:
         >>> model, variables = LevitForImageClassificationWithTeacher.from_pretrained("cifar10")

@@ -9,10 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
 from .configuration import _MULTI_LABEL, _REGRESSION, _SINGLE_LABEL
+from .layers import _at_least_float32
+
+_IGNORED_LABEL = -100  # as in PyTorch
 
 
 class _ModelOutput:
@@ -121,14 +125,18 @@ def classification_loss(logits: jax.Array, labels: jax.Array, problem_type: str 
 
     Args:
         logits: float [B L] for L classes.
-        labels: class indices [B] for single-label classification, 0 or 1 per class [B L] for multi-label
-            classification, or targets [B] or [B L] for regression.
+        labels: class indices [B] in [0, L) for single-label classification, or -100 for images to ignore; 0 or 1 per
+            class [B L] for multi-label classification; targets [B] or [B L] for regression.
         problem_type: "single_label_classification", "multi_label_classification" or "regression". None infers it:
             regression if L is 1, single-label if the labels are integers, multi-label otherwise.
 
     Returns:
-        A scalar: softmax cross entropy for single-label, mean sigmoid binary cross entropy for multi-label, mean
-        squared error for regression.
+        A scalar, float32 or float64: softmax cross entropy for single-label, mean sigmoid binary cross entropy for
+        multi-label, mean squared error for regression.
+
+    Raises:
+        ValueError: a class index is neither in [0, L) nor -100. Inside `jax.jit` values cannot be checked, and the
+            result is then meaningless.
 
     Examples:
         >>> logits = jnp.array([[2.0, 0.0], [0.0, 2.0]])
@@ -140,6 +148,7 @@ def classification_loss(logits: jax.Array, labels: jax.Array, problem_type: str 
     Source: `ForSequenceClassificationLoss` in transformers loss/loss_utils.py, except that an inferred problem type
         is not stored in the config.
     """
+    logits = logits.astype(_at_least_float32(logits.dtype))
     if problem_type is None:
         if logits.shape[-1] == 1:
             problem_type = _REGRESSION
@@ -149,9 +158,25 @@ def classification_loss(logits: jax.Array, labels: jax.Array, problem_type: str 
             problem_type = _MULTI_LABEL
     loss: jax.Array
     if problem_type == _SINGLE_LABEL:
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels.reshape(-1))
-    elif problem_type == _REGRESSION:
+        labels = labels.reshape(-1)
+        _check_class_indices(labels, logits.shape[-1])
+        valid = labels != _IGNORED_LABEL
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(valid, labels, 0))
+        return jnp.where(valid, loss, 0).sum() / valid.sum().astype(loss.dtype)
+    if problem_type == _REGRESSION:
         loss = jnp.square(logits - labels.reshape(logits.shape).astype(logits.dtype))
     else:
         loss = optax.sigmoid_binary_cross_entropy(logits, labels.reshape(logits.shape).astype(logits.dtype))
     return loss.mean()
+
+
+def _check_class_indices(labels: jax.Array, num_labels: int) -> None:
+    """Raise ValueError if a known class index is out of range."""
+    if isinstance(labels, jax.core.Tracer):
+        return
+    outside = np.flatnonzero(((labels < 0) | (labels >= num_labels)) & (labels != _IGNORED_LABEL))
+    if outside.size:
+        raise ValueError(
+            f"{outside.size} of {labels.size} labels are no class indices: expected values in [0, {num_labels}), or"
+            f" {_IGNORED_LABEL} to ignore an image, found {int(labels[outside[0]])} at index {outside[0]}."
+        )

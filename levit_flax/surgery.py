@@ -1,9 +1,10 @@
-"""Pure functions from a model and its variables to another model and its variables.
+"""Transform a model and its variables: fold, merge, resize, replace heads.
 
-They compute in float64 with NumPy and return every array in its original dtype.
+All functions are pure. They compute in float64 with NumPy and return every array in its original dtype.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .layers import _BATCH_NORM_EPSILON, _NormLinear
 from .modeling import LevitBase, LevitForImageClassification, LevitForImageClassificationWithTeacher, Variables
@@ -53,18 +55,18 @@ def fold_batch_norm(model: LevitBase, variables: Mapping[str, Any]) -> tuple[Lev
         factor, shift = _scale_and_shift(flat, layer)
         linear = f"params/{layer}/" + ("conv" if f"params/{layer}/conv/kernel" in flat else "linear")
         kernel, bias = flat[f"{linear}/kernel"], flat.get(f"{linear}/bias")
-        wide = np.asarray(kernel, np.float64)
+        kernel64 = np.asarray(kernel, np.float64)
         if bias is None:  # the norm follows the layer
-            new_kernel, new_bias = wide * factor, shift
+            new_kernel, new_bias = kernel64 * factor, shift
         else:  # a head: the norm precedes the layer
-            new_kernel, new_bias = factor[:, None] * wide, shift @ wide + np.asarray(bias, np.float64)
+            new_kernel, new_bias = factor[:, None] * kernel64, shift @ kernel64 + np.asarray(bias, np.float64)
         folded[f"{linear}/kernel"] = _like(new_kernel, kernel)
         folded[f"{linear}/bias"] = _like(new_bias, kernel if bias is None else bias)
-    return model.clone(folded=True), unflatten_dict(folded, sep="/")
+    return model.clone(folded=True), _unflatten(folded, flat)
 
 
 def merge_heads(model: LevitBase, variables: Mapping[str, Any]) -> tuple[LevitForImageClassification, Variables]:
-    """Merge the two heads of a distilled model into one that returns their average logits.
+    """Merge the two heads of a distilled model into one that averages their logits.
 
     The merged head of a model that is not folded can still be trained: its batch norm has the running statistics of
     `head`, scale 1 and bias 0, and its linear layer absorbs everything else.
@@ -109,7 +111,7 @@ def merge_heads(model: LevitBase, variables: Mapping[str, Any]) -> tuple[LevitFo
     for name, parts in (("kernel", kernels), ("bias", biases)):
         path = f"params/head/linear/{name}"
         merged[path] = _like((parts[0] + parts[1]) / 2, flat[path])
-    return _as_class(model, LevitForImageClassification), unflatten_dict(merged, sep="/")
+    return _as_class(model, LevitForImageClassification), _unflatten(merged, flat)
 
 
 def resize_image(
@@ -119,8 +121,8 @@ def resize_image(
 
     Only the attention-bias tables depend on the image size. They contain one bias for every offset (|dy|, |dx|) between
     two tokens. An offset d on the new grid of R' tokens corresponds to d * R / R' on the old grid of R tokens, along
-    each axis. The new tables sample the old ones there by cubic convolution. Biases are even in d, which gives the
-    values at negative offsets; beyond the largest old offset the last bias is repeated.
+    each axis. The new tables interpolate the old ones at these positions by cubic convolution. Biases are even in d, so
+    values at negative offsets equal those at positive ones. Beyond the largest old offset, the last bias is repeated.
 
     Args:
         model: any model, folded or not.
@@ -129,7 +131,7 @@ def resize_image(
             because the stem rounds the number of tokens up.
 
     Returns:
-        The model with the new size in its config, and its variables. At the same size both are equal to the old ones.
+        The model with the new size in its config, and its variables. If the size is unchanged, so are both.
 
     Raises:
         ValueError: the image size is invalid.
@@ -145,13 +147,13 @@ def resize_image(
     """
     size: Any = image_size
     config = dataclasses.replace(model.config, image_size=size)
-    resized = {}
-    for path, leaf in flatten_dict(variables, sep="/").items():
+    flat, resized = flatten_dict(variables, sep="/"), {}
+    for path, leaf in flat.items():
         if path.endswith("/attention_biases"):
             stage = int(path.split("/")[1].rpartition("_")[2])
             leaf = _resize_table(leaf, model.config.grids[stage], config.grids[stage])
         resized[path] = leaf
-    return model.clone(config=config), unflatten_dict(resized, sep="/")
+    return model.clone(config=config), _unflatten(resized, flat)
 
 
 def _resize_table(table: Any, old: Sequence[int], new: Sequence[int]) -> Any:
@@ -186,7 +188,7 @@ def _cubic(x: float) -> float:
 def replace_head(
     model: LevitBase, variables: Mapping[str, Any], num_labels: int, key: jax.Array
 ) -> tuple[LevitBase, Variables]:
-    """Replace the heads of a model with newly initialized ones for another number of classes.
+    """Replace a model's heads with newly initialized ones for `num_labels` classes.
 
     Args:
         model: a model with one or two heads and `folded=False`.
@@ -216,17 +218,18 @@ def replace_head(
     labels: Any = {"num_labels": num_labels, "id2label": None}
     model = model.clone(config=dataclasses.replace(model.config, **labels))
     pooled = jnp.zeros((1, model.config.hidden_sizes[-1]), model._shared["dtype"])
-    flat = dict(flatten_dict(variables, sep="/"))
+    flat = flatten_dict(variables, sep="/")
+    replaced = dict(flat)
     for i, name in enumerate(model.head_names):
         head = _NormLinear(num_labels, **model._shared)
         initialized = head.init(jax.random.fold_in(key, i), pooled)
-        flat = {path: leaf for path, leaf in flat.items() if path.split("/")[1] != name}
-        flat |= {
+        replaced = {path: leaf for path, leaf in replaced.items() if path.split("/")[1] != name}
+        replaced |= {
             f"{collection}/{name}/{path}": leaf
             for collection, tree in initialized.items()
             for path, leaf in flatten_dict(tree, sep="/").items()
         }
-    return model, unflatten_dict(flat, sep="/")
+    return model, _unflatten(replaced, flat)
 
 
 def _as_class(model: LevitBase, model_class: type[_Model]) -> _Model:
@@ -248,7 +251,37 @@ def _scale_and_shift(flat: Mapping[str, Any], layer: str) -> tuple[np.ndarray, n
     return factor, np.asarray(flat[f"params/{layer}/norm/bias"], np.float64) - mean * factor
 
 
+def _unflatten(flat: Mapping[str, Any], source: Mapping[str, Any]) -> Variables:
+    """Return the nested tree of `flat`, with copies of the arrays that it shares with `source`."""
+    owned = {path: _copy(leaf) if leaf is source.get(path) else leaf for path, leaf in flat.items()}
+    tree: Variables = unflatten_dict(owned, sep="/")
+    return tree
+
+
+def _copy(leaf: Any) -> Any:
+    """Return a copy of an array that shares no memory with it and, if it is a JAX array, keeps its sharding."""
+    return jax.device_put(leaf, may_alias=False) if isinstance(leaf, jax.Array) else np.array(leaf)
+
+
 def _like(array: np.ndarray, example: Any) -> Any:
-    """Return the array with the dtype, and on the devices, of another array."""
+    """Return the array with the dtype of another one and, if that is a JAX array, placed like it."""
     converted = array.astype(example.dtype)
-    return jax.device_put(converted, example.sharding) if isinstance(example, jax.Array) else converted
+    if not isinstance(example, jax.Array):
+        return converted
+    # An uncommitted array stays uncommitted, so that JAX can move it to the devices of a later computation.
+    return jax.device_put(converted, _sharding_for(converted.shape, example) if example.committed else None)
+
+
+def _sharding_for(shape: tuple[int, ...], example: jax.Array) -> jax.sharding.Sharding:
+    """Return the sharding of an array for another shape: the same for its last axes, if they can be divided."""
+    sharding = example.sharding
+    if shape == example.shape or not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = (*sharding.spec, *(None,) * (example.ndim - len(sharding.spec)))[-len(shape) :]
+    divided = (axis if _divides(sharding.mesh, axis, size) else None for axis, size in zip(spec, shape, strict=True))
+    return NamedSharding(sharding.mesh, PartitionSpec(*divided))
+
+
+def _divides(mesh: Any, axis: Any, size: int) -> bool:
+    names = axis if isinstance(axis, tuple) else (axis,)
+    return bool(size % math.prod(mesh.shape[name] for name in names if name is not None) == 0)

@@ -31,8 +31,8 @@ def _take_patches(x: jax.Array, size: int, stride: int, padding: int) -> jax.Arr
         rows = jnp.broadcast_to(stride * row + down, (len(x), height, 1, size, 1))
         patches = jax.vmap(lambda image, rows: image[rows, columns])(jnp.pad(x, widths), rows)
         # XLA copies whole pixels only if these axes are not merged with later ones, so prevent fusion.
-        barred: jax.Array = jax.lax.optimization_barrier(patches)
-        return barred
+        unfused: jax.Array = jax.lax.optimization_barrier(patches)
+        return unfused
 
     @gather.defjvp
     def differentiate(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -51,7 +51,7 @@ def _take_patches(x: jax.Array, size: int, stride: int, padding: int) -> jax.Arr
 def _convolve_patches(
     x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, *, precision: PrecisionLike, **_: Any
 ) -> jax.Array:
-    """Compute `jax.lax.conv_general_dilated` as `ConvNorm` uses it, with one matrix product."""
+    """Compute `jax.lax.conv_general_dilated` as `_ConvNorm` uses it, with one matrix product."""
     size, features = kernel.shape[0], kernel.shape[-1]
     patches = _take_patches(x, size, strides[0], padding[0][0])
     columns = kernel.reshape(-1, features)

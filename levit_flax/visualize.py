@@ -1,4 +1,7 @@
-"""Figures that explain predictions and show training metrics. Requires matplotlib (the `visualize` extra)."""
+"""Figures that explain predictions and show training metrics.
+
+Requires matplotlib, which the extra `visualize` installs.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,28 +24,13 @@ _DPI = 120
 
 
 def _new_figure(rows: int, columns: int, cell: float = _CELL) -> "tuple[Figure, np.ndarray]":
-    """Create a figure with a grid of axes without frames.
-
-    Args:
-        rows: number of rows.
-        columns: number of columns.
-        cell: width of one column in inches.
-
-    Returns:
-        The figure and its axes [rows columns].
-
-    Raises:
-        ImportError: matplotlib is not installed.
-
-    Examples:
-        >>> figure, axes = new_figure(2, 3)
-        >>> axes.shape
-        (2, 3)
-    """
+    """Return a figure and its frameless axes [rows columns]; `cell` is the width of a column in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("matplotlib is not installed. Run: pip install 'levit-flax[visualize]'") from None
+        raise ImportError(
+            "Drawing requires matplotlib, which is not installed. Run: pip install 'levit-flax[visualize]'"
+        ) from None
     figure = Figure(figsize=(cell * columns, cell * rows * 1.12), dpi=_DPI, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
@@ -51,16 +39,7 @@ def _new_figure(rows: int, columns: int, cell: float = _CELL) -> "tuple[Figure, 
 
 
 def _attention_names(model: LevitBase) -> list[str]:
-    """Return the paths of all attentions in the order of `output_attentions`.
-
-    Args:
-        model: any model.
-
-    Examples:
-        >>> from levit_flax import VARIANTS, LevitModel
-        >>> attention_names(LevitModel(VARIANTS["levit-128S"]))[:4]
-        ['stage_0/block_0', 'stage_0/block_1', 'downsample_0', 'stage_1/block_0']
-    """
+    """Return the paths of all attentions ("stage_0/block_0", "downsample_0") in the order of `output_attentions`."""
     names = []
     for stage, depth in enumerate(model.config.depths):
         names += [f"stage_{stage}/block_{block}" for block in range(depth)]
@@ -278,7 +257,8 @@ def overlay(ax: Any, image: np.ndarray, heat: np.ndarray, title: str) -> None:
         title: title of the axes.
 
     Examples:
-        >>> figure, [[ax]] = new_figure(1, 1)
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
         >>> overlay(ax, np.zeros((80, 80, 3), np.uint8), heat=np.arange(25).reshape(5, 5), title="attention")
     """
     height, width = image.shape[:2]
@@ -289,20 +269,7 @@ def overlay(ax: Any, image: np.ndarray, heat: np.ndarray, title: str) -> None:
 
 
 def _draw_scores(ax: Any, row: np.ndarray, names: Sequence[str], count: int = 5) -> None:
-    """Draw the scores of the most likely classes as bars.
-
-    Args:
-        ax: a matplotlib `Axes`.
-        row: scores [N], in [0, 1].
-        names: names of the N classes.
-        count: number of classes to draw.
-
-    Examples:
-        >>> figure, [[ax]] = new_figure(1, 1)
-        >>> draw_scores(ax, np.array([0.2, 0.7, 0.1]), ["ant", "bee", "cat"], count=2)
-        >>> [text.get_text() for text in ax.texts]
-        ['bee 70%', 'ant 20%']
-    """
+    """Draw the scores [N], in [0, 1], of the `count` most likely classes as bars."""
     order = np.argsort(row)[::-1][:count]
     ax.set_axis_on()
     ax.set_box_aspect(1)
@@ -316,7 +283,7 @@ def _draw_scores(ax: Any, row: np.ndarray, names: Sequence[str], count: int = 5)
 
 
 def draw_bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> "Figure":
-    """Draw the learned attention biases, one row per attention and one column per head.
+    """Draw the learned attention biases: a row per attention, a column per head.
 
     Red is a positive bias, which increases attention; blue is a negative one.
 
@@ -347,15 +314,15 @@ def draw_bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> "Figure"
 
 
 def draw_confusion(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
-    """Draw a confusion matrix, one row per true class, normalized to percent of the images of the class.
+    """Draw a confusion matrix in percent of the images of each true class.
 
     Args:
-        confusion: number of images by true class and predicted class [N N], as in `evaluation.Evaluation`.
+        confusion: number of images by true class and predicted class [N N], as in `Evaluation`.
         labels: names of the N classes.
 
     Returns:
-        A figure. Up to 20 classes, each cell of at least 0.5 % shows its percentage. Up to 40 classes, the axes show
-        the class names.
+        A figure with one row per true class. With up to 20 classes, each cell of at least 0.5% shows its percentage.
+        With up to 40 classes, the axes show the class names.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
 
 import levit_flax as lf
 from configs import SMALL, random_variables
@@ -48,12 +49,13 @@ def test_types_are_kept_or_converted(tmp_path):
     model, variables = small()
     half = jax.tree.map(lambda leaf: leaf.astype(jax.numpy.bfloat16) if leaf.dtype == np.float32 else leaf, variables)
     lf.save_pretrained(tmp_path, model, half)
-    loaded, found = lf.from_pretrained(tmp_path)
+    loaded, found = lf.from_pretrained(tmp_path, dtype="auto")
     assert loaded.param_dtype == jax.numpy.bfloat16
     assert found["params"]["head"]["linear"]["kernel"].dtype == jax.numpy.bfloat16
-    loaded, found = lf.from_pretrained(tmp_path, dtype="float32")
-    assert loaded.param_dtype == np.float32
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"float32", "int32"}
+    for dtype in (None, "float32"):  # narrower types underflow in optimizers
+        loaded, found = lf.from_pretrained(tmp_path, dtype=dtype)
+        assert loaded.param_dtype == np.float32
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"float32", "int32"}
 
 
 def test_processor_is_saved_with_the_model(tmp_path):
@@ -236,9 +238,47 @@ def test_push_to_hub_uploads_the_model_directory(two_heads, tmp_path, monkeypatc
     assert sent == {
         "names": ["config.json", "flax_model.safetensors"],
         "repo_id": "me/levit",
-        "options": {"private": True, "token": None, "revision": None, "commit_message": "Upload LeViT model"},
+        "options": {"private": True, "token": None, "revision": None, "commit_message": None},
     }
 
 
 def test_processor_has_the_names_of_transformers():
     assert lf.LevitImageProcessorFast is lf.LevitFeatureExtractor is lf.LevitImageProcessor
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "message"),
+    [
+        ("params/head/linear/kernel", lambda a: a.astype(np.int32), "head/linear/kernel \\(expected floating point"),
+        ("params/head/linear/bias", lambda a: a * np.nan, "head/linear/bias \\(expected finite values"),
+        ("batch_stats/head/norm/var", lambda a: -1 - a, "head/norm/var \\(expected variances of at least 0"),
+        ("batch_stats/head/norm/count", lambda a: a - 2**20, "head/norm/count \\(expected an integer from 0"),
+    ],
+)
+def test_invalid_values_of_a_model_directory_raise(tmp_path, path, change, message):
+    model, variables = small()
+    flat = flatten_dict(variables, sep="/")
+    lf.save_pretrained(tmp_path, model, variables)
+    save_file({**flat, path: np.asarray(change(flat[path]))}, tmp_path / "flax_model.safetensors")
+    with pytest.raises(ValueError, match=f"flax_model.safetensors holds invalid values: .*{message}"):
+        lf.from_pretrained(tmp_path)
+
+
+def test_array_below_another_raises(tmp_path):
+    model, variables = small()
+    flat = flatten_dict(variables, sep="/")
+    lf.save_pretrained(tmp_path, model, variables)
+    save_file({**flat, "params/head/linear/kernel/more": np.zeros(1)}, tmp_path / "flax_model.safetensors")
+    with pytest.raises(ValueError, match=r"1 of \d+ arrays differ, \S+/kernel/more \(expected nothing"):
+        lf.from_pretrained(tmp_path)
+
+
+def test_files_follow_the_umask(tmp_path):
+    model, variables = small()
+    before = os.umask(0o027)
+    try:
+        lf.save_pretrained(tmp_path / "model", model, variables, lf.LevitImageProcessor(size=64, crop_size=64))
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert modes == {0o640} and (tmp_path / "model").stat().st_mode & 0o777 == 0o750

@@ -26,7 +26,7 @@ def test_variants_are_the_published_ones():
     assert {config.num_labels for config in lf.VARIANTS.values()} == {1000}
     assert lf.VARIANTS["levit-192"].down_ops == (("Subsample", 32, 6, 4, 2, 2), ("Subsample", 32, 9, 4, 2, 2))
     with pytest.raises(
-        KeyError, match="levit_conv_512_s8 is not a published LeViT variant but an experiment of timm's"
+        KeyError, match="levit_conv_512_s8 is not a published LeViT variant but an experiment of timm without"
     ):
         lf.VARIANTS["levit_conv_512_s8"]
     with pytest.raises(KeyError, match="levit-512x is not a published LeViT variant: expected one of levit-128S, "):
@@ -120,3 +120,24 @@ def test_feature_maps_are_listed():
     config = lf.VARIANTS["levit-192"]
     assert config.feature_info == ((192, 16, (14, 14)), (288, 32, (7, 7)), (384, 64, (4, 4)))
     assert config.feature_info[1].channels == 288 and config.feature_info[1].stride == 32
+
+
+def test_derived_fields_follow_in_replace():
+    config = lf.LevitConfig(hidden_sizes=(64, 128, 192), key_dim=(16,) * 3)
+    wider = dataclasses.replace(config, hidden_sizes=(128, 256, 384))
+    assert [op.num_attention_heads for op in wider.down_ops] == [8, 16]
+    assert wider == lf.LevitConfig.from_dict(config.to_dict()).replace(hidden_sizes=(128, 256, 384))
+    own = config.replace(down_ops=(("Subsample", 8, 2, 2, 2, 2),) * 2)
+    assert dataclasses.replace(own, drop_path_rate=0.1).down_ops == own.down_ops
+    assert own.replace(key_dim=(32,) * 3).down_ops[0] == ("Subsample", 32, 2, 4, 2, 2)
+
+
+def test_classes_follow_in_replace():
+    for replace in (dataclasses.replace, lf.LevitConfig.replace):
+        assert replace(lf.VARIANTS["levit-128S"], num_labels=3).id2label == ("LABEL_0", "LABEL_1", "LABEL_2")
+    named = lf.LevitConfig(id2label=("cat", "dog"))
+    assert named.replace(id2label=("ant",)).num_labels == 1
+    assert named.replace(num_labels=3).id2label[2] == "LABEL_2"
+    assert named.replace(num_labels=2).id2label == ("cat", "dog")
+    with pytest.raises(ValueError, match=r"expected 3 class names, found 2\. Use config\.replace"):
+        dataclasses.replace(named, num_labels=3)

@@ -9,7 +9,7 @@ pytest.importorskip("grain")
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tensorboardX")
 
-from levit_flax.datasets import DataError, _read_split  # noqa: E402
+from levit_flax.datasets import DataError, _Columns, _read_split  # noqa: E402
 from levit_flax.training import data  # noqa: E402
 
 NAMES = ["ant", "bee", "cat"]
@@ -50,9 +50,34 @@ def test_targets_of_every_column_type(column, kind, values, targets, problem_typ
 
 def test_rows_without_a_target_raise():
     with pytest.raises(
-        DataError, match=r"expected a column of images and one of classes, .* the columns note, image, count"
+        DataError, match=r"A column is missing: expected one of classes, .* found the columns note, image, count"
     ):
         _read_split(make("count", datasets.Value("int64"), [1, 2]), "the data", "train")
+
+
+def many_columns(**columns):
+    features = datasets.Features({"photo": datasets.Image()} | {name: kind for name, (kind, _) in columns.items()})
+    rows = {"photo": IMAGES[:2]} | {name: values for name, (_, values) in columns.items()}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def test_classes_are_chosen_before_numbers_that_come_first():
+    number = datasets.Value("float32")
+    rows = many_columns(latitude=(number, [0.1, 0.2]), kind=(CLASS, [2, 0]))
+    found = _read_split(rows, "the data", "train")
+    assert found.problem_type == "single_label_classification" and found.targets.tolist() == [2, 0]
+    assert _read_split(rows, "the data", "train", columns=_Columns(label="latitude")).problem_type == "regression"
+
+
+def test_ambiguous_columns_are_listed_with_the_option():
+    rows = many_columns(fine=(CLASS, [2, 0]), coarse=(CLASS, [1, 1]))
+    with pytest.raises(DataError, match=r"found fine, coarse\. Choose one with label_column=\.\.\.$"):
+        _read_split(rows, "the data", "train")
+    assert _read_split(rows, "the data", "train", columns=_Columns(label="coarse")).targets.tolist() == [1, 1]
+    with pytest.raises(DataError, match=r"The column photo cannot be used: .* found fine, coarse in the columns photo"):
+        _read_split(rows, "the data", "train", columns=_Columns(label="photo"))
+    named = many_columns(label=(CLASS, [2, 0]), coarse=(CLASS, [1, 1]))
+    assert _read_split(named, "the data", "train").targets.tolist() == [2, 0]
 
 
 def test_dataset_without_training_split_raises(monkeypatch):

@@ -12,7 +12,7 @@ import levit_flax as lf
 from configs import SMALL, random_variables
 from levit_flax import convert
 from levit_flax.cli import main
-from levit_flax.datasets import LabeledImages, _match_classes
+from levit_flax.datasets import DataError, LabeledImages, _match_classes
 from levit_flax.evaluation import evaluate, evaluation_processor, read_data
 from levit_flax.hub import _EMBEDDED_DIRECTORY
 
@@ -59,7 +59,7 @@ def test_metrics_equal_a_count_by_hand(classifier, folder):
     np.add.at(expected, (labels, logits.argmax(-1)), 1)
     np.testing.assert_array_equal(result.confusion, expected)
     rows = result.confusion_csv().splitlines()
-    assert rows[0] == r"true \ named,ant,bee,cat,dog,elk,fox,gnu" and rows[3].startswith("cat,") and len(rows) == 8
+    assert rows[0] == r"true \ predicted,ant,bee,cat,dog,elk,fox,gnu" and rows[3].startswith("cat,") and len(rows) == 8
 
 
 @pytest.mark.skipif(CIFAR is None, reason="needs CIFAR-10 as JPEG files: LEVIT_FLAX_CIFAR10 is not set")
@@ -70,14 +70,31 @@ def test_embedded_model_reaches_the_accuracy_of_its_card(capsys):
     assert (found["images"], found["top1"]) == (card["images"], card["top1"])
 
 
-def test_classes_are_matched_by_name_or_by_order():
+def test_classes_are_matched_by_name_and_by_order_only_if_no_name_matches():
     labels = ["ant", "bee", "cat"]
     assert _match_classes(["cat", "ant"], labels, "here") == [2, 0]
-    assert _match_classes(["n01", "n02", "n03"], labels, "here") == [0, 1, 2]
-    with pytest.raises(
-        ValueError, match=r"of here do not match .* its 3 classes in order, found 2 classes, .* does not have yak"
-    ):
-        _match_classes(["ant", "yak"], labels, "here")
+    with pytest.warns(UserWarning, match="No class name of here .* 3 classes are matched by position, n01 as ant"):
+        assert _match_classes(["n01", "n02", "n03"], labels, "here") == [0, 1, 2]
+    with pytest.raises(DataError, match=r"of here do not match: .* found 1 of 3 that are not, such as Cat\. Rename"):
+        _match_classes(["ant", "bee", "Cat"], labels, "here")
+    with pytest.raises(DataError, match=r"its 3 classes in order, found 2 classes, .* does not have gnu"):
+        _match_classes(["gnu", "yak"], labels, "here")
+
+
+def test_names_of_two_classes_are_ambiguous_and_wordnet_ids_are_not():
+    labels = lf.VARIANTS["levit-128S"].id2label
+    first, second = (i for i, label in enumerate(labels) if label == "crane")
+    assert _match_classes(["n02012849", "n03126707"], labels, "here") == [first, second]
+    assert _match_classes(labels, labels, "here") == list(range(1000))
+    with pytest.raises(DataError, match=f"of here are ambiguous: .* crane, which classes {first} and {second} have"):
+        _match_classes(["crane"], labels, "here")
+
+
+@pytest.mark.parametrize("target", [-1, 7, -100])
+def test_targets_that_are_no_class_indices_raise(classifier, target):
+    images = [np.zeros((32, 32, 3), np.uint8)] * 2
+    with pytest.raises(DataError, match=rf"^1 of 2 targets of the data .* \[0, 7\), found {target} for image 1"):
+        evaluate(classifier, LabeledImages(images, np.array([0, target])))
 
 
 def test_dataset_is_loaded_by_name(classifier, monkeypatch, folder):
@@ -168,7 +185,7 @@ def test_evaluate_command_writes_its_results(capsys, classifier, folder, tmp_pat
     assert "top1" in out and err.startswith("error: ") and "1.png" in err and len(err.splitlines()) == 1
     assert sorted(os.listdir(tmp_path / "out")) == ["confusion.csv", "confusion.png", "metrics.json"]
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["images"] == 20
-    assert (tmp_path / "out" / "confusion.csv").read_text().startswith("true \\ named,ant,bee")
+    assert (tmp_path / "out" / "confusion.csv").read_text().startswith("true \\ predicted,ant,bee")
     with Image.open(tmp_path / "out" / "confusion.png") as image:
         assert image.format == "PNG"
 

@@ -104,7 +104,7 @@ def test_missing_packages_and_unknown_formats_raise(tmp_path, monkeypatch):
     arguments = model, random_variables(model), lf.LevitImageProcessor()
     for format, package in (("stablehlo", "flatbuffers"), ("onnx", "jax2onnx")):
         monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(ImportError, match=rf"needs {package}: pip install"):
+        with pytest.raises(ImportError, match=rf"requires {package}, which is not installed. Run: pip install"):
             export_model(tmp_path / "out", *arguments, format=format)
     with pytest.raises(ValueError, match="Unknown format: expected one of stablehlo, onnx, found 'tflite'"):
         export_model(tmp_path / "out", *arguments, format="tflite")

@@ -189,7 +189,7 @@ def test_files_of_older_versions_are_read(settings):
     [
         (
             {"image_processor_type": "ViTImageProcessor"},
-            "The settings are of another processor: expected LevitImageProcessor, found V",
+            "The settings belong to another processor: expected LevitImageProcessor, found V",
         ),
         ({"do_pad": True}, "LevitImageProcessor does not support do_pad: expected False, found True."),
         ({"size": {"longest_edge": 9}}, "size must be a positive integer"),

@@ -312,3 +312,18 @@ def test_the_model_returns_the_loss_of_its_labels():
 def test_unusual_config_builds_every_model(name):
     for model_class in _MODEL_CLASSES:
         assert _abstract_variables(model_class(unusual_config(name)))
+
+
+def test_ignored_labels_do_not_count_and_others_out_of_range_raise():
+    logits = jnp.array([[2.0, 0.0, 1.0], [0.0, 2.0, 1.0], [1.0, 1.0, 3.0]])
+    expected = classification_loss(logits[::2], jnp.array([0, 1]))
+    ignoring = classification_loss(logits, jnp.array([0, -100, 1]))
+    np.testing.assert_allclose(ignoring, expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(classification_loss)(logits, jnp.array([0, -100, 1])), expected, rtol=1e-6)
+    for label in (-1, 3):
+        with pytest.raises(ValueError, match=rf"1 of 3 labels .* \[0, 3\), or -100 .* found {label} at index 2"):
+            classification_loss(logits, jnp.array([0, -100, label]))
+
+
+def test_loss_of_narrow_logits_is_float32():
+    assert classification_loss(jnp.zeros((2, 3), jnp.bfloat16), jnp.array([0, 1])).dtype == jnp.float32

@@ -1,6 +1,10 @@
 """Folding batch norms, merging heads, and changing the image size or the classes."""
 
 import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +17,7 @@ from configs import TINY, compiled, random_variables, unusual_config
 from levit_flax.attention import _offset_index
 from levit_flax.modeling import _MODEL_CLASSES, _abstract_variables
 
+PROGRAMS = Path(__file__).parent / "programs"
 FLOAT32_LIMIT = 1e-5  # of the largest logit
 FLOAT64_LIMIT = 1e-10
 SAME_RESULT = 1e-6  # of the largest entry: two orders of rounding to float32
@@ -268,7 +273,7 @@ def test_replaced_heads_are_newly_initialized(model_class):
     assert {path: leaf.shape for path, leaf in flat.items()} == {path: leaf.shape for path, leaf in expected.items()}
     for path, leaf in flat.items():
         if path.split("/")[1] not in model.head_names:
-            assert leaf is before[path], path
+            np.testing.assert_array_equal(leaf, before[path], err_msg=path)
     head = renewed_variables["params"]["head"]
     assert 0.01 < np.std(head["linear"]["kernel"]) < 0.03 and not head["linear"]["bias"].any()
     assert (head["norm"]["scale"] == 1).all() and renewed_variables["batch_stats"]["head"]["norm"]["count"] == 0
@@ -284,3 +289,8 @@ def test_replacing_the_head_of_an_unsuitable_model_raises():
         lf.replace_head(*lf.fold_batch_norm(model, variables), num_labels=3, key=jax.random.key(0))
     with pytest.raises(ValueError, match="found a LevitModel"):
         lf.replace_head(*make("tiny", lf.LevitModel), num_labels=3, key=jax.random.key(0))
+
+
+def test_surgery_keeps_or_derives_shardings():
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run([sys.executable, PROGRAMS / "sharded_surgery.py"], env=environment, check=True)

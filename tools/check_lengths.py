@@ -1,7 +1,7 @@
-"""Check that no function has over 60 lines of code and no file over 500 lines. `make lint` runs this.
+"""Check that functions have at most 60 lines of code and files at most 500 lines.
 
-Docstrings, comments and blank lines of a function are not counted. A comment `# long: REASON` on the line of `def`
-exempts a function.
+`make lint` runs this. Docstrings, comments and blank lines of a function are not counted. A comment `# long: REASON` on
+the line of `def` exempts a function.
 
     python tools/check_lengths.py levit_flax benchmarks tools tests
 """
@@ -20,7 +20,7 @@ LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, toke
 
 
 def code_lines(source: str) -> set[int]:
-    """Return the numbers of the lines that hold code, docstrings included."""
+    """Return the numbers of the lines that contain code, including docstrings."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {line for token in tokens if token.type not in LAYOUT for line in range(token.start[0], token.end[0] + 1)}
 

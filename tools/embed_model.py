@@ -1,4 +1,4 @@
-r"""Install a trained model as the embedded model `cifar10`, together with its metrics and probe.
+r"""Install a trained model as the embedded model `cifar10`, with its metrics.
 
 The model is trained by `levit-flax finetune` and exported as a PyTorch checkpoint, which transformers loads, measures
 and stores as float16. The reports and metrics of the training runs are written to `benchmarks/results/cifar10.json`,
@@ -11,8 +11,8 @@ from which `benchmarks/plot.py` draws the curves.
     python tools/embed_model.py cifar10 1 2 3
     python benchmarks/plot.py
 
-`cifar10` holds `train` and `test` with one folder per class. Requires `pip install -e '.[test]'` (torch,
-transformers).
+The directory `cifar10` contains `train` and `test` with one folder per class. Requires `pip install -e '.[test]'`
+(torch, transformers).
 """
 
 import argparse
@@ -38,7 +38,7 @@ def load(directory: Path) -> LevitForImageClassificationWithTeacher:
 
 
 def measure(data: Path) -> tuple[float, int]:
-    """Return the top-1 accuracy in [0, 1] of the embedded model in transformers, and the number of test images."""
+    """Return the embedded model's top-1 accuracy in transformers and the image count."""
     model, processor = load(OUT), LevitImageProcessorPil.from_pretrained(OUT)
     files = sorted((data / "test").glob("*/*.jpg"))
     hits = 0
@@ -52,7 +52,7 @@ def measure(data: Path) -> tuple[float, int]:
 
 
 def write_probe() -> None:
-    """Write random images and PyTorch's float32 logits for them, which the demo compares with."""
+    """Write random images and PyTorch's float32 logits for the demo to compare with."""
     model, processor = load(OUT), LevitImageProcessorPil.from_pretrained(OUT)
     size = model.config.image_size
     levels = np.random.default_rng(0).integers(0, 256, (PROBES, size, size, 3), dtype=np.uint8)

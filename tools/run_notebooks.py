@@ -1,4 +1,4 @@
-"""Run notebooks and store their outputs, as `make notebooks` does for the documentation."""
+"""Run notebooks and store their outputs. `make notebooks` runs this."""
 
 import argparse
 from pathlib import Path

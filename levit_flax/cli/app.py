@@ -1,13 +1,16 @@
-"""The application behind `levit-flax`: registers the commands and handles their errors.
+"""The `levit-flax` application: registers the commands and handles errors.
 
 Results are printed to stdout, progress, warnings and errors to stderr. Heavy modules are imported inside the commands,
 so that `--help` is fast.
 """
 
 import os
+import signal
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
@@ -33,8 +36,34 @@ for command in (convert, classify, evaluate, finetune, explain, export, info, de
     app.command()(command)
 
 
+def _find_backend_error() -> str | None:
+    """Return why JAX cannot compute here, or None if it can."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        platforms, reason = os.environ.get("JAX_PLATFORMS", ""), str(error) or "found no such device"
+        return (
+            f"JAX cannot compute on JAX_PLATFORMS={platforms}: {reason}. Unset JAX_PLATFORMS, or set it to a platform"
+            " of this machine, such as cpu."
+        )
+    return None
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        print(f"levit-flax {version('levit-flax')}")
+        raise typer.Exit
+
+
+_VersionOption = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+]
+
+
 @app.callback()
-def _start(context: typer.Context) -> None:
+def _start(context: typer.Context, show_version: _VersionOption = False) -> None:
     """LeViT for JAX: convert PyTorch checkpoints, classify, evaluate, explain, fine-tune and export."""
     assert isinstance(context.command, TyperGroup)
     command = context.command.commands[str(context.invoked_subcommand)]
@@ -64,15 +93,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0
     """
     # Set before JAX is imported. JAX's own threshold of one second leaves small models out of the cache.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_directory() / "compiled"))
+    cache = _cache_directory()
+    if cache is not None:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "compiled"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     warnings.showwarning = lambda message, *_, **__: print_warning(message)
     try:
         app(args=arguments, prog_name="levit-flax")
     except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # the reader of stdout, such as `head`, has ended
+            return 128 + signal.SIGPIPE
         return end.code if isinstance(end.code, int) else 0
     except (ValueError, OSError, ImportError) as error:
         print_error(error)
+        return 1
+    except (RuntimeError, AssertionError):  # JAX raises either if a platform is missing
+        message = _find_backend_error()
+        if message is None:
+            raise
+        print_error(message)
         return 1
     except KeyboardInterrupt:
         print_notice("interrupted")
@@ -80,6 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _cache_directory() -> Path:
-    """Return the user's cache directory for this package."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "levit-flax"
+def _cache_directory() -> Path | None:
+    """Return the user's cache directory for this package, or None if it cannot be created."""
+    try:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "levit-flax"
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home directory
+        return None
+    return directory if os.access(directory, os.W_OK) else None

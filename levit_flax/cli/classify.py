@@ -1,4 +1,4 @@
-"""`levit-flax classify`."""
+"""The command `levit-flax classify`."""
 
 import json
 from collections.abc import Sequence
@@ -77,8 +77,8 @@ def _list_images(paths: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
         if not path.is_dir():
             files.append(path)  # the classifier reports files that are not images
             continue
-        found = _image_files(path)
-        files += found
-        if not found:
+        images = _image_files(path)
+        files += images
+        if not images:
             errors[str(path)] = f"The directory {path} contains no images."
     return files, errors

@@ -1,4 +1,4 @@
-"""`levit-flax convert`."""
+"""The command `levit-flax convert`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +30,7 @@ def convert(
         bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch on seeded inputs, if it is installed.")
     ] = True,
     dtype: Annotated[
-        _WeightDType | None, typer.Option(help="Data type of the weights; the default is the checkpoint's.")
+        _WeightDType | None, typer.Option(help="Dtype of the weights; the default is the checkpoint's.")
     ] = None,
     image_size: ImageSizeOption = None,
     revision: RevisionOption = None,
@@ -38,7 +38,7 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace the model in OUT.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert a PyTorch checkpoint to a model directory or back, with a report that proves the conversion."""
+    """Convert a PyTorch checkpoint to a model directory or back, and verify it."""
     from levit_flax.convert import workflow
     from levit_flax.hub import _HubOptions
 

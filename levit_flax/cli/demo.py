@@ -1,4 +1,4 @@
-"""`levit-flax demo`."""
+"""The command `levit-flax demo`."""
 
 
 def demo() -> None:

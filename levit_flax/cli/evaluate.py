@@ -1,4 +1,4 @@
-"""`levit-flax evaluate`."""
+"""The command `levit-flax evaluate`."""
 
 import dataclasses
 import json
@@ -9,7 +9,16 @@ import typer
 
 from levit_flax.choices import _CropRule
 
-from .options import DEFAULT_MODEL, ImageSizeOption, JsonOption, ModelOption, OfflineOption, RevisionOption
+from .options import (
+    DEFAULT_MODEL,
+    ImageColumnOption,
+    ImageSizeOption,
+    JsonOption,
+    LabelColumnOption,
+    ModelOption,
+    OfflineOption,
+    RevisionOption,
+)
 from .output import print_error, print_fields, print_json, with_progress
 
 if TYPE_CHECKING:
@@ -25,6 +34,8 @@ def evaluate(
         _CropRule, typer.Option(help="Resize and crop images as the model's processor or the named library does.")
     ] = "model",
     split: Annotated[str, typer.Option(help="Split of a Hugging Face dataset.")] = "test",
+    image_column: ImageColumnOption = None,
+    label_column: LabelColumnOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 64,
     output: Annotated[
         Path | None, typer.Option(help="Directory to write metrics.json, confusion.csv and confusion.png to.")
@@ -48,7 +59,9 @@ def evaluate(
     loaded = ImageClassifier.from_pretrained(model, image_size=image_size, revision=revision, local_files_only=offline)
     processor = evaluation.evaluation_processor(crop, loaded.processor)
     classifier = ImageClassifier(loaded.model, loaded.variables, processor, batch_size)
-    labeled = evaluation.read_data(data, classifier.model.config.id2label, split)
+    labeled = evaluation.read_data(
+        data, classifier.model.config.id2label, split, image_column=image_column, label_column=label_column
+    )
     labeled = dataclasses.replace(labeled, images=with_progress(labeled.images, len(labeled)))
     result = evaluation.evaluate(classifier, labeled)
     numbers = {"model": model, "data": data, "crop": crop, **result.to_dict()}

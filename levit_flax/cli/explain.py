@@ -1,4 +1,4 @@
-"""`levit-flax explain`."""
+"""The command `levit-flax explain`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +17,7 @@ def explain(
     revision: RevisionOption = None,
     offline: OfflineOption = False,
 ) -> None:
-    """Draw an explanation of a prediction: class activation, gradient and the attention of every block."""
+    """Draw the class activation, the gradient and the attention behind a prediction."""
     from levit_flax import visualize
     from levit_flax.classifier import ImageClassifier
     from levit_flax.files import _write_atomically

@@ -1,4 +1,4 @@
-"""`levit-flax export`."""
+"""The command `levit-flax export`."""
 
 from pathlib import Path
 from typing import Annotated

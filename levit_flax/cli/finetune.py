@@ -1,4 +1,4 @@
-"""`levit-flax finetune`."""
+"""The command `levit-flax finetune`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 from levit_flax.choices import _RECIPE_NAMES, _WrittenLayout
 
-from .options import JsonOption, OfflineOption, RevisionOption
+from .options import ImageColumnOption, JsonOption, LabelColumnOption, OfflineOption, RevisionOption
 from .output import print_fields, print_json, print_notice, training_progress
 
 
@@ -57,7 +57,7 @@ def finetune(  # long: its parameters are the options, with their help
         int, typer.Option(min=0, help="Worker processes that decode and augment images; 0 uses this process.")
     ] = 0,
     distributed: Annotated[
-        bool, typer.Option("--distributed", help="Train on several hosts, which the cluster (TPU, SLURM or MPI) lists.")
+        bool, typer.Option("--distributed", help="Train on all hosts of a TPU, SLURM or MPI cluster.")
     ] = False,
     coordinator: Annotated[
         str | None,
@@ -69,6 +69,8 @@ def finetune(  # long: its parameters are the options, with their help
     process_id: Annotated[
         int | None, typer.Option(min=0, envvar="LEVIT_FLAX_PROCESS_ID", help="Index of this process, from 0.")
     ] = None,
+    image_column: ImageColumnOption = None,
+    label_column: LabelColumnOption = None,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
     force: Annotated[
@@ -76,7 +78,7 @@ def finetune(  # long: its parameters are the options, with their help
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a model on labeled images, from a checkpoint or from scratch, with or without a teacher."""
+    """Train a model on labeled images, from a checkpoint or from scratch."""
     from levit_flax.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -99,6 +101,8 @@ def finetune(  # long: its parameters are the options, with their help
                 skip=_read_skip_list(skip) if skip else (),
                 check_data=check_data,
                 export_torch=export_torch,
+                image_column=image_column,
+                label_column=label_column,
                 threads=threads,
                 processes=processes,
                 show=show,

@@ -1,4 +1,4 @@
-"""Replace Python parameters by command-line flags in the library's messages.
+"""Replace Python parameters with command-line flags in the library's messages.
 
 The library names Python parameters in its messages, such as `overwrite=True`. The command line prints the flag of the
 running command instead, such as `--force`. A parameter without a flag in the running command is printed unchanged.
@@ -12,7 +12,9 @@ FLAGS = {
     "dtype=...": "--dtype",
     "ema=True": "--ema",
     "export_torch=...": "--export-torch",
+    "image_column=...": "--image-column",
     "image_size=...": "--image-size",
+    "label_column=...": "--label-column",
     "layout=...": "--to",
     "local_files_only=True": "--offline",
     "model=...": "--model",

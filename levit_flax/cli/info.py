@@ -1,4 +1,4 @@
-"""`levit-flax info`."""
+"""The command `levit-flax info`."""
 
 from typing import Annotated, Any
 
@@ -28,8 +28,8 @@ def _describe_variants() -> dict[str, Any]:
     """Return the parameter count, widths and depths of every published variant with two heads."""
     import math
 
-    from levit_flax.configuration import VARIANTS
     from levit_flax.modeling import LevitForImageClassificationWithTeacher, _abstract_variables
+    from levit_flax.variants import VARIANTS
 
     facts = {}
     for name, config in VARIANTS.items():
@@ -51,7 +51,9 @@ def _describe_model(source: str, revision: str | None, offline: bool) -> dict[st
     from levit_flax.hub import _HubOptions
     from levit_flax.loading import _load_model
 
-    model, variables, processor, found = _load_model(source, _HubOptions(revision, local_files_only=offline))
+    model, variables, processor, files = _load_model(
+        source, _HubOptions(revision, local_files_only=offline), dtype="auto"
+    )
     config = model.config.to_dict()
     labels = model.config.id2label
     for key in ("id2label", "label2id", _OWN_BLOCK):
@@ -65,7 +67,7 @@ def _describe_model(source: str, revision: str | None, offline: bool) -> dict[st
         **config,
         "drop_path_rate": model.config.drop_path_rate,
         "preprocessing": processor.to_dict(),
-        "weights": str(found.weights),
-        "revision": found.revision,
-        "provenance": _read_provenance(found.directory) or None,
+        "weights": str(files.weights),
+        "revision": files.revision,
+        "provenance": _read_provenance(files.directory) or None,
     }

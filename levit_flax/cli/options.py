@@ -26,6 +26,12 @@ ImageSizeOption = Annotated[
         help="Input size in pixels; the default is the checkpoint's.",
     ),
 ]
+ImageColumnOption = Annotated[
+    str | None, typer.Option(help="Image column of a Hugging Face dataset, if it has several.")
+]
+LabelColumnOption = Annotated[
+    str | None, typer.Option(help="Label column of a Hugging Face dataset, if it has several.")
+]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Use cached files only, without network access.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -44,7 +44,7 @@ def print_notice(message: object) -> None:
 
 
 def with_progress(results: Iterable[T], total: int) -> Iterator[T]:
-    """Yield results of images, with a progress bar if stderr is a terminal and there are many."""
+    """Yield the results, with a progress bar on a terminal if there are many."""
     if total < _SHOW_PROGRESS_FROM or not sys.stderr.isatty():
         yield from results
         return
@@ -56,7 +56,7 @@ def with_progress(results: Iterable[T], total: int) -> Iterator[T]:
 
 @contextmanager
 def training_progress() -> Iterator[Callable[[Any], None]]:
-    """Yield a function that prints each evaluation of a training run, and updates a bar on a terminal."""
+    """Yield a function that prints each evaluation and updates a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

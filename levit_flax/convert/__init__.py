@@ -1,4 +1,4 @@
-"""Convert PyTorch LeViT checkpoints into Flax variables and back, without PyTorch."""
+"""Convert PyTorch LeViT checkpoints to Flax variables and back, without PyTorch."""
 
 from levit_flax.choices import WRITTEN_LAYOUTS
 

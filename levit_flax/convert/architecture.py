@@ -1,4 +1,4 @@
-"""Choose the architecture of a checkpoint from the config passed, its config.json, or its tensor shapes."""
+"""Choose a checkpoint's architecture, from a config or from the tensor shapes."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -40,16 +40,9 @@ def _choose_architecture(
     config: LevitConfig | None,
     image_size: int | tuple[int, int] | None,
 ) -> _Architecture:
-    """Return the architecture of a checkpoint, after checking a given config against the shapes.
+    """Return the architecture given by `config`, the stored config.json or the shapes, in this order.
 
-    Args:
-        source: the opened checkpoint.
-        layout: its layout.
-        config: the config; None for the stored config.json, or else the one inferred from the shapes.
-        image_size: input size in pixels, which overrides the config's; None for the config's.
-
-    Raises:
-        ConversionError: there is no config and none can be inferred, or the config contradicts the tensors.
+    A config is checked against the shapes. `image_size` overrides the config's.
     """
     structure = layout.structure(source.shapes)
     model_class = _model_class(structure, source.where)
@@ -102,7 +95,7 @@ def _check_heads(architectures: Any, config: LevitConfig, structure: _Structure,
 def _infer(
     source: _Source, layout: _CheckpointLayout, structure: _Structure, image_size: int | tuple[int, int] | None
 ) -> tuple[LevitConfig, tuple[str, ...]]:
-    """Return the config that the shapes determine, and a note if they had to determine the image size."""
+    """Return the config inferred from the shapes, and a note if the image size was inferred as well."""
     names = {row.flax: row.torch for row in layout.rows(structure)}
     config = _infer_config(_inferable_shapes(source, layout, structure), names, structure, image_size)
     if image_size is not None:
@@ -116,12 +109,12 @@ def _infer(
 
 def _inferable_shapes(source: _Source, layout: _CheckpointLayout, structure: _Structure) -> dict[str, _Shape]:
     """Return the shapes of a checkpoint's parameters by their path, in Flax's axis order."""
-    found = {}
+    shapes = {}
     for row in layout.rows(structure):
         if row.torch in source.shapes and row.flax.startswith("params/"):
             shape = source.shapes[row.torch]
-            found[row.flax] = row.permutation.flax_shape(shape) or shape
-    return found
+            shapes[row.flax] = row.permutation.flax_shape(shape) or shape
+    return shapes
 
 
 def _check_agreement(given: LevitConfig, source: _Source, layout: _CheckpointLayout, structure: _Structure) -> None:
@@ -130,7 +123,7 @@ def _check_agreement(given: LevitConfig, source: _Source, layout: _CheckpointLay
         # No shape depends on the image size, and one token is always valid.
         inferred, _ = _infer(source, layout, structure, image_size=16)
     except ConversionError:
-        return  # the checks of the tensors will list what is wrong
+        return  # the checks of the tensors list all problems
     fields = _INFERRED_FIELDS + (("num_labels",) if structure.heads else ())
     pairs = {name: (getattr(given, name), getattr(inferred, name)) for name in fields}
     # Shapes do not determine the stride of a downsampling.
@@ -142,7 +135,7 @@ def _check_agreement(given: LevitConfig, source: _Source, layout: _CheckpointLay
 
 
 def _with_imagenet_labels(config: LevitConfig) -> tuple[LevitConfig, tuple[str, ...]]:
-    """Name the classes after ImageNet's if there are 1000 without names, and return a note on it."""
+    """Assign ImageNet's class names if there are 1000 classes without names, and return a note about it."""
     labels = _imagenet_labels()
     numbered = tuple(f"LABEL_{i}" for i in range(config.num_labels))
     if config.num_labels != len(labels) or config.id2label != numbered:

@@ -1,12 +1,12 @@
-"""Check a checkpoint against its architecture, and collect every problem before any is raised."""
+"""Check a checkpoint against its architecture, and collect all problems."""
 
 import enum
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
+from levit_flax.checkpoint import _NEGATIVE, _NOT_FINITE, _find_fault
 from levit_flax.modeling import _abstract_variables
 
 from .architecture import _Architecture
@@ -14,7 +14,7 @@ from .errors import ConversionError
 from .layouts import _IGNORED, _index_table, _Row, _Shape
 from .sources import _Tensors
 
-_LISTED = 8  # names of one kind that an error message lists
+_LISTED = 8  # maximum number of names per kind in an error message
 
 
 class _Problem(enum.Enum):
@@ -23,7 +23,7 @@ class _Problem(enum.Enum):
     MISSING = "missing"
     UNEXPECTED = "unexpected"
     WRONG_SHAPE = "of the wrong shape"
-    WRONG_TYPE = "of the wrong type"
+    WRONG_DTYPE = "of the wrong dtype"
     NOT_FINITE = "not finite"
     NEGATIVE = "negative variances"
     OVERFLOW = "outside the range of the requested dtype"
@@ -97,57 +97,53 @@ def _find_ignored(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _check_values(row: _Row, tensor: np.ndarray, problems: _Problems) -> bool:
-    """Check the type and the values of a tensor, and return whether it can be converted."""
-    if row.flax.endswith("/count"):
-        if tensor.dtype.kind in "iu" and 0 <= int(tensor) < 2**31:
-            return True
-        found = f"{tensor} of {tensor.dtype}"
-        problems.add(_Problem.WRONG_TYPE, f"{row.torch} (expected an integer from 0 to 2^31 - 1, found {found})")
-    elif not jnp.issubdtype(tensor.dtype, jnp.floating):
-        problems.add(_Problem.WRONG_TYPE, f"{row.torch} (expected floating point, found {tensor.dtype})")
-    elif not np.isfinite(tensor).all():
+    """Check the dtype and the values of a tensor, and return whether it can be converted."""
+    fault = _find_fault(row.flax, tensor)
+    if fault is None:
+        return True
+    if fault == _NOT_FINITE:
         problems.add(_Problem.NOT_FINITE, row.torch)
-    elif row.flax.endswith("/var") and (tensor < 0).any():
+    elif fault == _NEGATIVE:
         problems.add(_Problem.NEGATIVE, row.torch)
     else:
-        return True
+        problems.add(_Problem.WRONG_DTYPE, f"{row.torch} ({fault})")
     return False
 
 
 def _check_tables(tensors: _Tensors, architecture: _Architecture, problems: _Problems) -> dict[str, np.ndarray]:
     """Compare the stored index tables with those computed from the image size.
 
-    A table that numbers the same offsets in another order determines the order of the stored attention biases.
+    If a table only orders the offsets differently, it determines the order of the stored attention biases.
 
     Returns:
         For each table of attention biases in another order (by its path), the checkpoint's row of each of our rows.
     """
     orders = {}
-    config, homes = architecture.model.config, architecture.layout.tables(architecture.structure)
+    config, paths = architecture.model.config, architecture.layout.tables(architecture.structure)
     for name in tensors:
         if name.rpartition(".")[2] not in _IGNORED:
             continue
-        if name not in homes:
+        if name not in paths:
             problems.add(_Problem.WRONG_TABLE, f"{name} (there is no attention layer with this name)")
             continue
-        table, found = _index_table(config, homes[name]), tensors[name]
-        if found.shape != table.shape or found.dtype.kind not in "iu":
-            wrong = f"{name} (expected integers {table.shape}, found {found.dtype} {found.shape})"
+        table, stored = _index_table(config, paths[name]), tensors[name]
+        if stored.shape != table.shape or stored.dtype.kind not in "iu":
+            wrong = f"{name} (expected integers {table.shape}, found {stored.dtype} {stored.shape})"
             problems.add(_Problem.WRONG_TABLE, wrong)
-        elif (found != table).any():
-            order = _find_order(table, found)
+        elif (stored != table).any():
+            order = _find_order(table, stored)
             if order is None:
-                query, key = np.argwhere(found != table)[0]
-                wrong = f"first at query {query}, key {key}: expected {table[query, key]}, found {found[query, key]}"
+                query, key = np.argwhere(stored != table)[0]
+                wrong = f"first at query {query}, key {key}: expected {table[query, key]}, found {stored[query, key]}"
                 problems.add(_Problem.WRONG_TABLE, f"{name} ({wrong})")
             else:
-                orders[homes[name]] = order
+                orders[paths[name]] = order
     return orders
 
 
-def _find_order(table: np.ndarray, found: np.ndarray) -> np.ndarray | None:
-    """Return the row in the stored biases of each of our rows, or None if the tables differ by more than an order."""
+def _find_order(table: np.ndarray, stored: np.ndarray) -> np.ndarray | None:
+    """Return the stored row of each of our rows, or None if the tables differ by more than the order."""
     order = np.empty(table.max() + 1, np.int64)
-    order[table] = found  # one arbitrary pair per offset; the next line checks that all pairs agree
-    consistent = (order[table] == found).all() and np.array_equal(np.sort(order), np.arange(len(order)))
+    order[table] = stored  # one arbitrary pair per offset; the next line checks that all pairs agree
+    consistent = (order[table] == stored).all() and np.array_equal(np.sort(order), np.arange(len(order)))
     return order if consistent else None

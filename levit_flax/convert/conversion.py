@@ -1,4 +1,7 @@
-"""Convert a PyTorch state dict into Flax variables. Every tensor is mapped, ignored by name, or reported."""
+"""Convert a PyTorch state dict to Flax variables.
+
+Every tensor is mapped, ignored by name, or reported.
+"""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -68,7 +71,7 @@ def from_torch(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> tuple[LevitBase, Variables]:
-    """Convert a PyTorch LeViT checkpoint into a model and its variables.
+    """Convert a PyTorch LeViT checkpoint to a model and its variables.
 
     The checkpoint can be in the layout of transformers, of timm (linear or convolutional) or of the original
     repository, with batch norms or fused.
@@ -77,13 +80,13 @@ def from_torch(
         source: a weight file (safetensors, or a pickle written by `torch.save`), a directory, a Hub id, or a mapping
             from names to arrays or tensors.
         dtype: dtype of the floating-point arrays; None keeps the checkpoint's.
-        config: the architecture; None for the config.json next to the weights. Without one it is inferred from the
-            tensor shapes.
+        config: the architecture; None for the config.json next to the weights or, if there is none, the architecture
+            inferred from the tensor shapes.
         image_size: input size in pixels, one side or (height, width), which overrides the config's; None for the
             config's. Without a config it is the square multiple of 16 that fits the attention biases.
         ema: load the averaged weights (`model_ema`) of a training checkpoint instead of the last ones (`model`).
-        revision: branch, tag or commit of a Hub repository.
-        token: access token for the Hub.
+        revision: branch, tag or commit of a Hub repository; None for its main branch.
+        token: access token for the Hub; None for the one stored by `hf auth login` or in HF_TOKEN.
         cache_dir: directory for downloads; None for huggingface_hub's own cache.
         local_files_only: do not access the network.
 
@@ -150,10 +153,10 @@ def _read_leaves(tensors: _Tensors, rows: Iterable[_Row], dtype: Any, problems: 
         if not _check_values(row, tensor, problems):
             continue
         if row.flax.endswith("/count"):
-            leaves[row.flax] = np.asarray(tensor, np.int32)
+            leaves[row.flax] = np.array(tensor, np.int32)
             continue
         with np.errstate(over="ignore"):
-            leaf = np.asarray(row.permutation.to_flax(tensor), dtype, order="C")
+            leaf = np.array(row.permutation.to_flax(tensor), dtype, order="C")  # not a view of the file or mapping
         if dtype is not None and not np.isfinite(leaf).all():
             problems.add(_Problem.OVERFLOW, row.torch)
         leaves[row.flax] = leaf

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 
 class ConversionError(ValueError):
-    """Raised if a checkpoint cannot be converted; the message lists every problem.
+    """Raised when a checkpoint cannot be converted; the message lists all problems.
 
     Examples:
         >>> import levit_flax
@@ -24,7 +24,7 @@ class ConversionError(ValueError):
 
 @contextlib.contextmanager
 def _explain_malformed(name: str) -> Iterator[None]:
-    """Turn the exceptions that malformed content causes into a ConversionError that names it."""
+    """Convert the errors that malformed content causes to a ConversionError that names the content."""
     try:
         yield
     except ConversionError as error:

@@ -9,7 +9,7 @@ from levit_flax.configuration import DownOp, LevitConfig
 from .errors import ConversionError
 from .layouts import _Shape, _Structure
 
-# The fields of a config that shapes determine. Labels, drop path and strides leave no trace in them.
+# The fields of a config that shapes determine. Labels, drop path and strides do not affect shapes.
 _INFERRED_FIELDS = (
     "num_channels",
     "kernel_size",
@@ -29,19 +29,11 @@ def _infer_config(
     structure: _Structure,
     image_size: int | tuple[int, int] | None = None,
 ) -> LevitConfig:
-    """Infer a config from the parameter shapes of a Flax tree.
+    """Infer a config with labels LABEL_0, LABEL_1, ... from the shapes of a Flax tree.
 
-    Args:
-        shapes: the shape of every parameter by its path ("params/stem/conv_0/conv/kernel"), in Flax's axis order.
-        names: the name in the checkpoint of every parameter, by the same paths, for messages.
-        structure: the structure, read from the tensor names.
-        image_size: input size in pixels; None for the square multiple of 16 that fits the attention biases.
-
-    Returns:
-        The config, with labels LABEL_0, LABEL_1, ...
-
-    Raises:
-        ConversionError: a tensor that determines a field is missing, or the shapes contradict each other.
+    `shapes` contains the parameter shapes by path ("params/stem/conv_0/conv/kernel"), and `names` the checkpoint's
+    names of the parameters for messages. The default image size is the square multiple of 16 that fits the attention
+    biases.
     """
     known = _Shapes(shapes, names)
     kernel_size, _, num_channels, _ = known.get("stem/conv_0/conv/kernel", 4)
@@ -83,14 +75,14 @@ class _Shapes:
 
     def get(self, path: str, rank: int) -> _Shape:
         path = f"params/{path}"
-        found = self.shapes.get(path)
-        if found is None or len(found) != rank:
+        shape = self.shapes.get(path)
+        if shape is None or len(shape) != rank:
             raise ConversionError(
                 f"The architecture cannot be inferred from the shapes: expected a tensor {self.names[path]} with"
-                f" {rank} axes, found {'none' if found is None else found}. Add the tensor, or a config.json next to"
+                f" {rank} axes, found {'none' if shape is None else shape}. Add the tensor, or a config.json next to"
                 " the weights."
             )
-        return found
+        return shape
 
     def kernel(self, path: str) -> _Shape:
         return self.get(f"{path}/linear/kernel", 2)

@@ -317,9 +317,9 @@ _TIMM_LAYER = re.compile(r"stages\.(\d+)\.(?:blocks\.(\d+)|downsample)\.(attn|at
 
 def _timm_layers(names: Iterable[str]) -> list[str]:
     """Read each stage's layers from timm's tensor names."""
-    found = {(int(m[1]), int(m[2] or -1), m[3]) for m in map(_TIMM_LAYER.match, names) if m}
-    stages = [""] * (max((stage for stage, _, _ in found), default=-1) + 1)
-    for stage, block, kind in sorted(found):  # downsampling (-1) first, attention before MLP
+    layers = {(int(m[1]), int(m[2] or -1), m[3]) for m in map(_TIMM_LAYER.match, names) if m}
+    stages = [""] * (max((stage for stage, _, _ in layers), default=-1) + 1)
+    for stage, block, kind in sorted(layers):  # downsampling (-1) first, attention before MLP
         if block >= 0:
             stages[stage] += kind[0]
         elif stage:
@@ -401,30 +401,22 @@ def _index_table(config: LevitConfig, path: str) -> np.ndarray:
 
 
 def _detect_layout(shapes: Mapping[str, _Shape], where: str) -> _CheckpointLayout:
-    """Return the layout of a checkpoint, from its tensor names and the shapes of its kernels.
-
-    Args:
-        shapes: the shape of every tensor by its name.
-        where: the name of the checkpoint in messages.
-
-    Raises:
-        ConversionError: the names match no layout, or more than one.
-    """
-    found = [
+    """Return the layout of a checkpoint, from its tensor names and the shapes of its kernels."""
+    matching = [
         layout
         for layout in _LAYOUTS.values()
         if any(layout.marker.fullmatch(name) for name in shapes)
         or (layout.folded_marker and any(layout.folded_marker.fullmatch(name) for name in shapes))
     ]
-    if not found:
+    if not matching:
         shown = ", ".join(list(shapes)[:3]) or "none"
         raise ConversionError(
             f"{where} does not contain a LeViT in a known layout ({', '.join(_LAYOUTS)}): expected a tensor named"
             " levit.patch_embeddings.embedding_layer_1.convolution.weight, stem.conv1.linear.weight or"
             f" patch_embed.0.c.weight, found {len(shapes)} tensors ({shown}, ...). Check that it is a LeViT checkpoint."
         )
-    if len({layout.prefixes for layout in found}) > 1:
-        names = " and ".join(sorted({layout.name.removesuffix("_conv") for layout in found}))
+    if len({layout.prefixes for layout in matching}) > 1:
+        names = " and ".join(sorted({layout.name.removesuffix("_conv") for layout in matching}))
         raise ConversionError(
             f"{where} mixes layouts: expected the tensors of one model, found the first convolution of {names}. Remove"
             " the tensors of the other model."
@@ -438,4 +430,4 @@ def _detect_layout(shapes: Mapping[str, _Shape], where: str) -> _CheckpointLayou
             for name, shape in shapes.items()
         )
 
-    return max(found, key=count_kernels)
+    return max(matching, key=count_kernels)

@@ -1,7 +1,8 @@
-"""LeViT in PyTorch with the tensor names of the original repository, which cannot be installed as a package.
+"""LeViT in PyTorch with the tensor names of the original repository.
 
-Verification runs checkpoints in that layout with it. It was written from the names in those checkpoints and from the
-paper, and shares no code with the Flax model. Requires PyTorch.
+Verification uses it for checkpoints in that layout, because the original cannot be installed as a package. It was
+written from the names in those checkpoints and from the paper, and shares no code with the Flax model. Requires
+PyTorch.
 
 Source: Graham et al. 2021, section 4; names of facebookresearch/LeViT levit.py.
 """
@@ -120,13 +121,7 @@ class _Attention(nn.Module):
 
 
 class _OriginalLevit(nn.Module):
-    """The complete model. Its logits in evaluation mode are the average of its heads, as in the original.
-
-    Args:
-        config: the architecture.
-        heads: names of the classifier heads.
-        fused: whether the batch norms are fused into the adjacent layers.
-    """
+    """The complete model; in evaluation mode, it returns the average of its heads' logits, as the original does."""
 
     def __init__(self, config: LevitConfig, heads: tuple[str, ...], fused: bool) -> None:
         super().__init__()

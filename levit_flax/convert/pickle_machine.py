@@ -6,7 +6,7 @@ splits the pickle into instructions, and `_Machine` executes the few that contai
 - A global is looked up by its exact name in a fixed table and never imported.
 - Values on the stack are data, never callables; a call looks up its target's name in a second table.
 - Objects that training scripts save with the weights (`argparse.Namespace` and the like) stay `_Inert` records.
-- Everything else is refused by name.
+- Everything else raises an error that names it.
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ _SAVE_WEIGHTS_ALONE = "if you trust the file, load it with PyTorch and save its 
 
 @dataclasses.dataclass
 class _Inert:
-    """Record of an object that a checkpoint contains besides weights; the object itself is never built.
+    """A record of an object that a checkpoint contains besides weights; the object itself is never built.
 
     Attributes:
         name: the class or function that would have built it, such as `argparse.Namespace`.

@@ -43,7 +43,7 @@ def _read_pickle(path: Path) -> object:
     Returns:
         The saved object. Dicts, lists, tuples, numbers and strings keep their type. Tensors and parameters become
         read-only NumPy arrays of the same shape, strides and dtype (`ml_dtypes.bfloat16` for bfloat16), `torch.Size`
-        becomes a tuple, dtypes become strings ("torch.float32"), and objects that are not weights become `Inert`
+        becomes a tuple, dtypes become strings ("torch.float32"), and objects that are not weights become `_Inert`
         records. Attributes of an OrderedDict, such as a state dict's `_metadata`, are dropped.
 
     Raises:
@@ -171,7 +171,7 @@ def _read_legacy(path: Path) -> object:
     except ImportError as error:
         raise ConversionError(
             "it has the format used before PyTorch 1.6, which only PyTorch can read; "
-            "install PyTorch with `pip install levit-flax[torch]`"
+            "run: pip install 'levit-flax[torch]'"
         ) from error
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
@@ -207,7 +207,7 @@ def _with_arrays(value: Any) -> Any:
 
 
 def _as_numpy(tensor: Any) -> np.ndarray:
-    """Return a tensor of any library as a NumPy array, without importing PyTorch for those of others."""
+    """Return a tensor of any library as a NumPy array; PyTorch is imported only for its own tensors."""
     if not hasattr(tensor, "detach"):
         return np.asarray(tensor)
     tensor = tensor.detach().cpu()

@@ -1,4 +1,4 @@
-"""The report of a conversion: typed results that know their sentence and their JSON, and the page that lists them."""
+"""The report of a conversion: typed results as text, JSON and Markdown."""
 
 import platform
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from .verification import _PROBE_SEED, _PROBES, _Comparison, _PyTorchComparison
 
 
 class _Result(Protocol):
-    """The result of one verification; `str` returns it as a sentence without its full stop."""
+    """The result of one verification; `str` returns it as a sentence without a period."""
 
     @property
     def passed(self) -> bool | None:
@@ -47,7 +47,7 @@ class _SameTensors:
 
     @property
     def common(self) -> str:
-        """The property that equal tensors share."""
+        """The property that tensors without a difference share."""
         return "the same bytes"
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class _RoundTrip(_SameTensors):
 
     @property
     def common(self) -> str:
-        """The property that equal tensors share."""
+        """The property that tensors without a difference share."""
         return "the source's bytes" if self.dtype is None else f"the source's values as {self.dtype}"
 
 
@@ -131,7 +131,7 @@ class _Parity:
 
 @dataclass(frozen=True)
 class _Skipped:
-    """A comparison with PyTorch that did not take place."""
+    """A comparison with PyTorch that was skipped."""
 
     reason: str
     outcome = "not compared with PyTorch"
@@ -315,7 +315,7 @@ class _Report:
 
     Attributes:
         source: where the weights were loaded from, JSON-ready.
-        checkpoint: the content of the source; None for a model directory of ours.
+        checkpoint: the content of the source; None for a Flax model directory.
         results: the results of the verifications by name.
         written: the model that was written.
         versions: versions of the packages.
@@ -334,7 +334,7 @@ class _Report:
             raise ConversionError(f"Verification failed, so nothing was written. {'; '.join(failed)}.")
 
     def summary(self) -> dict[str, str]:
-        """Return the lines of text that a user should see, by topic."""
+        """Return the report as one line of text per topic."""
         lines = {"source": str(self.source["source"])}
         lines |= {f"sha256 of {name}": digest for name, digest in self.source.get("files", {}).items()}
         if "revision" in self.source:

@@ -1,4 +1,4 @@
-"""Open a PyTorch checkpoint as a mapping from tensor names to arrays that are read on access."""
+"""Open PyTorch checkpoints as mappings whose tensors are read on access."""
 
 import hashlib
 import json
@@ -101,18 +101,18 @@ class _SafetensorsFile(Mapping[str, np.ndarray]):
 class _Renamed(Mapping[str, np.ndarray]):
     """Tensors of one or several files under new names."""
 
-    def __init__(self, homes: dict[str, tuple[_Tensors, str]]) -> None:
-        self.homes = homes
+    def __init__(self, origins: dict[str, tuple[_Tensors, str]]) -> None:
+        self.origins = origins
 
     def __getitem__(self, name: str) -> np.ndarray:
-        tensors, their_name = self.homes[name]
-        return tensors[their_name]
+        tensors, original_name = self.origins[name]
+        return tensors[original_name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.homes)
+        return iter(self.origins)
 
     def __len__(self) -> int:
-        return len(self.homes)
+        return len(self.origins)
 
 
 def _open_source(
@@ -121,16 +121,9 @@ def _open_source(
     ema: bool = False,
     options: _HubOptions = hub._DEFAULTS,
 ) -> _Source:
-    """Open a weight file, a directory, a Hub repository or a mapping.
+    """Open a weight file, a directory, a Hub repository or a mapping from tensor names to arrays or tensors.
 
-    Args:
-        source: a path, a Hub id, or a mapping from tensor names to arrays or tensors.
-        ema: open the averaged weights (`model_ema`) of a training checkpoint instead of the last ones (`model`).
-        options: how to access the Hub.
-
-    Raises:
-        ConversionError: the source is not a checkpoint.
-        OSError: the source does not exist, or cannot be read or downloaded.
+    With `ema`, open the averaged weights (`model_ema`) of a training checkpoint instead of the last ones (`model`).
     """
     if isinstance(source, Mapping):
         weights = _check_tensors(source, "the mapping", ema)
@@ -138,7 +131,7 @@ def _open_source(
     path = Path(source).expanduser()
     if not path.exists() and path.suffix in _WEIGHT_SUFFIXES:
         raise FileNotFoundError(
-            f"There is no file {path}: expected a weight file, a directory or a Hub id. Check the path."
+            f"The file {path} does not exist: expected a weight file, a directory or a Hub id. Check the path."
         )
     if path.is_file():
         return _open_weights(path, {"source": str(source)}, ema)
@@ -179,18 +172,18 @@ def _gather(
 ) -> _Source:
     """Combine the weights of one or several files, and remove the prefixes that all names share."""
     directory = files[0].parent if files else None
-    homes, shapes = {}, {}
+    origins, shapes = {}, {}
     for weights, names in parts:
         for name in weights.tensors if names is None else names:
-            homes[name], shapes[name] = (weights.tensors, name), weights.shapes[name]
+            origins[name], shapes[name] = (weights.tensors, name), weights.shapes[name]
     wrappers = [wrapper for weights, _ in parts for wrapper in weights.wrappers]
-    while homes and (prefix := next((p for p in _NAME_PREFIXES if all(n.startswith(p) for n in homes)), None)):
+    while origins and (prefix := next((p for p in _NAME_PREFIXES if all(n.startswith(p) for n in origins)), None)):
         wrappers.append(prefix)
-        homes = {name.removeprefix(prefix): home for name, home in homes.items()}
+        origins = {name.removeprefix(prefix): origin for name, origin in origins.items()}
         shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
     return _Source(
         where=where,
-        tensors=_Renamed(homes),
+        tensors=_Renamed(origins),
         shapes=shapes,
         wrappers=tuple(wrappers),
         notes=tuple(note for weights, _ in parts for note in weights.notes) + notes,
@@ -202,13 +195,13 @@ def _gather(
 
 
 def _check_hash(path: Path) -> str | None:
-    """Warn if the hash in a file's name is not the file's own, and return the warning."""
+    """Warn if a file does not match the hash in its name, and return the warning."""
     match = _HASH_IN_NAME.search(path.name)
     if match is None or (digest := _sha256(path)).startswith(match[1]):
         return None
     note = (
         f"{path.name} does not match the hash in its name: expected a SHA-256 that begins with {match[1]}, found"
-        f" {digest[:8]}. The file may be damaged, or another one than the file published under this name."
+        f" {digest[:8]}. The file may be damaged, or differ from the one published under this name."
     )
     warnings.warn(note, stacklevel=4)
     return note

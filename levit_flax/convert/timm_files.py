@@ -1,4 +1,4 @@
-"""Read and write timm's `config.json`: the architecture, the preprocessing and the class names.
+"""Read and write timm's `config.json`: architecture, preprocessing, class names.
 
 Source: timm models/_hub.py (`save_config_for_hf`), models/levit.py (`Levit`), data/transforms_factory.py.
 """
@@ -11,14 +11,13 @@ from typing import Any
 
 from PIL import Image
 
-from levit_flax.configuration import VARIANTS, LevitConfig
+from levit_flax.configuration import LevitConfig
 from levit_flax.image_processing import (
-    _IMAGENET_MEAN,
-    _IMAGENET_STD,
     _TIMM_CROP_PCT,
     LevitImageProcessor,
     _size_for_edge,
 )
+from levit_flax.variants import VARIANTS
 
 from .errors import ConversionError, _explain_malformed
 
@@ -72,17 +71,7 @@ def _pretrained_cfg(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _read_timm_config(values: Mapping[str, Any]) -> LevitConfig:
-    """Build a config from timm's parsed config.json.
-
-    Args:
-        values: the parsed JSON.
-
-    Returns:
-        The config, with the file's labels, or LABEL_0, LABEL_1, ... if it has none.
-
-    Raises:
-        ConversionError: the architecture is not a published LeViT, or an argument has an unsupported value.
-    """
+    """Build a config from timm's parsed config.json, with its labels, or LABEL_0, LABEL_1, ... if it has none."""
     name = values["architecture"]
     variant = _VARIANT_NAMES.get(name.replace("levit_conv_", "levit_"))
     if variant is None:
@@ -129,15 +118,8 @@ def _read_timm_processor(values: Mapping[str, Any], where: str = "timm's config.
     """Build the processor that prepares images like timm's evaluation transform.
 
     timm resizes the shorter edge to size / crop_pct and crops the center. `LevitImageProcessor` multiplies its `size`
-    by 256 / 224 first, so its size 217 corresponds to 224 pixels with crop 0.9 (248 before the crop). If no size gives
-    the exact edge, the edge is one pixel shorter.
-
-    Args:
-        values: the parsed config.json.
-        where: its name in messages.
-
-    Raises:
-        ConversionError: LeViT's processor does not support the preprocessing.
+    by 256 / 224 first, so its size 217 corresponds to 224 pixels with crop_pct 0.9. If no size gives the exact edge,
+    the resized edge is one pixel shorter.
     """
     with _explain_malformed(f"The preprocessing in {where}"):
         return _read_processor(_pretrained_cfg(values))
@@ -152,25 +134,18 @@ def _read_processor(cfg: Mapping[str, Any]) -> LevitImageProcessor:
             f" found {interpolation} and a {mode} crop."
         )
     edge = math.floor(max(height, width) / cfg.get("crop_pct", _TIMM_CROP_PCT))
+    default = LevitImageProcessor()
     return LevitImageProcessor(
         size=_size_for_edge(edge),
         crop_size=(height, width),
         resample=_RESAMPLE[interpolation],
-        image_mean=cfg.get("mean", _IMAGENET_MEAN),
-        image_std=cfg.get("std", _IMAGENET_STD),
+        image_mean=cfg.get("mean", default.image_mean),
+        image_std=cfg.get("std", default.image_std),
     )
 
 
 def _model_arguments(config: LevitConfig, heads: tuple[str, ...]) -> dict[str, Any]:
-    """Return the arguments of timm's model class for an architecture, JSON-ready.
-
-    Args:
-        config: the architecture.
-        heads: names of the classifier heads.
-
-    Raises:
-        ConversionError: timm does not support the architecture; the message lists the reasons.
-    """
+    """Return the arguments of timm's model class, JSON-ready, or raise ConversionError for unsupported models."""
     published: dict[str, Any] = {"down_ops": None, "kernel_size": 3, "stride": 2, "padding": 1, "patch_size": 16}
     standard = dataclasses.replace(config, **published)
     unsupported = {
@@ -181,10 +156,10 @@ def _model_arguments(config: LevitConfig, heads: tuple[str, ...]) -> dict[str, A
         "blocks without an MLP": 0 in config.mlp_ratio,
         "an image size that is not a multiple of 16": any(side % 16 for side in config.image_height_width),
     }
-    found = [name for name, present in unsupported.items() if present]
-    if found:
+    reasons = [name for name, present in unsupported.items() if present]
+    if reasons:
         raise ConversionError(
-            f"timm's LeViT does not support {'; '.join(found)}: write another layout with layout=..., or change the"
+            f"timm's LeViT does not support {'; '.join(reasons)}: write another layout with layout=..., or change the"
             " model."
         )
     return {
@@ -206,15 +181,9 @@ def _write_timm_config(
 ) -> str:
     """Return the config.json that lets `timm.create_model("local-dir:...")` open a directory.
 
-    Args:
-        config: the architecture. Unless it is a published variant, the file names levit_128 and overrides its
-            arguments.
-        heads: names of the classifier heads.
-        processor: its resize becomes timm's crop_pct.
-        convolutional: whether the linear layers are 1x1 convolutions.
-
-    Raises:
-        ConversionError: timm does not support the architecture.
+    If the architecture is not a published variant, the file names levit_128 and overrides its arguments. The
+    processor's resize becomes timm's crop_pct. `convolutional` selects timm's model with 1x1 convolutions as linear
+    layers.
     """
     arguments = _model_arguments(config, heads)
     name = next((name for name, variant in _VARIANT_NAMES.items() if _is_variant(config, variant)), "levit_128")

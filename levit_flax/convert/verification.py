@@ -1,4 +1,4 @@
-"""Verify a conversion: convert it back to the source's bytes, and compare its outputs with PyTorch's."""
+"""Verify a conversion by its round trip and by comparison with PyTorch."""
 
 import functools
 import importlib.util
@@ -66,11 +66,7 @@ class _PyTorchComparison(NamedTuple):
 
 
 def _compare(result: np.ndarray, reference: np.ndarray, limit: float = _PARITY_LIMIT) -> _Comparison:
-    """Compare two arrays.
-
-    Raises:
-        ConversionError: the reference is not finite.
-    """
+    """Return the difference between two arrays, or raise ConversionError if the reference is not finite."""
     if not np.isfinite(reference).all():
         raise ConversionError(
             "The checkpoint's own outputs are not finite on random images: expected finite outputs, found NaN or"
@@ -118,10 +114,10 @@ def _apply_jitted(model: LevitBase, variables: Variables, pixel_values: jax.Arra
 
 def _in_float32(variables: Variables) -> Variables:
     """Cast float64 leaves to float32, which JAX would otherwise do with a warning."""
-    narrow: Variables = jax.tree.map(
+    converted: Variables = jax.tree.map(
         lambda leaf: leaf.astype(np.float32) if leaf.dtype == np.float64 else leaf, variables
     )
-    return narrow
+    return converted
 
 
 def _forward_by_block(
@@ -137,11 +133,9 @@ def _forward_by_block(
 
 
 def _find_differing_bytes(source: _Source, conversion: _Conversion) -> list[str]:
-    """Convert back into the source's layout, and return the names of tensors whose bytes differ from the source's.
+    """Convert back to the source's layout, and return the names of tensors whose bytes differ from the source's.
 
-    Args:
-        source: the opened checkpoint.
-        conversion: its conversion. If that requested a dtype, the source's tensors are cast to it before comparison.
+    If the conversion requested a dtype, the source's tensors are cast to it first.
     """
     differing = []
     inverse = {path: np.argsort(order) for path, order in conversion.reordered.items()}
@@ -188,11 +182,7 @@ class _Peer(NamedTuple):
 
 
 def _build_transformers(conversion: _Conversion) -> "torch.nn.Module":
-    """Return transformers' model of the converted architecture.
-
-    Raises:
-        ConversionError: transformers does not support the image size.
-    """
+    """Return transformers' model, or raise ConversionError if transformers does not support the image size."""
     import transformers
 
     _check_transformers_size(conversion.model.config)
@@ -202,11 +192,7 @@ def _build_transformers(conversion: _Conversion) -> "torch.nn.Module":
 
 
 def _build_timm(conversion: _Conversion) -> "torch.nn.Module":
-    """Return timm's model of the converted architecture, fused if the checkpoint is.
-
-    Raises:
-        ConversionError: timm does not support the architecture.
-    """
+    """Return timm's model, fused if the checkpoint is, or raise ConversionError for unsupported architectures."""
     from timm.models.levit import Levit, LevitDistilled
     from timm.utils import reparameterize_model
 
@@ -252,18 +238,11 @@ def _block_modules(conversion: _Conversion, layout: _CheckpointLayout, peer: _Pe
 
 
 def _compare_with_pytorch(source: _Source, conversion: _Conversion) -> _PyTorchComparison | str:
-    """Compare the converted model with PyTorch on seeded inputs; PyTorch uses the source's own tensors.
+    """Compare the converted model with PyTorch on seeded inputs, or return the reason why that is not possible.
 
-    transformers and timm run checkpoints in their own layouts. A plain PyTorch model with the original repository's
-    names runs all other checkpoints. It is also used if the layout's library is not installed or does not support the
-    architecture.
-
-    Args:
-        source: the opened checkpoint.
-        conversion: its conversion.
-
-    Returns:
-        The differences in float32, or the reason why no comparison was possible.
+    PyTorch uses the source's own tensors in float32. transformers and timm run checkpoints in their own layouts. A
+    plain PyTorch model with the original repository's names runs all other checkpoints. It is also used if the
+    layout's library is not installed or does not support the architecture.
     """
     if _ORIGINAL.missing:
         return f"{' and '.join(_ORIGINAL.missing)} is not installed"

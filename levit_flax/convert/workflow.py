@@ -1,4 +1,4 @@
-"""Convert a source into a directory and verify the result: the sequence of `levit-flax convert`."""
+"""Convert a source to a directory and verify it, as `levit-flax convert` does."""
 
 import json
 from collections.abc import Iterable
@@ -43,7 +43,7 @@ class _Loaded:
         variables: its variables.
         processor: prepares its images.
         provenance: where it was loaded from, JSON-ready.
-        checkpoint: the opened PyTorch checkpoint and its conversion; None for a model directory of ours.
+        checkpoint: the opened PyTorch checkpoint and its conversion; None for a Flax model directory.
     """
 
     model: LevitBase
@@ -67,12 +67,14 @@ def _convert_to_directory(
     options: _HubOptions = _DEFAULTS,
     overwrite: bool = False,
 ) -> _Report:
-    """Convert a model into a directory and verify it; the directory is written completely or not at all.
+    """Convert a model to a directory, verify it, and return the report, which is also saved in the directory.
+
+    The directory is written completely or not at all.
 
     Args:
-        source: a weight file, directory or Hub id with PyTorch weights, or a model directory of ours.
+        source: a weight file, directory or Hub id with PyTorch weights, or a Flax model directory.
         out: the directory to write.
-        layout: the PyTorch layout to write; None for a model directory of ours.
+        layout: the PyTorch layout to write; None for a Flax model directory.
         dtype: dtype of the floating-point arrays; None keeps the source's.
         image_size: as in `from_torch`.
         ema: as in `from_torch`.
@@ -81,13 +83,6 @@ def _convert_to_directory(
         verify: compare with PyTorch if it is installed. The round trip to the source's bytes is always checked.
         options: how to access the Hub.
         overwrite: replace an existing model.
-
-    Returns:
-        The report, which is also saved in the directory.
-
-    Raises:
-        ValueError: the source cannot be converted, the layout cannot represent the model, or verification failed.
-        OSError: the source cannot be read, or the directory cannot be written.
     """
     files._check_free(out, overwrite)
     loaded = _load(source, layout is not None, dtype, image_size, ema, options)
@@ -126,16 +121,19 @@ def _load(
     ema: bool,
     options: _HubOptions,
 ) -> _Loaded:
-    """Load a model directory of ours, or convert a PyTorch checkpoint; `prefer_own` decides if there are both."""
-    found = _find(source, prefer_own, options)
-    if found is not None and found.weights is not None and found.weights.name == checkpoint._WEIGHTS_FILE:
+    """Load a Flax model directory, or convert a PyTorch checkpoint; `prefer_own` decides if there are both."""
+    resolved = _find(source, prefer_own, options)
+    if resolved is not None and resolved.weights is not None and resolved.weights.name == checkpoint._WEIGHTS_FILE:
         if image_size is not None or ema:
             raise ValueError(
                 f"{source} is a converted model, and image_size=... and ema=True apply only to PyTorch checkpoints:"
                 " remove them."
             )
-        return _load_own(source, found, dtype)
-    opened = _open_source(source, ema=ema, options=options) if found is None else _open_resolved(source, found, ema)
+        return _load_own(source, resolved, dtype)
+    if resolved is None:
+        opened = _open_source(source, ema=ema, options=options)
+    else:
+        opened = _open_resolved(source, resolved, ema)
     with ThreadPoolExecutor(1) as pool:  # hashing takes as long as converting, so it runs at the same time
         digests = pool.submit(_hash_files, opened.files)
         conversion = _convert(opened, dtype, image_size=image_size)
@@ -161,7 +159,7 @@ def _hash_files(files: Iterable[Path]) -> dict[str, str]:
 
 
 def _load_own(source: str, resolved: _Resolved, dtype: str | None) -> _Loaded:
-    """Load a model directory of ours."""
+    """Load a Flax model directory."""
     directory = resolved.directory
     model, variables = checkpoint._read_directory(directory)
     if dtype is not None:

@@ -22,13 +22,13 @@ _PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
 
 
 def to_torch(model: LevitBase, variables: Mapping[str, Any], layout: str = "hf") -> dict[str, np.ndarray]:
-    """Convert a model and its variables into a PyTorch state dict.
+    """Convert a model and its variables to a PyTorch state dict.
 
     Args:
         model: one of the three models, folded or not.
         variables: its variables.
         layout: the names of the tensors: "hf" for transformers, "timm", "timm_conv" (timm with linear layers as 1x1
-            convolutions) or "facebook" for the original repository. A folded model is written fused; transformers has
+            convolutions), or "facebook" for the original repository. A folded model is written fused; transformers has
             no fused layout.
 
     Returns:
@@ -43,6 +43,12 @@ def to_torch(model: LevitBase, variables: Mapping[str, Any], layout: str = "hf")
         >>> convert.to_torch(*from_pretrained("cifar10"), layout="facebook")["head.l.weight"].shape
         (10, 160)
     """
+    # Copies, because the arrays of `_state_dict` may be views of the variables.
+    return {name: np.array(array) for name, array in _state_dict(model, variables, layout).items()}
+
+
+def _state_dict(model: LevitBase, variables: Mapping[str, Any], layout: str) -> dict[str, np.ndarray]:
+    """Return the state dict; arrays whose axes are not permuted are views of the variables."""
     _check_layout(model, layout)
     _check_variables(model, variables, "The given tree")
     structure = _Structure.of(model.config, model.head_names, model.folded)
@@ -98,8 +104,8 @@ def save_torch(
 
     Args:
         path: the file to write: `model.safetensors` for transformers and timm. Files ending in .pth, .pt or .bin are
-            pickles and require PyTorch. In the "facebook" layout a pickle holds its tensors under "model", as the
-            original code expects.
+            pickles and require PyTorch. In the "facebook" layout the tensors of a pickle are under the key "model",
+            as the original code expects.
         model: as in `to_torch`.
         variables: as in `to_torch`.
         layout: as in `to_torch`.
@@ -121,8 +127,8 @@ def save_torch(
     """
     path = Path(path)
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: pass overwrite=True to replace it, or choose another name.")
-    tensors = to_torch(model, variables, layout)
+        raise FileExistsError(f"{path} already exists. Pass overwrite=True to replace it, or choose another name.")
+    tensors = _state_dict(model, variables, layout)
     if path.suffix in _PICKLE_SUFFIXES:
         _write_atomically(path, lambda file: _save_pickle(file, tensors, layout))
     else:
@@ -134,8 +140,8 @@ def _save_pickle(path: Path, tensors: dict[str, np.ndarray], layout: str) -> Non
         import torch
     except ImportError:
         raise ImportError(
-            f"Only PyTorch writes {', '.join(_PICKLE_SUFFIXES)} files: pip install 'levit-flax[torch]', or write a"
-            " .safetensors file."
+            f"Writing {', '.join(_PICKLE_SUFFIXES)} files requires PyTorch, which is not installed. Write a"
+            " .safetensors file, or run: pip install 'levit-flax[torch]'"
         ) from None
 
     def tensor(array: np.ndarray) -> torch.Tensor:

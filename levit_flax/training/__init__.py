@@ -1,6 +1,6 @@
-"""Fine-tuning and training from scratch: recipes, data, distillation, and training runs that can be resumed.
+"""Train and fine-tune models: recipes, data, distillation and resumable runs.
 
-Needs `pip install 'levit-flax[train]'`: Grain reads the data, optax optimizes, Orbax saves checkpoints.
+Requires `pip install 'levit-flax[train]'`: Grain reads the data, optax optimizes, Orbax saves checkpoints.
 """
 
 try:
@@ -17,7 +17,9 @@ try:
     from .recipe import read_recipe as read_recipe
     from .teacher import store_logits as store_logits
 except ModuleNotFoundError as error:
-    raise ImportError(f"Training needs {error.name}: pip install 'levit-flax[train]'.") from error
+    raise ImportError(
+        f"Training requires {error.name}, which is not installed. Run: pip install 'levit-flax[train]'"
+    ) from error
 
 __all__ = [
     "DataError",

@@ -1,4 +1,4 @@
-"""Augmentation of training images: of single images with Pillow on the host, of batches on the device.
+"""Augment training images: single images with Pillow, batches on the device.
 
 Source: timm (data/auto_augment.py, data/transforms.py, data/random_erasing.py, data/mixup.py), as used by
 facebookresearch/LeViT.
@@ -26,16 +26,9 @@ _RESAMPLINGS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resamplin
 def _augment(
     image: Image.Image, rng: np.random.Generator, recipe: Recipe, processor: LevitImageProcessor
 ) -> np.ndarray:
-    """Return a randomly cropped, flipped and altered image.
+    """Return a randomly cropped, flipped and altered RGB image as uint8 [H W 3] of the processor's crop size.
 
-    Args:
-        image: an image of mode "RGB".
-        rng: the random number generator.
-        recipe: the augmentation settings.
-        processor: sets the size, and resizes and crops if the recipe has no random crop.
-
-    Returns:
-        uint8 levels [H W 3] of the processor's crop size.
+    The processor resizes and crops if the recipe has no random crop.
     """
     if recipe.crop_padding:
         image = _crop_with_border(image, rng, recipe.crop_padding)
@@ -106,11 +99,7 @@ def _color_jitter(image: Image.Image, rng: np.random.Generator, strength: float)
 def _rand_augment(image: Image.Image, rng: np.random.Generator, recipe: Recipe, fill: tuple[int, ...]) -> Image.Image:
     """Apply random operations of RandAugment, drawn with replacement; each is skipped with probability 1/2.
 
-    Args:
-        image: an image of mode "RGB".
-        rng: the random number generator.
-        recipe: sets the number of operations, their magnitude, its deviation and the interpolation.
-        fill: color of pixels from outside the image.
+    `fill` is the color of the pixels that come from outside the image.
 
     Source: Cubuk et al. 2020, "RandAugment"; timm's variant "rand-m9-mstd0.5-inc1", in which a larger magnitude makes
         every operation stronger.
@@ -138,8 +127,8 @@ def _affine(coefficients: Callable[[Image.Image, float], tuple[float, ...]]) -> 
     return move
 
 
-def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> _Operation:
-    return lambda image, strength, sign, *_: kind(image).enhance(max(0.1, 1 + sign * 0.9 * strength))
+def _enhance(enhancer: Callable[[Image.Image], ImageEnhance._Enhance]) -> _Operation:
+    return lambda image, strength, sign, *_: enhancer(image).enhance(max(0.1, 1 + sign * 0.9 * strength))
 
 
 def _add_below_middle(image: Image.Image, amount: int) -> Image.Image:
@@ -154,7 +143,7 @@ _OPERATIONS: dict[str, _Operation] = {
     "rotate": lambda image, strength, sign, fill, resample: image.rotate(
         sign * 30 * strength, resample=resample, fillcolor=fill
     ),
-    # At least one bit: Pillow does not accept zero, and timm's result would be black.
+    # At least one bit, because Pillow does not accept zero; timm would return a black image.
     "posterize": lambda image, strength, *_: ImageOps.posterize(image, max(1, 4 - int(4 * strength))),
     "solarize": lambda image, strength, *_: ImageOps.solarize(image, 256 - int(256 * strength)),
     "solarize_add": lambda image, strength, *_: _add_below_middle(image, int(110 * strength)),
@@ -162,20 +151,15 @@ _OPERATIONS: dict[str, _Operation] = {
     "contrast": _enhance(ImageEnhance.Contrast),
     "brightness": _enhance(ImageEnhance.Brightness),
     "sharpness": _enhance(ImageEnhance.Sharpness),
-    "shear_x": _affine(lambda image, share: (1, 0.3 * share, 0, 0, 1, 0)),
-    "shear_y": _affine(lambda image, share: (1, 0, 0, 0.3 * share, 1, 0)),
-    "translate_x": _affine(lambda image, share: (1, 0, 0.45 * share * image.width, 0, 1, 0)),
-    "translate_y": _affine(lambda image, share: (1, 0, 0, 0, 1, 0.45 * share * image.height)),
+    "shear_x": _affine(lambda image, amount: (1, 0.3 * amount, 0, 0, 1, 0)),
+    "shear_y": _affine(lambda image, amount: (1, 0, 0, 0.3 * amount, 1, 0)),
+    "translate_x": _affine(lambda image, amount: (1, 0, 0.45 * amount * image.width, 0, 1, 0)),
+    "translate_y": _affine(lambda image, amount: (1, 0, 0, 0, 1, 0.45 * amount * image.height)),
 }
 
 
 def _erase(key: jax.Array, pixel_values: jax.Array, probability: float) -> jax.Array:
-    """Replace a random rectangle by normal noise, in randomly chosen images of a batch.
-
-    Args:
-        key: PRNG key.
-        pixel_values: normalized images, float [B H W C].
-        probability: probability that an image is changed.
+    """Replace a random rectangle with normal noise, in randomly chosen images of a batch [B H W C].
 
     Source: Zhong et al. 2020, "Random Erasing Data Augmentation"; timm's "pixel" mode.
     """
@@ -201,16 +185,7 @@ def _erase(key: jax.Array, pixel_values: jax.Array, probability: float) -> jax.A
 
 
 def _mix(key: jax.Array, pixel_values: jax.Array, targets: jax.Array, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
-    """Mix a batch with its reverse by mixup or cutmix, or return it unchanged.
-
-    Args:
-        key: PRNG key.
-        pixel_values: float [B H W C].
-        targets: [B L]; mixed in the same proportion.
-        recipe: the probabilities and the parameters of the beta distributions.
-
-    Returns:
-        The mixed images and targets.
+    """Mix images [B H W C] and targets [B L] with their reverse by mixup or cutmix, or return them unchanged.
 
     Source: Zhang et al. 2018, "mixup"; Yun et al. 2019, "CutMix"; timm's "batch" mode.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, saved by Orbax in the background; the best and the last one are kept."""
+"""Save and restore the checkpoints of a training run with Orbax."""
 
 import logging
 import os
@@ -31,13 +31,9 @@ class _Restored(NamedTuple):
 
 
 class _Checkpoints:
-    """Save and restore the training state; the best and the last checkpoint are kept.
+    """Save the training state in the background, keep the best and the last checkpoint, and restore it.
 
-    Args:
-        directory: directory of the checkpoints; created if it does not exist.
-
-    Raises:
-        OSError: a checkpoint cannot be written. The message names the last complete one.
+    If a checkpoint cannot be written, all methods raise OSError with the step of the last complete one.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -61,13 +57,9 @@ class _Checkpoints:
         return step
 
     def save(self, step: int, state: _State, progress: dict[str, Any], goodness: float | None) -> None:
-        """Start saving a checkpoint; it is written in the background.
+        """Start saving a checkpoint in the background.
 
-        Args:
-            step: the number of steps done.
-            state: the training state.
-            progress: JSON-ready values.
-            goodness: compared to find the best checkpoint, higher is better; None if this state was not evaluated.
+        The checkpoint with the highest `goodness` is the best; None if this state was not evaluated.
         """
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         with self.writing():
@@ -79,11 +71,7 @@ class _Checkpoints:
             self._manager.wait_until_finished()
 
     def restore(self, example: _State) -> _Restored:
-        """Return the last checkpoint.
-
-        Args:
-            example: a state with the same shapes, dtypes and shardings.
-        """
+        """Return the last checkpoint, with the shapes, dtypes and shardings of `example`."""
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), example)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), progress=ocp.args.JsonRestore())
         restored = self._manager.restore(self.latest, args=args)
@@ -97,14 +85,16 @@ class _Checkpoints:
 
     @contextmanager
     def writing(self, failures: type[Exception] = Exception) -> Iterator[None]:
-        """Explain which checkpoint is still valid when a write fails; Orbax raises many types of errors for that."""
+        """Explain which checkpoint is still valid when a write fails; Orbax raises many types of errors then."""
         try:
             yield
         except failures as error:
             self._quiet.pop_all()  # stay quiet: background writes keep failing for a while
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             steps = ocp.utils.checkpoint_steps(self.directory)  # unlike the manager, counts only complete ones
-            kept = f"The last complete checkpoint is of step {max(steps)}" if steps else "There is no checkpoint yet"
+            kept = (
+                f"The last complete checkpoint is that of step {max(steps)}" if steps else "There is no checkpoint yet"
+            )
             raise OSError(
                 f"Cannot save in {self.directory.parent}: {_reason(error)}. {kept}. Free some space and continue with"
                 " resume=True."
@@ -120,7 +110,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Do not print failures of background writes, hundreds of tracebacks; they are raised as well."""
+    """Silence the hundreds of tracebacks of failed background writes, which are also raised as errors."""
     loggers = {name: logging.getLogger(name) for name in ("absl", "asyncio")}
     levels = {name: logger.level for name, logger in loggers.items()}
     print_unraisable = sys.unraisablehook

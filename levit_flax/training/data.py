@@ -1,4 +1,4 @@
-"""Find, check, shuffle, augment and batch the images of a training run, in the same way on every host.
+"""Find, check, shuffle, augment and batch the images of a training run.
 
 The order of the images and their augmentation depend only on the recipe's seed and the step. The number of threads,
 processes or hosts does not change the images of a step.
@@ -18,7 +18,15 @@ from typing import Any
 import grain
 import numpy as np
 
-from levit_flax.datasets import DataError, LabeledImages, _load_dataset, _read_folder, _read_split
+from levit_flax.datasets import (
+    _ANY_COLUMNS,
+    DataError,
+    LabeledImages,
+    _Columns,
+    _load_dataset,
+    _read_folder,
+    _read_split,
+)
 from levit_flax.image_processing import LevitImageProcessor
 from levit_flax.images import ImageError, _check_header
 
@@ -27,21 +35,30 @@ from .recipe import Recipe
 
 _TRAIN_FOLDER = "train"
 _VALIDATION_FOLDERS = ("validation", "val", "valid", "test")
-_LISTED = 5  # unusable images or classes named in an error message
+_LISTED = 5  # maximum number of images or classes in an error message
 
 
 def read_images(
-    source: str | Path, recipe: Recipe, skip: Collection[str] = (), check: bool = False
+    source: str | Path,
+    recipe: Recipe,
+    skip: Collection[str] = (),
+    check: bool = False,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> tuple[LabeledImages, LabeledImages]:
     """Find the images to train on and those to validate on.
 
     Args:
         source: a directory with a folder for each class; a directory with the folders `train` and `validation` (or
             `val`, `valid`, `test`) that each have a folder for each class; or the name of a Hugging Face dataset
-            (needs `datasets`).
+            (requires `datasets`).
         recipe: its `validation_share` and `seed` select the validation images if the source has no validation part.
         skip: images to leave out: paths relative to the source, or rows of a dataset such as "train/17".
         check: decode every image. By default only the headers of image files are read.
+        image_column: image column of a Hugging Face dataset; None for the only one, or the one called image or img.
+        label_column: column of targets of a Hugging Face dataset; None for the only column of classes, or the one
+            called label or labels; if there are no classes, the same for numbers.
 
     Returns:
         The training images and the validation images.
@@ -62,16 +79,18 @@ def read_images(
         >>> len(train), len(validation), train.labels
         (18, 2, ('cat', 'dog'))
     """
-    parts = _find_images(source, recipe, skip)
+    parts = _find_images(source, recipe, skip, _Columns(image_column, label_column))
     for part in parts:
         _check_images(part, decode=check)
     return parts
 
 
-def _find_images(source: str | Path, recipe: Recipe, skip: Collection[str]) -> tuple[LabeledImages, LabeledImages]:
+def _find_images(
+    source: str | Path, recipe: Recipe, skip: Collection[str], columns: _Columns = _ANY_COLUMNS
+) -> tuple[LabeledImages, LabeledImages]:
     """Like `read_images`, but does not open the files."""
     directory = Path(source).expanduser()
-    parts = _read_folders(directory, skip) if directory.is_dir() else _read_dataset(str(source), skip)
+    parts = _read_folders(directory, skip) if directory.is_dir() else _read_dataset(str(source), skip, columns)
     train = parts[_TRAIN_FOLDER]
     if train.labels and len(train.labels) < 2:
         raise DataError(f"{train.where} has one class, {train.labels[0]}: expected two or more.")
@@ -80,8 +99,8 @@ def _find_images(source: str | Path, recipe: Recipe, skip: Collection[str]) -> t
     else:
         validation = next(part for name, part in parts.items() if name != _TRAIN_FOLDER)
         if validation.labels != train.labels:
-            odd = sorted(set(train.labels) ^ set(validation.labels))
-            found = f"only one has {', '.join(odd[:_LISTED])}" if odd else "their order differs"
+            unmatched = sorted(set(train.labels) ^ set(validation.labels))
+            found = f"only one has {', '.join(unmatched[:_LISTED])}" if unmatched else "their order differs"
             raise DataError(
                 f"{train.where} has {len(train.labels)} classes and {validation.where} has {len(validation.labels)}:"
                 f" expected the same classes, but {found}."
@@ -101,14 +120,14 @@ def _read_folders(directory: Path, skip: Collection[str]) -> dict[str, LabeledIm
     return {name: _read_folder(directory / name, directory, skip) for name in names}
 
 
-def _read_dataset(name: str, skip: Collection[str] = ()) -> dict[str, LabeledImages]:
+def _read_dataset(name: str, skip: Collection[str] = (), columns: _Columns = _ANY_COLUMNS) -> dict[str, LabeledImages]:
     """Like `_read_folders`, for a Hugging Face dataset."""
-    found = _load_dataset(name)
-    if _TRAIN_FOLDER not in found:
-        raise DataError(f"The dataset {name} has the splits {', '.join(found)}: expected one named {_TRAIN_FOLDER}.")
-    other = next((part for part in _VALIDATION_FOLDERS if part in found), None)
+    splits = _load_dataset(name)
+    if _TRAIN_FOLDER not in splits:
+        raise DataError(f"The dataset {name} has the splits {', '.join(splits)}: expected one named {_TRAIN_FOLDER}.")
+    other = next((part for part in _VALIDATION_FOLDERS if part in splits), None)
     names = (_TRAIN_FOLDER, other) if other else (_TRAIN_FOLDER,)
-    parts = {part: _read_split(found[part], name, part) for part in names}
+    parts = {part: _read_split(splits[part], name, part, columns=columns) for part in names}
     if not skip:
         return parts
     return {
@@ -118,7 +137,7 @@ def _read_dataset(name: str, skip: Collection[str] = ()) -> dict[str, LabeledIma
 
 
 def _split(data: LabeledImages, recipe: Recipe) -> tuple[LabeledImages, LabeledImages]:
-    """Hold back `validation_share` of the images, of each class if there are classes, for validation."""
+    """Split off `validation_share` of the images, of each class if there are classes, for validation."""
     if not recipe.validation_share:
         raise DataError(
             f"{data.where} has no validation part and validation_share is 0. Add a validation part, or raise"
@@ -127,57 +146,50 @@ def _split(data: LabeledImages, recipe: Recipe) -> tuple[LabeledImages, LabeledI
     rng = np.random.default_rng(recipe.seed)
     single = data.targets.ndim == 1
     groups = range(len(data.labels)) if single else [0]
-    held = []
+    chosen = []
     for group in groups:
         members = np.flatnonzero(data.targets == group) if single else np.arange(len(data))
         if len(members) < 2:
-            of = f" of the class {data.labels[group]}" if single else ""
+            of_class = f" of the class {data.labels[group]}" if single else ""
             raise DataError(
-                f"{data.where} has {len(members)} image{of}: expected at least two, one for training and one for"
+                f"{data.where} has {len(members)} image{of_class}: expected at least two, one for training and one for"
                 " validation."
             )
         share = min(max(1, round(recipe.validation_share * len(members))), len(members) - 1)
-        held.append(rng.permutation(members)[:share])
-    back = np.sort(np.concatenate(held))
-    rest = np.setdiff1d(np.arange(len(data)), back)
+        chosen.append(rng.permutation(members)[:share])
+    validation = np.sort(np.concatenate(chosen))
+    training = np.setdiff1d(np.arange(len(data)), validation)
     where = data.where
-    return data.select(rest, f"{where}, for training"), data.select(back, f"{where}, for validation")
+    return data.select(training, f"{where}, for training"), data.select(validation, f"{where}, for validation")
 
 
 def _leave_out(
     train: LabeledImages, validation: LabeledImages, root: Path, skip: Collection[str]
 ) -> tuple[LabeledImages, LabeledImages]:
-    """Leave images out of a run that has started, without moving the other images to other steps.
+    """Leave images out of a run that has started, without moving the others to different steps.
 
-    Args:
-        train: the training images; each skipped image is replaced by another image of its class.
-        validation: the validation images; skipped images are removed.
-        root: the directory that paths are relative to.
-        skip: the images to leave out, as in `read_images`.
-
-    Raises:
-        DataError: a class would have no training image left, or there would be no validation image left.
+    Each skipped training image is replaced by another image of its class. Skipped validation images are removed.
     """
-    kept, kept_back = (
+    kept, kept_validation = (
         np.array([part.key(i, root) not in skip for i in range(len(part))]) for part in (train, validation)
     )
-    places = np.arange(len(train))
+    rows = np.arange(len(train))
     for index in np.flatnonzero(~kept):
         single = train.targets.ndim == 1
         others = np.flatnonzero(kept & (train.targets == train.targets[index])) if single else np.flatnonzero(kept)
         if not len(others):
-            of = f" of the class {train.labels[train.targets[index]]}" if single else ""
-            raise DataError(f"{train.where} would have no image{of} left. Skip fewer images.")
-        places[index] = others[index % len(others)]
-    if not kept_back.any():
+            of_class = f" of the class {train.labels[train.targets[index]]}" if single else ""
+            raise DataError(f"{train.where} would have no image{of_class} left. Skip fewer images.")
+        rows[index] = others[index % len(others)]
+    if not kept_validation.any():
         raise DataError(f"{validation.where} would have no image left. Skip fewer images.")
-    return train.select(places, train.where), validation.select(np.flatnonzero(kept_back), validation.where)
+    return train.select(rows, train.where), validation.select(np.flatnonzero(kept_validation), validation.where)
 
 
 def _check_images(data: LabeledImages, decode: bool) -> None:
     """Raise DataError unless every file has an image header, or with `decode`, unless every image can be decoded."""
 
-    def fault(index: int) -> str | None:
+    def find_problem(index: int) -> str | None:
         try:
             if decode:
                 data.load(index)
@@ -190,11 +202,11 @@ def _check_images(data: LabeledImages, decode: bool) -> None:
     if not decode and not isinstance(data.images, list):
         return  # a dataset has no files whose headers could be read
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        faults = [text for text in pool.map(fault, range(len(data))) if text]
-    if faults:
+        problems = [text for text in pool.map(find_problem, range(len(data))) if text]
+    if problems:
         raise DataError(
-            f"{len(faults)} of the {len(data)} images of {data.where} cannot be used:"
-            f" {'; '.join(faults[:_LISTED])}. Repair, remove or skip them (skip=...)."
+            f"{len(problems)} of the {len(data)} images of {data.where} cannot be used:"
+            f" {'; '.join(problems[:_LISTED])}. Repair, remove or skip them (skip=...)."
         )
 
 
@@ -227,7 +239,7 @@ class _TrainingRows:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in one epoch. Images that do not fill a batch are dropped, different ones in each epoch."""
+        """Number of steps in one epoch. Images that do not fill a batch are dropped, different ones in each epoch."""
         return len(self.data) // self.recipe.batch_size
 
     @property
@@ -267,15 +279,9 @@ class _TrainingRows:
 
 
 def _training_batches(rows: _TrainingRows, threads: int, processes: int = 0, first: int = 0) -> Any:
-    """Return an iterator over a host's batches: dictionaries of arrays [A B ...], one for each step.
+    """Return an iterator over a host's batches from step `first`: dictionaries of arrays [A B ...].
 
-    A run is resumed by its step alone. Grain's iterator state would fix the number of processes.
-
-    Args:
-        rows: the rows to read.
-        threads: number of threads that decode and augment images, in each process.
-        processes: number of worker processes that decode and augment images; 0 decodes in this process.
-        first: the first step.
+    A run is resumed by its step alone, because Grain's iterator state would fix the number of processes.
     """
     parts = rows.recipe.accumulation
 

@@ -1,4 +1,4 @@
-"""Fine-tuning and training from scratch in one call."""
+"""Train or fine-tune a model in one call."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,16 +6,15 @@ from typing import Any
 
 import jax
 
+from levit_flax.datasets import _Columns
 from levit_flax.hub import _HubOptions
 
-from .hosts import _together
+from .hosts import _run_on_hosts
 from .loop import Progress, _run_plan
 from .outputs import _MODEL_DIRECTORY, _TORCH_DIRECTORY
 from .plan import _make_plan
 from .recipe import Recipe, RecipeError
 from .run_directory import _prepare_output
-
-_DEFAULT_THREADS = 2
 
 
 def finetune(
@@ -30,7 +29,9 @@ def finetune(
     skip: Any = (),
     check_data: bool = False,
     export_torch: str | None = None,
-    threads: int = _DEFAULT_THREADS,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    threads: int = 2,
     processes: int = 0,
     show: Callable[[Progress], None] | None = None,
     revision: str | None = None,
@@ -54,11 +55,14 @@ def finetune(
         skip: images to leave out, as in `read_images`.
         check_data: decode every image before the first step.
         export_torch: PyTorch layout in which to write the best model as well, such as "hf".
+        image_column: as in `read_images`.
+        label_column: as in `read_images`.
         threads: number of threads that decode and augment images, in each process.
         processes: number of worker processes that decode and augment images; 0 decodes in this process.
         show: called after each step with the progress.
-        revision: branch, tag or commit hash of `model` on the Hub; the teacher is loaded from its main branch.
-        token: access token for the Hub.
+        revision: branch, tag or commit of `model` on the Hub; None for its main branch. The teacher is always
+            loaded from its main branch.
+        token: access token for the Hub; None for the one stored by `hf auth login` or in HF_TOKEN.
         cache_dir: directory for downloads; None for huggingface_hub's own cache.
         local_files_only: do not access the network.
 
@@ -72,7 +76,7 @@ def finetune(
             several hosts, resume from the last checkpoint.
         NotFiniteError: the loss or a gradient is NaN or infinite.
         TrainingStopped: SIGTERM or SIGINT was received; the state is saved.
-        FileExistsError: the directory holds a run, and neither `resume` nor `overwrite` is set.
+        FileExistsError: the directory contains a run, and neither `resume` nor `overwrite` is set.
         OSError: a file cannot be read or written.
 
     Examples:
@@ -105,9 +109,10 @@ def finetune(
         export_torch=export_torch,
         threads=threads,
         processes=processes,
+        columns=_Columns(image_column, label_column),
         options=_HubOptions(revision, token, cache_dir, local_files_only),
     )
-    _together(lambda: _prepare_output(plan.output, plan.settings, plan.resumed), only_first=True)
+    _run_on_hosts(lambda: _prepare_output(plan.output, plan.settings, plan.resumed), only_first=True)
     try:
         report = _run_plan(plan, show)
     except jax.errors.JaxRuntimeError as error:

@@ -1,4 +1,7 @@
-"""Checks that all hosts of a training run make together, so that no host waits for one that has failed."""
+"""Run checks on all hosts of a training run together.
+
+If one host fails, all hosts raise, so that none waits for the failed one.
+"""
 
 import hashlib
 import json
@@ -14,23 +17,17 @@ from .recipe import RecipeError
 _T = TypeVar("_T")
 
 
-def _together(work: Callable[[], _T], only_first: bool = False) -> _T:
+def _run_on_hosts(work: Callable[[], _T], only_first: bool = False) -> _T:
     """Call `work` on every host and return its result, or raise on all hosts if it fails on one.
 
-    Args:
-        work: the function to call.
-        only_first: call it on host 0 only, while the others wait; they get None.
-
-    Raises:
-        ValueError, OSError, ImportError: the error of this host.
-        OSError: another host failed.
+    With `only_first`, call it on host 0 only, while the others wait and return None.
     """
     error, result = None, None
     if not only_first or jax.process_index() == 0:
         try:
             result = work()
-        except (ValueError, OSError, ImportError) as found:
-            error = found
+        except (ValueError, OSError, ImportError) as caught:
+            error = caught
     failed = [error is not None]
     if jax.process_count() > 1:
         failed = list(multihost_utils.process_allgather(np.array(failed)).ravel())
@@ -41,7 +38,7 @@ def _together(work: Callable[[], _T], only_first: bool = False) -> _T:
     return cast(_T, result)
 
 
-def _agree(settings: Any) -> None:
+def _check_hosts_agree(settings: Any) -> None:
     """Raise RecipeError unless all hosts have the same JSON-ready settings."""
     if jax.process_count() == 1:
         return

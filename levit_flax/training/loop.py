@@ -1,4 +1,7 @@
-"""The training loop: runs a plan from its last checkpoint to the end, without waiting for the device between steps."""
+"""Run a training plan from its last checkpoint to the end.
+
+Steps are dispatched without waiting for the device.
+"""
 
 import dataclasses
 import json
@@ -28,11 +31,11 @@ from .run_directory import _CHECKPOINT_DIRECTORY
 from .signals import _stop_signals, _StopSignal
 from .state import _Batch, _Metrics, _State, _Task
 
-_MAX_PENDING_STEPS = 4  # steps dispatched ahead of the device; more would only hold their images in memory
+_MAX_PENDING_STEPS = 4  # steps dispatched ahead of the device; more would only keep their images in memory
 
 
 class TrainingStopped(RuntimeError):
-    """Raised when a signal stopped training; the state is saved.
+    """Raised when a signal stops training, after the state has been saved.
 
     Attributes:
         signal: number of the signal received, such as `signal.SIGTERM`.
@@ -86,12 +89,7 @@ class Progress(NamedTuple):
 
 
 def _run_plan(plan: _TrainingPlan, show: Callable[[Progress], None] | None = None) -> dict[str, Any]:
-    """Train to the end, from the last checkpoint if there is one, and return the report.
-
-    Args:
-        plan: the run; its directory must be prepared.
-        show: called after each step with the progress.
-    """
+    """Train to the end, from the last checkpoint if there is one, and return the report."""
     return _Session(plan, show).run()
 
 
@@ -110,7 +108,7 @@ class _Totals:
         self.images += images
 
     def add_sums(self, sums: Any) -> None:
-        """Add the result of `Task.evaluate_step`."""
+        """Add the result of `_Task.evaluate_step`."""
         for name, value in sums.items():
             setattr(self, name, getattr(self, name) + float(value))
 
@@ -122,7 +120,7 @@ class _Clock:
     Attributes:
         first_step: number of the step after which the clock was started.
         begin: time when the clock was started; None before.
-        waiting: seconds in which the device waited for data.
+        waiting: seconds that the device waited for data.
         evaluating: seconds spent on evaluation and saving.
     """
 
@@ -166,22 +164,22 @@ class _Session:
         self.teacher_variables = jax.device_put(teacher.variables, self.replicated)
 
         self.step = 0  # steps dispatched so far
-        self.board = _TensorBoard(plan.output)
+        self.tensorboard = _TensorBoard(plan.output)
         self.history: _History = []
         self.totals = _Totals()  # since the last evaluation
-        self.pending: deque[tuple[int, _Metrics]] = deque()  # dispatched steps whose metrics were not read yet
+        self.pending: deque[tuple[int, _Metrics]] = deque()  # dispatched steps whose metrics have not been read yet
 
     def run(self) -> dict[str, Any]:
         """Train to the end, from the last checkpoint if there is one, and return the report."""
         with (
             closing(_Checkpoints(self.plan.output / _CHECKPOINT_DIRECTORY)) as self.checkpoints,
-            closing(self.board),
+            closing(self.tensorboard),
             closing(self),
             _stop_signals(self.shard.count > 1) as self.stop_signal,
         ):
             self.restore()
             self.clock = _Clock(self.step)
-            if self.evaluation_due():  # an unusable image stopped it before
+            if self.evaluation_due():  # an unusable image interrupted it
                 self.end_epoch()
             while self.step < self.total:
                 self.take_step()
@@ -206,7 +204,7 @@ class _Session:
             self.batches = _training_batches(self.rows, self.plan.threads, self.plan.processes, first=self.step)
 
     def close(self) -> None:
-        """End the threads and processes that read images."""
+        """Stop the threads and processes that read images."""
         if self.batches is not None:
             self.batches.close()
 
@@ -243,7 +241,7 @@ class _Session:
 
     def unusable(self, error: DataError) -> DataError:
         """Save the state, and return the error to raise for an image that cannot be used."""
-        if self.shard.count > 1:  # saving needs all hosts, and the others do not know of the error
+        if self.shard.count > 1:  # saving requires all hosts, and the others have no error
             return error
         self.save()
         self.checkpoints.wait()
@@ -271,7 +269,7 @@ class _Session:
             self.totals.add(loss, float(metrics.correct), self.recipe.batch_size)
 
     def evaluation_due(self) -> bool:
-        """Return whether an epoch with an evaluation has ended and was not evaluated yet."""
+        """Return whether an epoch that ends with an evaluation has ended and has not been evaluated yet."""
         epoch, within = divmod(self.step, self.rows.steps_per_epoch)
         evaluated = self.history[-1]["step"] if self.history else 0
         last = self.step == self.total
@@ -308,7 +306,7 @@ class _Session:
         """Write the metrics, and the model if this evaluation is the best so far."""
         output, student = self.plan.output, self.plan.student
         _write_history(output, self.history)
-        self.board.log(row)
+        self.tensorboard.log(row)
         if _best_row(self.history) is row:
             _write_best(output, student.model, variables, student.processor, row, self.plan.settings.provenance())
 
@@ -328,7 +326,7 @@ class _Session:
         return totals
 
     def progress(self) -> Progress:
-        """Return the progress after the current step."""
+        """Return the progress after the last dispatched step."""
         done, seconds, totals = self.step - self.clock.first_step, self.clock.seconds, self.totals
         classes = self.task.problem_type != _REGRESSION
         return Progress(
@@ -358,11 +356,7 @@ class _Session:
         )
 
     def finish(self, seconds: float) -> dict[str, Any]:
-        """Write the report and return it.
-
-        Args:
-            seconds: time spent on the timed steps, without evaluation.
-        """
+        """Write the report and return it; `seconds` is the time spent on the timed steps, without evaluation."""
         steps = self.step - self.clock.first_step
         report = {
             "output": str(self.plan.output),

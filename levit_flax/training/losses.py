@@ -1,4 +1,4 @@
-"""Loss functions of training: one for the labels of each problem type, and one for a teacher's logits.
+"""Training losses: one per problem type for labels, and one for a teacher.
 
 Source: facebookresearch/LeViT losses.py (`DistillationLoss`) and timm's SoftTargetCrossEntropy.
 """

@@ -1,4 +1,4 @@
-"""AdamW with adaptive gradient clipping, no weight decay of biases, and learning rates by parameter path."""
+"""AdamW with adaptive gradient clipping and learning rates by parameter path."""
 
 import re
 from collections.abc import Mapping
@@ -16,15 +16,9 @@ _GRADIENT_EPSILON = 1e-6
 
 
 def _match_patterns(table: Mapping[str, float], params: Mapping[str, Any], name: str) -> dict[str, float]:
-    """Return each parameter's value: that of the first pattern that matches its whole path.
+    """Return each parameter's value, which is that of the first pattern in `table` that matches its whole path.
 
-    Args:
-        table: values by regular expression.
-        params: the parameters, or another tree of the same structure.
-        name: name of the table in messages.
-
-    Raises:
-        RecipeError: a pattern is not a regular expression, a pattern is never used, or a parameter matches no pattern.
+    Raise RecipeError if a pattern is invalid or unused, or if a parameter matches no pattern; `name` is the table's.
     """
     try:
         patterns = {pattern: re.compile(pattern) for pattern in table}
@@ -39,10 +33,10 @@ def _match_patterns(table: Mapping[str, float], params: Mapping[str, Any], name:
             )
         values[path] = float(table[match])
         used.add(match)
-    idle = [pattern for pattern in table if pattern not in used]
-    if idle:
+    unused = [pattern for pattern in table if pattern not in used]
+    if unused:
         raise RecipeError(
-            f"{name}: {idle[0]!r} matches no parameter, or only those of earlier patterns. Remove it, or move it up."
+            f"{name}: {unused[0]!r} matches no parameter, or only those of earlier patterns. Remove it, or move it up."
         )
     return values
 
@@ -78,8 +72,8 @@ def _clip_adaptively(factor: float) -> optax.GradientTransformation:
         return jnp.sqrt(jnp.sum(jnp.square(x), axes, keepdims=True))
 
     def clip(gradient: jax.Array, parameter: jax.Array) -> jax.Array:
-        norm, longest = unit_norm(gradient), factor * jnp.maximum(unit_norm(parameter), _CLIP_EPSILON)
-        return jnp.where(norm < longest, gradient, gradient * (longest / jnp.maximum(norm, _GRADIENT_EPSILON)))
+        norm, max_norm = unit_norm(gradient), factor * jnp.maximum(unit_norm(parameter), _CLIP_EPSILON)
+        return jnp.where(norm < max_norm, gradient, gradient * (max_norm / jnp.maximum(norm, _GRADIENT_EPSILON)))
 
     return optax.stateless(lambda updates, params: jax.tree.map(clip, updates, params))
 
@@ -87,10 +81,7 @@ def _clip_adaptively(factor: float) -> optax.GradientTransformation:
 def _make_optimizer(recipe: Recipe, factors: Mapping[str, float], steps_per_epoch: int) -> optax.GradientTransformation:
     """Return the optimizer of a recipe, for a flat dictionary of the trained parameters.
 
-    Args:
-        recipe: the hyperparameters.
-        factors: factor of the learning rate for each parameter path.
-        steps_per_epoch: number of steps in one epoch.
+    `factors` contains the factor of the learning rate for each parameter path.
     """
 
     def scale_each(updates: Mapping[str, jax.Array], _: Any) -> dict[str, jax.Array]:

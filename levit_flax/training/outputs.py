@@ -1,4 +1,4 @@
-"""Results of a training run: metrics, curves, TensorBoard events, and the best model with its model card."""
+"""Write the results of a training run: metrics, curves and the best model."""
 
 import csv
 import io
@@ -56,7 +56,7 @@ class _TensorBoard:
         step = int(row["step"])
         if self._writer is None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            # The step in the name keeps files apart that are created within one second.
+            # The step in the name distinguishes files that are created within one second.
             self._writer = EventsWriter(str(self.directory / "events"), filename_suffix=f".{step}")
             self._add(step, session_log=SessionLog(status=SessionLog.START))
         for name in row.keys() - {"step"}:
@@ -69,7 +69,7 @@ class _TensorBoard:
     def close(self) -> None:
         """Close the files."""
         if self._writer is not None:
-            with suppress(OSError):  # unwritten events are left only if writing them has failed before
+            with suppress(OSError):  # events are still unwritten only if an earlier write has failed
                 self._writer.close()
 
 
@@ -114,7 +114,7 @@ classifier = ImageClassifier.from_pretrained("{_MODEL_DIRECTORY}")  # this direc
 classifier("image.jpg")
 ```
 
-Metrics on the validation images, at the end of the epoch that these weights are from:
+Validation metrics at the end of the epoch in which these weights were saved:
 
 | | |
 |---|---|
@@ -131,7 +131,7 @@ Training settings:
 
 
 def _best_row(history: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
-    """Return the evaluation with the highest accuracy, or for regression, with the lowest loss."""
+    """Return the evaluation with the highest accuracy or, for regression, the lowest loss."""
     return max(history, key=_goodness)
 
 

@@ -1,4 +1,4 @@
-"""The plan of a training run: everything that can be checked before the first step is checked here."""
+"""Plan a training run, and check everything before the first step."""
 
 import dataclasses
 from collections.abc import Callable, Collection
@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 
-from levit_flax.datasets import LabeledImages
+from levit_flax.datasets import LabeledImages, _Columns
 from levit_flax.hub import _HubOptions
 from levit_flax.visualize import _new_figure
 
 from .data import _check_images, _find_images, _leave_out
-from .hosts import _agree, _together
+from .hosts import _check_hosts_agree, _run_on_hosts
 from .optimizer import _match_patterns
 from .recipe import Recipe, RecipeError, read_recipe
 from .run_directory import _check_output, _check_same, _check_sources, _fingerprint, _read_run, _RunSettings
@@ -31,11 +31,11 @@ class _TrainingPlan:
         student: the model to train.
         teacher: the source of the teacher's logits.
         train: the images to train on, with targets in the order of the student's classes.
-        validation: the images to validate on, likewise.
+        validation: the images to validate on, with targets in the same order.
         threads: threads that decode and augment images, in each process.
         processes: worker processes that decode and augment images; 0 decodes in this process.
         export_torch: PyTorch layout in which to write the best model as well, or None.
-        resumed: whether the run directory already holds this run.
+        resumed: whether the run directory already contains this run.
     """
 
     output: Path
@@ -65,6 +65,7 @@ def _make_plan(
     export_torch: str | None,
     threads: int,
     processes: int,
+    columns: _Columns,
     options: _HubOptions,
 ) -> _TrainingPlan:
     """Check the arguments of `finetune` on all hosts, load the models and list the images.
@@ -75,15 +76,15 @@ def _make_plan(
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     skipped = frozenset(PurePath(entry).as_posix() for entry in skip)
     _new_figure(1, 1)  # raises now, not after the first epoch, if Matplotlib is missing
-    _together(lambda: _check_output(output, resume, overwrite), only_first=True)
+    _run_on_hosts(lambda: _check_output(output, resume, overwrite), only_first=True)
 
     def find() -> tuple[_RunSettings | None, LabeledImages, LabeledImages]:
         if overwrite:
             _check_sources(output, model, teacher)
         previous = _read_run(output) if resume else None
-        return previous, *_find_images(source, recipe, frozenset(previous.skip) if previous else skipped)
+        return previous, *_find_images(source, recipe, frozenset(previous.skip) if previous else skipped, columns)
 
-    previous, train, validation = _together(find)
+    previous, train, validation = _run_on_hosts(find)
     settings = _RunSettings(
         recipe=recipe.to_dict(),
         model=str(model) if model is not None else None,
@@ -92,7 +93,7 @@ def _make_plan(
         data=_fingerprint(train, validation),
         skip=tuple(sorted(skipped)),
     )
-    _agree([settings.to_dict(), previous and previous.to_dict()])
+    _check_hosts_agree([settings.to_dict(), previous and previous.to_dict()])
 
     def load() -> tuple[_Student, _TeacherSource, LabeledImages, LabeledImages]:
         if previous:
@@ -104,15 +105,15 @@ def _make_plan(
         for part in parts:
             _check_images(part, decode=check_data)
         student = _load_student(model, recipe, parts[0], export_torch, options)
-        config, of_teacher = student.model.config, dataclasses.replace(options, revision=None)
+        config, teacher_options = student.model.config, dataclasses.replace(options, revision=None)
         aligned = (_align_classes(parts[0], config), _align_classes(parts[1], config))
         return (
             student,
-            _make_teacher(teacher, recipe, config, student.processor, aligned[0], root, of_teacher),
+            _make_teacher(teacher, recipe, config, student.processor, aligned[0], root, teacher_options),
             *aligned,
         )
 
-    loaded = _together(load)
+    loaded = _run_on_hosts(load)
     return _TrainingPlan(output, recipe, settings, *loaded, threads, processes, export_torch, resumed=bool(previous))
 
 

@@ -1,4 +1,4 @@
-"""Recipes: all hyperparameters of a training run, in a frozen dataclass and in TOML files."""
+"""Recipes: the hyperparameters of a training run, read from TOML files."""
 
 import dataclasses
 import math
@@ -44,7 +44,7 @@ _BELOW_ONE = ("label_smoothing", "drop_path_rate", "ema_decay", "beta1", "beta2"
 
 
 class RecipeError(ValueError):
-    """Raised when a recipe is invalid, or does not fit the data, the model or the devices.
+    """Raised when a recipe is invalid or does not fit the data, model or devices.
 
     Examples:
         >>> try:
@@ -57,13 +57,15 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Hyperparameters of a training run. The defaults are the recipe "finetune", for 500 or more images.
+    """Hyperparameters of a training run.
+
+    The defaults are those of the recipe "finetune", for 500 or more images.
 
     Attributes:
         epochs: number of epochs.
         batch_size: number of images per step, over all devices and hosts.
-        accumulation: number of equal parts in which each batch is processed one after the other, to save memory. Batch
-            norm statistics are computed per part.
+        accumulation: number of equal parts into which each batch is split to save memory. The parts are processed one
+            after the other, with their own batch norm statistics.
         seed: seed of the order of the images, augmentation and stochastic depth.
         validation_share: share of the images used for validation if the data has no validation part, in (0, 1).
 
@@ -101,15 +103,15 @@ class Recipe:
         crop_scale: smallest and largest area of a random crop, relative to the image; () uses the resizing and center
             crop of evaluation instead.
         crop_ratio: smallest and largest ratio of width to height of a random crop.
-        crop_padding: width in pixels of a reflected border from which a crop of the original size is cut first; 0 for
-            none.
+        crop_padding: width in pixels of a reflected border. A crop of the original size is taken from the padded image
+            before all other augmentation; 0 for none.
         interpolation: filter of random crops and RandAugment: "bicubic", "bilinear", or "random" for either one.
         flip: probability of a horizontal flip.
         rand_augment: number of RandAugment operations per image; 0 for none.
         rand_augment_magnitude: magnitude of the operations, in [0, 10].
         rand_augment_deviation: standard deviation of the magnitude.
         color_jitter: largest relative change of brightness, contrast and saturation; 0 for none.
-        erase: probability that a rectangle of an image is replaced by noise.
+        erase: probability that a rectangle of an image is replaced with noise.
         mixup: alpha of mixup's beta distribution; 0 for no mixup.
         cutmix: alpha of cutmix's beta distribution; 0 for no cutmix.
         mix_probability: probability that a batch is mixed.
@@ -182,9 +184,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Convert and check every value."""
-        kinds = typing.get_type_hints(type(self))
+        hints = typing.get_type_hints(type(self))
         for entry in dataclasses.fields(self):
-            value = _as_kind(entry.name, getattr(self, entry.name), kinds[entry.name])
+            value = _as_type(entry.name, getattr(self, entry.name), hints[entry.name])
             object.__setattr__(self, entry.name, value)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
@@ -279,9 +281,9 @@ def _recipe_names() -> list[str]:
 def _make_recipe(values: Mapping[str, Any], where: str) -> Recipe:
     """Return a recipe with the values of a table, or raise RecipeError for an unknown key."""
     known = [entry.name for entry in dataclasses.fields(Recipe)]
-    foreign = [key for key in values if key not in known]
-    if foreign:
-        raise RecipeError(f"{where} has the unknown key {foreign[0]}: expected {', '.join(known)}.")
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise RecipeError(f"{where} has the unknown key {unknown[0]}: expected {', '.join(known)}.")
     return Recipe(**values)
 
 
@@ -289,17 +291,19 @@ def _parse_change(text: str) -> tuple[str, Any]:
     """Return the key and the value of "key=value", in TOML syntax; an unquoted word is a string."""
     key, equals, value = text.partition("=")
     if not equals:
-        raise RecipeError(f"Expected KEY=VALUE, such as epochs=10; found {text!r}.")
+        raise RecipeError(
+            f"The change of the recipe is malformed: expected KEY=VALUE, such as epochs=10, found {text!r}."
+        )
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return key.strip(), value.strip()
 
 
-def _as_kind(name: str, value: Any, kind: Any) -> Any:
+def _as_type(name: str, value: Any, hint: Any) -> Any:
     """Return the value as the type of its field; integers become floats and lists become tuples if needed."""
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    for option in kinds:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
         origin = typing.get_origin(option) or option
         if origin is types.NoneType and value is None:
             return None
@@ -313,5 +317,5 @@ def _as_kind(name: str, value: Any, kind: Any) -> Any:
             return tuple(map(float, value))
         if origin is Mapping and isinstance(value, Mapping):
             return dict(value)
-    expected = " or ".join(str(getattr(typing.get_origin(k) or k, "__name__", k)) for k in kinds)
+    expected = " or ".join(str(getattr(typing.get_origin(o) or o, "__name__", o)) for o in options)
     raise RecipeError(f"{name} is {value!r}: expected {expected}.")

@@ -1,7 +1,7 @@
-"""The directory of a training run: who may write to it, and the settings that the run was started with.
+"""The run directory, and the settings that a training run was started with.
 
-It holds `checkpoints/` for resuming, `model/` with the best model so far, `metrics.csv`, `curves.png`, `tensorboard/`,
-`run.json` with the settings, and at the end `report.json`.
+It contains `checkpoints/` for resuming, `model/` with the best model so far, `metrics.csv`, `curves.png`,
+`tensorboard/`, `run.json` with the settings, and at the end `report.json`.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ _OWN_NAMES = (
     _TORCH_DIRECTORY,
     _TENSORBOARD_DIRECTORY,
 )
-_LISTED_DIFFERENCES = 5  # in an error message
+_LISTED_DIFFERENCES = 5  # maximum number of differences in an error message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +62,13 @@ class _DataFingerprint:
 
 @dataclasses.dataclass(frozen=True)
 class _RunSettings:
-    """The settings a run was started with; all except `skip` must be the same to resume it.
+    """The settings that a run was started with; to resume it, all except `skip` must be the same.
 
     Attributes:
         recipe: `Recipe.to_dict()`.
         model: path or Hub id of the checkpoint to start from; None for training from scratch.
-        revision: of `model` on the Hub.
-        teacher: path or Hub id; True for a function, False without a teacher.
+        revision: revision of `model` on the Hub.
+        teacher: path or Hub id of the teacher; True for a function, False without a teacher.
         data: identifies the images.
         skip: images left out when the run was started, sorted.
     """
@@ -121,11 +121,9 @@ def _fingerprint(train: LabeledImages, validation: LabeledImages) -> _DataFinger
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    """Create the directory of a run.
+    """Create the run directory, or raise OSError if it cannot be used.
 
-    Raises:
-        FileExistsError: it holds other files, or a run and neither `resume` nor `overwrite` is set.
-        OSError: it cannot be written.
+    It must not contain other files, or a run if neither `resume` nor `overwrite` is set.
     """
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output} is a file: expected a directory, or a path that does not exist.")
@@ -176,11 +174,11 @@ def _read_run(output: Path) -> _RunSettings | None:
 
 def _check_same(output: Path, old: _RunSettings, new: _RunSettings) -> None:
     """Raise RecipeError if the settings of a run differ from the ones it was started with."""
-    found = [f"{name} (was {before!r}, is {after!r})" for name, before, after in old.differences(new)]
-    if found:
+    differing = [f"{name} (was {before!r}, is {after!r})" for name, before, after in old.differences(new)]
+    if differing:
         raise RecipeError(
-            f"{output} was started with other settings: {'; '.join(found[:_LISTED_DIFFERENCES])}. Resume with the same"
-            " settings, or start again with overwrite=True."
+            f"{output} was started with other settings: {'; '.join(differing[:_LISTED_DIFFERENCES])}. Resume with the"
+            " same settings, or start again with overwrite=True."
         )
 
 

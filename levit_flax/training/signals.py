@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT during training: recorded, so that the loop can save the state before it stops."""
+"""Record SIGTERM and SIGINT, so that training saves its state before it stops."""
 
 import os
 import signal

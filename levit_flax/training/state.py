@@ -48,7 +48,7 @@ class _Metrics:
 
     Attributes:
         loss: mean over the batch.
-        correct: number of images classified correctly; a mixed image counts with the class of its larger share.
+        correct: number of images classified correctly; the class of a mixed image is that of its larger share.
         gradient: global norm of the gradients, before clipping.
     """
 
@@ -83,8 +83,8 @@ class _Task:
         processor: normalizes uint8 pixels.
         params: the model's parameters, or their shapes.
         steps_per_epoch: number of steps in one epoch.
-        teacher: returns the logits that `head_dist` learns from; None without distillation, or if the batches hold
-            them.
+        teacher: returns the logits that `head_dist` learns from; None without distillation, or if the
+            batches contain them.
 
     Raises:
         RecipeError: `learning_rates` does not fit the parameters.
@@ -107,7 +107,7 @@ class _Task:
 
     def init(self, variables: Variables) -> _State:
         """Return the state before the first step."""
-        variables = jax.tree.map(jnp.copy, variables)  # the state is donated, the caller's variables must not be
+        variables = jax.tree.map(jnp.copy, variables)  # because the state is donated
         flat = flatten_dict(variables["params"], sep="/")
         return _State(
             step=jnp.zeros((), jnp.int32),
@@ -118,15 +118,9 @@ class _Task:
         )
 
     def train_step(self, state: _State, teacher_variables: Any, batch: _Batch) -> tuple[_State, _Metrics]:
-        """Take one step of the optimizer.
+        """Return the state after one step of the optimizer, and the metrics.
 
-        Args:
-            state: the state before the step.
-            teacher_variables: the first argument of `teacher`; None without a teacher.
-            batch: the images.
-
-        Returns:
-            The state after the step, and the metrics.
+        `teacher_variables` is the first argument of the teacher; None without a teacher.
         """
         flat = flatten_dict(state.variables["params"], sep="/")
         trained = {path: flat[path] for path in self.trained}
@@ -183,23 +177,23 @@ class _Task:
             logits = batch.teacher_logits
             if self.teacher is not None:
                 logits = self.teacher(teacher_variables, pixel_values)
-            taught = _distillation_loss(heads[1], logits, recipe.distillation, recipe.distillation_temperature)
-            loss = (1 - recipe.distillation_alpha) * loss + recipe.distillation_alpha * taught
+            distilled = _distillation_loss(heads[1], logits, recipe.distillation, recipe.distillation_temperature)
+            loss = (1 - recipe.distillation_alpha) * loss + recipe.distillation_alpha * distilled
         elif two_heads:
             loss = (loss + _label_loss(heads[1], targets, self.problem_type)) / 2
         correct = _count_correct(sum(heads[1:], heads[0]), targets, self.problem_type)
         return loss, (updates["batch_stats"], correct)
 
     def prepare(self, batch: _Batch, smoothing: float | None = None) -> tuple[jax.Array, jax.Array]:
-        """Return pixel values [B H W C] and smoothed targets [B L] of a part; `smoothing` None is the recipe's."""
-        wide = jnp.promote_types(jnp.float32, self.model.param_dtype)
+        """Return pixel values [B H W C] and smoothed targets [B L] of a part; None is the recipe's smoothing."""
+        dtype = jnp.promote_types(jnp.float32, self.model.param_dtype)
         pixels = batch.pixels
-        pixel_values = _normalize(pixels, self.processor, wide) if pixels.dtype == jnp.uint8 else pixels
+        pixel_values = _normalize(pixels, self.processor, dtype) if pixels.dtype == jnp.uint8 else pixels
         targets = batch.targets
         if self.problem_type == _SINGLE_LABEL:
             smoothing = self.recipe.label_smoothing if smoothing is None else smoothing
-            targets = _soft_targets(targets, self.model.config.num_labels, smoothing, wide)
-        return pixel_values.astype(wide), targets.astype(wide)
+            targets = _soft_targets(targets, self.model.config.num_labels, smoothing, dtype)
+        return pixel_values.astype(dtype), targets.astype(dtype)
 
     def _freeze_statistics(self, method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         """Make batch norms use their running statistics if the recipe freezes them."""
@@ -225,12 +219,9 @@ class _Task:
         return average
 
     def evaluate_step(self, variables: Variables, batch: _Batch, weights: jax.Array) -> dict[str, jax.Array]:
-        """Return the sums "loss", "correct" and "images" over one validation batch.
+        """Return the sums "loss", "correct" and "images" over one validation batch with A = 1.
 
-        Args:
-            variables: the model's variables.
-            batch: the images, with A = 1.
-            weights: [1 B], 1 for an image and 0 for padding.
+        `weights` [1 B] is 1 for an image and 0 for padding.
         """
         pixel_values, targets = self.prepare(jax.tree.map(lambda x: x[0], batch), smoothing=0.0)
         output: Any = self.model.apply(variables, pixel_values)

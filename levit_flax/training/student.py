@@ -1,4 +1,4 @@
-"""The model to train: loaded from a checkpoint, or initialized from a recipe's architecture."""
+"""The model to train, from a checkpoint or newly initialized."""
 
 import dataclasses
 import warnings
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from levit_flax import loading
-from levit_flax.configuration import _SINGLE_LABEL, VARIANTS, LevitConfig
-from levit_flax.datasets import LabeledImages
+from levit_flax.configuration import _SINGLE_LABEL, LevitConfig
+from levit_flax.datasets import LabeledImages, _match_names
 from levit_flax.hub import _DEFAULTS, _HubOptions
 from levit_flax.image_processing import LevitImageProcessor, _size_for_edge
 from levit_flax.modeling import (
@@ -21,6 +21,7 @@ from levit_flax.modeling import (
     Variables,
 )
 from levit_flax.surgery import merge_heads, replace_head, resize_image
+from levit_flax.variants import VARIANTS
 
 from .recipe import Recipe, RecipeError
 
@@ -42,19 +43,9 @@ class _Student(NamedTuple):
 def _make_student(
     source: str | Path | None, recipe: Recipe, data: LabeledImages, options: _HubOptions = _DEFAULTS
 ) -> _Student:
-    """Return the model that a recipe trains on labeled data.
+    """Return the model that a recipe trains on labeled data, from a checkpoint or newly initialized.
 
-    Args:
-        source: a checkpoint, as in `levit_flax.from_pretrained`; None initializes the recipe's architecture.
-        recipe: sets the heads, the image size, stochastic depth and the compute dtype.
-        data: the training data. If the classes differ from the checkpoint's, new heads are initialized and a warning is
-            issued.
-        options: how to access the Hub.
-
-    Raises:
-        RecipeError: there is neither a checkpoint nor an architecture, or the architecture is invalid.
-        ValueError: the checkpoint cannot be trained.
-        OSError: the checkpoint does not exist, or cannot be read or downloaded.
+    If the classes of the data differ from the checkpoint's, new heads are initialized and a warning is issued.
     """
     student = _load_student(source, recipe, options) if source is not None else _new_student(recipe, data)
     model, variables = student.model, student.variables
@@ -113,16 +104,16 @@ def _load_student(source: str | Path, recipe: Recipe, options: _HubOptions) -> _
             f"{source} is folded and cannot be trained: expected a model with batch norms. Use the model before"
             " folding."
         )
-    wanted = _head_class(recipe)
-    if isinstance(model, LevitForImageClassificationWithTeacher) and wanted is LevitForImageClassification:
+    model_class = _head_class(recipe)
+    if isinstance(model, LevitForImageClassificationWithTeacher) and model_class is LevitForImageClassification:
         if recipe.heads == "merge":
             model, variables = merge_heads(model, variables)
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the recipe drops the second head on purpose
-                model, variables = loading._change_heads(model, variables, wanted)
+                model, variables = loading._change_heads(model, variables, model_class)
     else:
-        model, variables = loading._change_heads(model, variables, wanted, jax.random.key(recipe.seed))
+        model, variables = loading._change_heads(model, variables, model_class, jax.random.key(recipe.seed))
     return _Student(model, variables, processor)
 
 
@@ -158,7 +149,7 @@ def _align_classes(data: LabeledImages, config: LevitConfig) -> LabeledImages:
     """Return labeled images with the targets in the order of a model's classes; the class names must be the same."""
     if not data.labels or data.labels == config.id2label:
         return data
-    indices = [config.label2id[label] for label in data.labels]
+    indices = _match_names(data.labels, config.id2label, f"The classes of {data.where} and of the model")
     if data.targets.ndim == 1:
         targets = data.targets.dtype.type(indices)[data.targets]
     else:

@@ -14,7 +14,7 @@ import numpy as np
 from levit_flax import loading
 from levit_flax.classifier import ImageClassifier
 from levit_flax.configuration import _SINGLE_LABEL, LevitConfig
-from levit_flax.datasets import LabeledImages
+from levit_flax.datasets import LabeledImages, _match_names
 from levit_flax.files import _write_atomically
 from levit_flax.hub import _DEFAULTS, _HubOptions
 from levit_flax.image_processing import LevitImageProcessor
@@ -49,22 +49,7 @@ def _make_teacher(
     root: Path,
     options: _HubOptions = _DEFAULTS,
 ) -> _TeacherSource:
-    """Load and check the teacher.
-
-    Args:
-        teacher: as in `finetune`.
-        recipe: how to train.
-        config: the student's config.
-        processor: the student's processor.
-        train: the training images.
-        root: the directory that the paths of stored logits are relative to.
-        options: how to access the Hub.
-
-    Raises:
-        RecipeError: the recipe needs a teacher and there is none, or the other way round; the recipe mixes images and
-            the logits are stored; or the problem is not single-label.
-        ValueError: the teacher does not have all of the student's classes.
-    """
+    """Load and check the teacher; `root` is the directory that the paths of stored logits are relative to."""
     _check_teacher(teacher, recipe, train)
     if teacher is None:
         return _TeacherSource()
@@ -103,11 +88,11 @@ def _load_teacher(
     """Load a model as a teacher. The student's images are resized and normalized for it."""
     model, variables, own_processor, _ = loading._load_model(source, options, dtype="float32")
     model, variables = _prepare(model, variables)
-    order = _match_labels(model.config.id2label, config.id2label, str(source))
+    order = _match_names(config.id2label, model.config.id2label, f"The classes of the teacher {source}")
     mean, std, own_mean, own_std = (
         np.asarray(value, np.float32).reshape(1, 1, 1, -1)
-        for of in (processor, own_processor)
-        for value in ((of.image_mean, of.image_std) if of.do_normalize else (0.0, 1.0))
+        for each in (processor, own_processor)
+        for value in ((each.image_mean, each.image_std) if each.do_normalize else (0.0, 1.0))
     )
     size = model.config.image_height_width
 
@@ -140,23 +125,11 @@ def _check_width(function: Callable[[jax.Array], jax.Array], width: int) -> _Tea
     return teach
 
 
-def _match_labels(own: Sequence[str], wanted: Sequence[str], where: str) -> list[int]:
-    """Return the teacher's index of each of the student's classes."""
-    indices = {label: i for i, label in enumerate(own)}
-    missing = [label for label in wanted if label not in indices]
-    if missing:
-        raise ValueError(
-            f"The teacher {where} has {len(own)} classes, and {missing[0]} is not one of them: expected a teacher with"
-            f" the names of all {len(wanted)} classes of the student."
-        )
-    return [indices[label] for label in wanted]
-
-
 def store_logits(path: str | Path, classifier: ImageClassifier, data: str | Path, files: Sequence[str | Path]) -> None:
-    """Write a classifier's logits for images to a file that `finetune` accepts as a teacher.
+    """Write a classifier's logits to a file that `finetune` accepts as a teacher.
 
     Args:
-        path: the .npz file to write. It holds "files", paths relative to `data`; "labels", the class names; and
+        path: the .npz file to write. It contains "files", paths relative to `data`; "labels", the class names; and
             "logits" [N L].
         classifier: the teacher.
         data: the directory that will be passed to `finetune`.
@@ -192,11 +165,7 @@ def store_logits(path: str | Path, classifier: ImageClassifier, data: str | Path
 
 
 def _read_logits(path: Path, train: LabeledImages, root: Path, config: LevitConfig) -> np.ndarray:
-    """Return stored logits [N L] of the training images, in the order of the student's classes.
-
-    Raises:
-        ValueError: the file was not written by `store_logits`, or an image or a class is missing.
-    """
+    """Return stored logits [N L] of the training images, in the order of the student's classes."""
     if not isinstance(train.images, list):
         raise ValueError(
             f"{path} stores logits by image path, but the images of {train.where} are not files: expected a directory."
@@ -218,6 +187,6 @@ def _read_logits(path: Path, train: LabeledImages, root: Path, config: LevitConf
             f"{path} has no logits for {len(missing)} of the {len(names)} training images, such as {missing[0]}. Store"
             " the logits of all images."
         )
-    order = _match_labels(labels.tolist(), config.id2label, str(path))
-    found: np.ndarray = logits[[rows[name] for name in names]][:, order]
-    return found
+    order = _match_names(config.id2label, labels.tolist(), f"The classes of the teacher {path}")
+    selected: np.ndarray = logits[[rows[name] for name in names]][:, order]
+    return selected

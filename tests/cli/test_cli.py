@@ -180,7 +180,7 @@ def damaged_weights(kind, directory, whole):
             archive.writestr("archive/data.pkl", pickle.dumps({"weight": Evil()}))
             archive.writestr("archive/version", "3")
         return path, "system"
-    return directory / "nothing.pth", "There is no file"
+    return directory / "nothing.pth", "nothing.pth does not exist: expected a weight file"
 
 
 @pytest.mark.parametrize("kind", ["empty", "truncated", "resnet", "code", "missing"])

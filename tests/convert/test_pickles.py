@@ -168,8 +168,7 @@ def test_reading_without_pytorch(torch: Any, path: Path) -> None:
     read, refused = output.splitlines()
     assert read == "[0.0, 1.0, 2.0] bfloat16"
     assert refused.endswith(
-        "it has the format used before PyTorch 1.6, which only PyTorch can read; "
-        "install PyTorch with `pip install levit-flax[torch]`."
+        "it has the format used before PyTorch 1.6, which only PyTorch can read; run: pip install 'levit-flax[torch]'."
     )
 
 

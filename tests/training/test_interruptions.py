@@ -120,9 +120,9 @@ def test_batches_depend_on_the_step_alone(folder, slow):
 @pytest.mark.parametrize(
     ("limit", "at", "last"),
     [
-        (20_000, 9, "The last complete checkpoint is of step 6"),
+        (20_000, 9, "The last complete checkpoint is that of step 6"),
         pytest.param(100, 3, "There is no checkpoint yet", marks=pytest.mark.slow),
-        pytest.param(20_000, 18, "The last complete checkpoint is of step 15", marks=pytest.mark.slow),
+        pytest.param(20_000, 18, "The last complete checkpoint is that of step 15", marks=pytest.mark.slow),
     ],
 )
 def test_full_disk_raises_and_keeps_the_last_checkpoint(

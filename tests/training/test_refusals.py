@@ -194,7 +194,7 @@ BAD_RECIPES = {
     "learning_rates=1.0": "learning_rates is 1.0: expected Mapping",
     "epochs=0": "epochs is 0: expected more than 0",
     "heads=three": "heads is 'three': expected one of merge, first, both",
-    "epochs": "Expected KEY=VALUE, such as epochs=10; found 'epochs'",
+    "epochs": "expected KEY=VALUE, such as epochs=10, found 'epochs'",
     'learning_rates={"head/.*"=1.0}': r"learning_rates does not cover .*: expected a pattern for every parameter\.",
     'learning_rates={".*"=1.0,"head/.*"=2.0}': r"learning_rates: 'head/\.\*' matches no parameter, or only those of",
     'learning_rates={"("=1.0}': r"learning_rates: '\(' is not a valid regular expression",
