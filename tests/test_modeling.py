@@ -298,11 +298,11 @@ def test_the_model_returns_the_loss_of_its_labels():
     labels = jnp.array([1, 4])
 
     @jax.jit  # both losses, so that they have the same bits
-    def losses(variables):
+    def losses(variables, labels):
         out = model.apply(variables, pixel_values, labels)
         return out.loss, classification_loss(out.logits, labels)
 
-    found, wanted = losses(variables)
+    found, wanted = losses(variables, labels)
     assert found.shape == () and found == wanted
     assert jax.eval_shape(model.apply, variables, pixel_values).loss is None
 
