@@ -11,7 +11,7 @@ COVERAGE := # --cov measures coverage
 
 help:
 	@echo "make demo      convert the embedded model, verify it against PyTorch's logits, classify photographs"
-	@echo "make test      run the fast tests; make test-all runs all tests"
+	@echo "make test      run the fast tests (three minutes on two cores); make test-all runs all tests"
 	@echo "make lint      check style, types, imports and lengths; make format fixes the style"
 	@echo "make docs      build the documentation into site/"
 	@echo "make notebooks run the notebooks of the documentation and store their outputs"

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import jax
 import pytest
+from quick_compiler import caching_compiler
 
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
@@ -22,6 +23,25 @@ def pytest_collection_finish():
     """Keep the garbage collector from visiting the objects of the imported libraries again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """A directory that all workers share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def compiled_directory(shared):
+    return shared / "compiled"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _keep_compiled_programs(compiled_directory):
+    """Compile each program once, also if several workers need it."""
+    with caching_compiler(compiled_directory, jax_persistent_cache_min_compile_time_secs=0.05):
+        yield
 
 
 @pytest.fixture(autouse=True)

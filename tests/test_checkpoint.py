@@ -20,6 +20,8 @@ from levit_flax import loading
 from levit_flax.checkpoint import _check_variables
 from levit_flax.modeling import _MODEL_CLASSES
 
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
+
 
 def small(model_class=lf.LevitForImageClassification, **fields):
     model = model_class(lf.LevitConfig(**{**SMALL, **fields}))
@@ -98,8 +100,12 @@ def test_failed_write_leaves_no_files(tmp_path):
         lf.save_pretrained(tmp_path / "file", model, variables)
 
 
-def test_full_disk_raises_one_sentence_and_leaves_no_files(tmp_path):
-    suffixes = ["safetensors", *(["pth"] if importlib.util.find_spec("torch") else [])]
+@pytest.mark.parametrize(
+    "suffixes",
+    [["safetensors"], pytest.param(["pth"], marks=[pytest.mark.slow, needs_torch])],
+    ids=["safetensors", "pth"],
+)
+def test_full_disk_raises_one_sentence_and_leaves_no_files(tmp_path, suffixes):
     command = [sys.executable, Path(__file__).parent / "programs" / "full_disk.py", tmp_path, *suffixes]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     *sentences, left = done.stdout.splitlines()

@@ -11,6 +11,7 @@ from levit_flax import memory
 from levit_flax.cli import main
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept_for_the_next_call():
     """Otherwise the system clears tens of thousands of pages in every call."""
     program = Path(__file__).parent / "programs" / "page_faults.py"

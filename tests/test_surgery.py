@@ -58,7 +58,13 @@ BOTH_PRECISIONS = pytest.mark.parametrize(
 
 
 @BOTH_PRECISIONS
-@pytest.mark.parametrize("model_class", _MODEL_CLASSES)
+@pytest.mark.parametrize(
+    "model_class",
+    [
+        pytest.param(model_class, marks=() if len(model_class.head_names) == 2 else pytest.mark.slow)
+        for model_class in _MODEL_CLASSES
+    ],
+)
 def test_folding_keeps_the_outputs(model_class, dtype, limit):
     with precision_of(dtype):
         model, variables = make("tiny", model_class, dtype)
@@ -75,10 +81,10 @@ def test_folding_keeps_the_outputs(model_class, dtype, limit):
     "name",
     [
         pytest.param("odd grids", marks=pytest.mark.slow),
-        "stage without MLP",
-        "other downsampling",
+        pytest.param("stage without MLP", marks=pytest.mark.slow),
+        pytest.param("other downsampling", marks=pytest.mark.slow),
         pytest.param("one channel", marks=pytest.mark.slow),
-        pytest.param("two stages", marks=pytest.mark.slow),
+        "two stages",
     ],
 )
 def test_folding_and_merging_keep_the_logits_of_unusual_models(name):
@@ -199,7 +205,7 @@ def bias_between(table, grid, new_grid, query, key):
     return hermite(column, dy * grid[0] / new_grid[0])
 
 
-@pytest.mark.parametrize("image_size", [96, 48, (64, 112), (80, 50), 200, 17])
+@pytest.mark.parametrize("image_size", [96, 48, (64, 112), (80, 50), pytest.param(200, marks=pytest.mark.slow), 17])
 def test_resized_biases_interpolate_the_old_distances(image_size):
     model, variables = make("small", dtype="float32")
     resized, resized_variables = lf.resize_image(model, variables, image_size)

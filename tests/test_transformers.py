@@ -69,9 +69,10 @@ def test_configs_go_both_ways_through_json(fields, tmp_path):
 @pytest.mark.parametrize(
     ("class_name", "hidden"),
     [
-        *((name, True) for name in CLASSES),
-        (CLASSES[2], False),
-        *(pytest.param(name, False, marks=pytest.mark.slow) for name in CLASSES[:2]),
+        (CLASSES[0], True),
+        pytest.param(CLASSES[1], True, marks=pytest.mark.slow),
+        (CLASSES[2], True),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in CLASSES),
     ],
 )
 def test_tuples_have_transformers_order(class_name, hidden):
@@ -94,11 +95,16 @@ def test_tuples_have_transformers_order(class_name, hidden):
     ("problem_type", "num_labels", "labels"),
     [
         (None, 5, np.array([3, 1])),
-        ("single_label_classification", 5, np.array([0, 4])),
+        pytest.param("single_label_classification", 5, np.array([0, 4]), marks=pytest.mark.slow),
         (None, 5, np.array([[1, 0, 1, 0, 0], [0, 0, 0, 1, 1]], np.float32)),
-        ("multi_label_classification", 5, np.array([[1, 0, 1, 0, 0], [0, 0, 0, 0, 0]], np.float32)),
+        pytest.param(
+            "multi_label_classification",
+            5,
+            np.array([[1, 0, 1, 0, 0], [0, 0, 0, 0, 0]], np.float32),
+            marks=pytest.mark.slow,
+        ),
         (None, 1, np.array([0.3, -2.0], np.float32)),
-        ("regression", 1, np.array([0.3, -2.0], np.float32)),
+        pytest.param("regression", 1, np.array([0.3, -2.0], np.float32), marks=pytest.mark.slow),
         ("regression", 5, np.linspace(-1, 1, 10, dtype=np.float32).reshape(2, 5)),
     ],
 )
@@ -124,7 +130,7 @@ def test_wrong_channels_raise_in_both():
         model.apply(variables, np.zeros((1, 32, 32, 4), np.float32))
 
 
-@pytest.mark.parametrize("num_labels", [7, 1])
+@pytest.mark.parametrize("num_labels", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_another_number_of_classes_initializes_a_new_head(tmp_path, num_labels):
     """Both keep the backbone and initialize a new head. Ours warns, and needs no option to accept the mismatch."""
     reference, *_ = both(CLASSES[1])

@@ -81,16 +81,33 @@ def test_saliency_is_the_gradient(loaded, pixel_values):
     assert max(changes) == pytest.approx(found[0, y, x], rel=0.05)
 
 
-@pytest.mark.parametrize("extra", [["--label", "cat"], pytest.param(["--biases"], marks=pytest.mark.slow)])
-def test_command_writes_figures(extra, capsys, tmp_path):
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("small") / "model"
+    fields = {**SMALL, "depths": (1, 1, 1), "num_labels": 2, "id2label": ("airplane", "cat")}
+    model = lf.LevitForImageClassification(lf.LevitConfig(**fields))
+    lf.save_pretrained(directory, model, random_variables(model))
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("small", ["--label", "cat"]),
+        pytest.param("cifar10", ["--label", "cat"], marks=pytest.mark.slow),
+        pytest.param("cifar10", ["--biases"], marks=pytest.mark.slow),
+    ],
+)
+def test_command_writes_figures(name, extra, small, capsys, tmp_path):
+    model = small if name == "small" else name
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 50, 3), np.uint8)).save(tmp_path / "noise.png")
     out = tmp_path / "out.png"
-    assert main(["explain", str(tmp_path / "noise.png"), "-m", "cifar10", "-o", str(out), *extra]) == 0
+    assert main(["explain", str(tmp_path / "noise.png"), "-m", model, "-o", str(out), *extra]) == 0
     with Image.open(out) as image:
         assert min(image.size) > 400 and np.asarray(image.convert("L")).std() > 10
-    assert main(["explain", str(tmp_path / "noise.png"), "-m", "cifar10", "-o", "x.png", "--label", "yak"]) == 1
+    assert main(["explain", str(tmp_path / "noise.png"), "-m", model, "-o", "x.png", "--label", "yak"]) == 1
     assert "error: The model has no class 'yak': its classes are airplane" in capsys.readouterr().err
-    assert main(["explain", str(tmp_path / "none.png"), "-m", "cifar10", "-o", "x.png"]) == 1
+    assert main(["explain", str(tmp_path / "none.png"), "-m", model, "-o", "x.png"]) == 1
 
 
 def test_curves_of_a_single_evaluation_show_its_values():

@@ -81,6 +81,7 @@ def need(*modules):
         pytest.importorskip(module)
 
 
+@pytest.mark.slow
 def test_conversion_runs_as_a_script(tmp_path):
     result = run("conversion.py", tmp_path / "out.json", "--variants", "levit-128S", "--runs", 1, "--layout", "timm")
     row = result["variants"]["levit-128S"]
@@ -125,6 +126,7 @@ def test_latency_and_plots_of_tiny_peers(tmp_path, run_quickly):
     check_plots(result, tmp_path)
 
 
+@pytest.mark.slow
 def test_throughput_of_a_tiny_peer(run_quickly):
     need("torch", "transformers", "timm")
     names = ("levit-flax", "timm fused conv")
@@ -142,6 +144,7 @@ def test_all_peers_compute_the_same(tmp_path, monkeypatch, script):
     check_plots(result, tmp_path)
 
 
+@pytest.mark.slow
 def test_peer_without_bfloat16_is_left_out(run_quickly):
     names = ["levit-flax", "onnxruntime"]
     result = run_quickly("latency.py", *TINY, "--batches", 2, "--dtypes", "bfloat16", "--peers", *names)
@@ -151,6 +154,7 @@ def test_peer_without_bfloat16_is_left_out(run_quickly):
 PROTOCOL = ("original_protocol.py", "--variants", "tiny", "--seconds", 0.1, "--warm-up", 0.1)
 
 
+@pytest.mark.slow
 def test_original_protocol_of_a_tiny_model(run_quickly):
     need("timm")
     check_protocol(run_quickly(*PROTOCOL, "--peers", "timm fused"))
@@ -186,6 +190,7 @@ def check_preprocessing(result):
     assert rows["levit-flax"]["ours_times_as_fast"]["1"]["median"] == 1
 
 
+@pytest.mark.slow
 def test_startup_of_a_tiny_model(run_quickly):
     need("transformers")
     check_startup(run_quickly("startup.py", "--variant", "tiny", "--rounds", 1))
@@ -205,6 +210,7 @@ def check_startup(result):
         assert row["to the first answer"]["median"] == pytest.approx(parts)
 
 
+@pytest.mark.slow
 def test_roofline_counts_the_operations_of_a_tiny_model(run_quickly):
     row = run_quickly("roofline.py", *TINY, "--batches", 2)["variants"]["tiny"]["2"]
     assert 0 < row["of_the_machine"]["median"] < 1 and sum(row["time_by_part"].values()) == pytest.approx(1)
@@ -228,6 +234,7 @@ def test_roofline_counts_the_operations_of_a_tiny_model(run_quickly):
 TRAINING = ("training.py", "--variants", "tiny", "--batch", 8, "--steps", 2, "--rounds", 1, "--images", 24)
 
 
+@pytest.mark.slow
 def test_training_compares_the_steps_of_both_sides(run_quickly):
     need("torch", "grain", "orbax.checkpoint", "tensorboardX")
     data = {"share_waiting_for_data": 0.5, "ceiling_images_per_second": {"1 threads, 0 processes": 7.0}}
@@ -283,6 +290,7 @@ def check_accuracy(result):
     assert result["types"]["float32"]["agreement_with_float32"] == 1
 
 
+@pytest.mark.slow
 def test_accuracy_of_a_tiny_model(data, tiny_model, monkeypatch, run_quickly):
     need("grain", "orbax.checkpoint", "tensorboardX")
     load = lf.ImageClassifier.from_pretrained

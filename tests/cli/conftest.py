@@ -5,8 +5,7 @@ from quick_compiler import quick_compiler
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
+def compiled(compiled_directory):
     """The directory where this process keeps what it compiles."""
-    directory = tmp_path_factory.mktemp("compiled")
-    with quick_compiler(directory):
-        yield directory
+    with quick_compiler(compiled_directory):
+        yield compiled_directory

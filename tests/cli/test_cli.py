@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 import levit_flax as lf
 from configs import SMALL, random_variables
 from hub_server import HubServer, run_with_hub
-from levit_flax import convert
+from levit_flax import convert, demo
 from levit_flax.cli import main
 from levit_flax.convert import verification
 from levit_flax.hub import _EMBEDDED_DIRECTORY
@@ -138,6 +138,7 @@ def test_convert_verifies_against_transformers(capsys, torch_directory, tmp_path
     assert "Verification failed, so nothing was written. PyTorch: logits differ from transformers" in err
 
 
+@pytest.mark.slow
 def test_info_lists_the_variants(capsys):
     status, out, _ = run(capsys, "info", "--json")
     assert status == 0 and json.loads(out)["levit-384"]["parameters"] == 39_128_836
@@ -201,7 +202,7 @@ def bad_image(kind, path):
     elif kind == "zero bytes":
         path.write_bytes(b"")
     elif kind == "bomb":
-        Image.new("1", (30_000, 30_000)).save(path, "PNG")
+        Image.new("1", (14_000, 14_000)).save(path, "PNG")
 
 
 @pytest.mark.parametrize("kind", ["text", "zero bytes", "bomb", "missing"])
@@ -252,6 +253,7 @@ def test_converted_hub_repository_is_pinned_to_a_revision(torch_directory, tmp_p
     assert lf.from_pretrained(tmp_path / "out")[0].config == lf.LevitConfig(**SMALL)
 
 
+@pytest.mark.slow
 def test_missing_network_is_one_line_of_error(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "levit_flax.cli", "convert", "facebook/levit-128S", str(tmp_path / "out")],
@@ -274,8 +276,9 @@ def test_wrong_calls_exit_with_2(capsys, arguments):
     assert status == 2 and out == "" and "Usage" in err
 
 
-def test_demo_shows_proof_and_predictions(capsys):
+def test_demo_shows_proof_and_predictions(capsys, monkeypatch):
     pytest.importorskip("skimage")
+    monkeypatch.setattr(demo, "_SPEED_SECONDS", 0.1)
     status, out, _ = run(capsys, "demo")
     assert status == 0
     assert str(_EMBEDDED_DIRECTORY) in out and "250 tensors mapped" in out

@@ -43,7 +43,9 @@ MODELS = [
     for heads in (2, 1)
 ]
 FUSED_MODELS = [
-    pytest.param(name, heads, marks=() if name == "small" else pytest.mark.slow) for name in CONFIGS for heads in (2, 1)
+    pytest.param(name, heads, marks=() if (name, heads) == ("small", 2) else pytest.mark.slow)
+    for name in CONFIGS
+    for heads in (2, 1)
 ]
 
 
@@ -151,9 +153,8 @@ def test_fused_layouts_equal_timm_and_our_folding(name, heads):
     assert largest_difference(logits, wanted) < FLOAT32_LIMIT
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "small" else pytest.mark.slow) for name in CONFIGS]
-)
+@pytest.mark.slow  # in the short run, test_surgery folds in float64
+@pytest.mark.parametrize("name", CONFIGS)
 def test_fusing_and_folding_keep_the_logits_in_float64(name):
     """Without rounding, the model fused by timm and the model folded here equal the original."""
     from timm.utils import reparameterize_model
@@ -204,6 +205,7 @@ def test_layout_is_detected_from_names_and_shapes(layout):
     assert _detect_layout({name: array.shape for name, array in named.items()}, "here").name == layout
 
 
+@pytest.mark.slow  # in the short run, test_pickles reads without PyTorch
 def test_every_layout_is_read_without_pytorch(tmp_path):
     """Every layout in safetensors and in pickles, in a process that has no torch."""
     config = lf.LevitConfig(**SMALL)

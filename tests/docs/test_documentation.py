@@ -28,6 +28,8 @@ PAGES = sorted(DOCS.glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LONG = (  # they compile several models; other tests in the short run export and evaluate
     "classify.md",
+    "command_line.md",
+    "convert.md",
     "evaluate.md",
     "export.md",
     "features.md",
@@ -46,7 +48,18 @@ MODULES = sorted(
     if ">>>" in path.read_text(encoding="utf-8")
 )
 # Their examples compile whole models.
-COMPILING = tuple(f"levit_flax.{name}" for name in ("visualize", "modeling", "classifier", "training.finetuning"))
+COMPILING = tuple(
+    f"levit_flax.{name}"
+    for name in (
+        "classifier",
+        "cli.app",
+        "evaluation",
+        "modeling",
+        "modeling_outputs",
+        "training.finetuning",
+        "visualize",
+    )
+)
 # What the examples of a package, a module or a function need.
 EXAMPLES_NEED = {
     "levit_flax.visualize": "matplotlib",
@@ -57,11 +70,10 @@ EXAMPLES_NEED = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
+def compiled(compiled_directory):
     """The directory where this process and those of the pages keep what they compile."""
-    directory = tmp_path_factory.mktemp("compiled")
-    with quick_compiler(directory):
-        yield directory
+    with quick_compiler(compiled_directory):
+        yield compiled_directory
 
 
 needs_pages = pytest.mark.skipif(not PAGES, reason="the documentation does not come with the wheel")

@@ -4,10 +4,12 @@ import jax
 import numpy as np
 
 import levit_flax as lf
+from configs import TINY, random_variables
 
 images = np.random.default_rng(0).integers(0, 256, (19, 40, 40, 3), np.uint8)
 assert jax.local_device_count() == 8
-many = lf.ImageClassifier.from_pretrained("cifar10", batch_size=12)
+model = lf.LevitForImageClassification(lf.LevitConfig(**TINY))
+many = lf.ImageClassifier(model, random_variables(model), batch_size=12)
 assert many.batch_size == 16 and len(jax.tree.leaves(many.variables)[0].devices()) == 8
 one = lf.ImageClassifier(many.model, many.variables, many.processor, devices=jax.local_devices()[:1])
 results = [np.stack(list(classifier.stream_logits(images))) for classifier in (many, one)]

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import no_torch  # noqa: F401  # tensorboardX would import torch, which takes longer than the training
 from training_runs import STEPS_PER_EPOCH, BlankFigure, checkpoint_steps, tiny_recipe
 
 from levit_flax.training import finetune, loop, outputs

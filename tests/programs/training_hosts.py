@@ -12,6 +12,7 @@ import signal
 import sys
 
 import jax
+import no_torch  # noqa: F401  # tensorboardX would import torch, which takes longer than the training
 from hosts import run_hosts
 from training_runs import BlankFigure, tiny_recipe
 

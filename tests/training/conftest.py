@@ -1,14 +1,20 @@
 """Fixtures that the tests of training runs share: data, a recipe, compiled steps and a finished run."""
 
+import pickle
+
 import jax
 import pytest
 import training_runs
+from filelock import FileLock
 from training_runs import save_model, tiny_recipe, write_images, write_recipe
 
 
-@pytest.fixture(scope="session")
-def compiled_directory(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
+def made_once(path, make):
+    """Return the result of `make`; the first worker that needs it calls `make`, the others read its result."""
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            path.write_bytes(pickle.dumps(make()))
+        return pickle.loads(path.read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +44,8 @@ def shared_steps(compiled, steps):
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("data"))
+def folder(shared):
+    return made_once(shared / "data.pickle", lambda: write_images(shared / "data"))
 
 
 @pytest.fixture(scope="session")
@@ -48,13 +54,14 @@ def toml(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def whole(folder, compiled_directory, steps, tmp_path_factory):
+def whole(folder, compiled_directory, steps, shared):
     """The directory of an uninterrupted run, and its report."""
     from levit_flax.training import finetune
 
-    output = tmp_path_factory.mktemp("whole") / "run"
+    output = shared / "whole"
     with training_runs.training_settings(compiled_directory), training_runs.shared_steps(*steps):
-        return output, finetune(folder, output, recipe=tiny_recipe())
+        report = made_once(shared / "whole.pickle", lambda: finetune(folder, output, recipe=tiny_recipe()))
+    return output, report
 
 
 @pytest.fixture(scope="session")

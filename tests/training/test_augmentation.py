@@ -467,6 +467,7 @@ def test_cutmix_boxes_equal_timm(monkeypatch):
         assert float(targets[0, 0]) == pytest.approx(1 - wanted.mean(), abs=FLOAT32_ROUNDING)
 
 
+@pytest.mark.slow
 def test_batches_are_mixed_and_cut_with_their_probabilities():
     recipe = Recipe(mixup=1.0, cutmix=1.0, mix_probability=0.6, mix_switch=0.25)
     given, results, targets = mixed(recipe, keys=600)

@@ -132,6 +132,7 @@ def test_stopped_hosts_resume_to_the_same_bits(parts, compiled, tmp_path):
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_hosts_that_differ_refuse_to_begin(folder, toml, compiled, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "skip").write_text("ant/1.png\n")

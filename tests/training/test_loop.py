@@ -128,6 +128,7 @@ def test_undecodable_image_stops_the_run_and_can_be_skipped(folder, toml, tmp_pa
     assert json.loads(out)["last"]["step"] == STEPS
 
 
+@pytest.mark.slow
 def test_repaired_images_leave_no_trace(whole, folder, tmp_path):
     """Stopped by images of both parts and resumed once they are repaired, a run ends with the same bits."""
     data, output = tmp_path / "data", tmp_path / "run"

@@ -52,7 +52,7 @@ def exported(two_heads, stored, folder, tmp_path_factory):
     return directory / "run", arguments
 
 
-@pytest.mark.parametrize("size", [40, [32, 48]])
+@pytest.mark.parametrize("size", [pytest.param(40, marks=pytest.mark.slow), [32, 48]])
 def test_unsupported_export_is_refused_before_training(folder, tmp_path, capsys, size):
     toml = write_recipe(tmp_path / "tiny.toml", architecture={**ARCHITECTURE, "image_size": size})
     arguments = ["finetune", folder, "--recipe", toml, "--output", tmp_path / "run"]

@@ -148,7 +148,9 @@ def answers(problem_type, count):
     return generator.integers(0, 2, (count, 4)).astype(np.float32)
 
 
-@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+@pytest.mark.parametrize(
+    "problem_type", ["multi_label_classification", pytest.param("regression", marks=pytest.mark.slow)]
+)
 def test_multi_label_and_regression_train_end_to_end(two_heads, tmp_path, monkeypatch, problem_type):
     datasets = pytest.importorskip("datasets")
     generator = np.random.default_rng(0)

@@ -1,3 +1,5 @@
+"""Models are found in directories, on the Hub and in its cache; failures are reported in one sentence."""
+
 import errno
 import json
 import logging
@@ -7,26 +9,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import HfApi, constants
 
+from hub_requests import FILES, MODEL, PROMPT_SECONDS, REPO, WEIGHTS, load, one_sentence, use_hub
 from hub_server import HubServer
-from levit_flax.hub import HubError, HubUnreachableError, _HubOptions, _push, _resolve, _Resolved
+from levit_flax.hub import HubError, HubUnreachableError, _push, _resolve, _Resolved
 
-REPO = "levit/tiny"
-WEIGHTS = (
-    "flax_model.safetensors",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-FILES = ("config.json", "preprocessor_config.json")
-MODEL = {"config.json": b"{}", "model.safetensors": b"safe" * 1000, "pytorch_model.bin": b"pickle", "README.md": b"#"}
 SHARDED = {
     "config.json": b"{}",
     "model.safetensors.index.json": json.dumps(
@@ -37,65 +29,9 @@ SHARDED = {
     "model-00003-of-00003.safetensors": b"left over from an older upload",
 }
 
-# A failure that needs no answer from a network must not keep the user waiting.
-PROMPT_SECONDS = 3
-
-
-def use_hub(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Keep the tests away from the developer's cache, token and working directory."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with HubServer() as server:
-        use_hub(monkeypatch, server.url)
-        yield server
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Make the Hub an address where nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        url = f"http://127.0.0.1:{server.getsockname()[1]}"
-    use_hub(monkeypatch, url)
-    return url
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    directory = tmp_path / "model"
-    directory.mkdir()
-    for name in ("config.json", "flax_model.safetensors", "secret.txt"):
-        (directory / name).write_bytes(name.encode())
-    return directory
-
-
-def load(source: str | Path = REPO, **options: Any) -> _Resolved:
-    return _resolve(source, weights=WEIGHTS, files=FILES, options=_HubOptions(**options))
-
 
 def names(resolved: _Resolved) -> set[str]:
     return {path.name for path in resolved.directory.iterdir()}
-
-
-def one_sentence(error: pytest.ExceptionInfo[BaseException]) -> str:
-    text = str(error.value)
-    assert "\n" not in text and "Traceback" not in text and text.endswith("."), text
-    return text
 
 
 # --- a local directory ------------------------------------------------------------------------------------------------
@@ -469,7 +405,7 @@ def test_offline_and_only_a_part_in_the_cache(hub: HubServer, missing: str) -> N
 
 def test_the_environment_variables_of_huggingface_hub_are_obeyed(hub: HubServer, tmp_path: Path) -> None:
     sha = hub.add(REPO, MODEL)
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     command = [sys.executable, root / "tests" / "programs" / "resolve_revision.py", REPO]
 
     def run(**variables: str) -> subprocess.CompletedProcess[str]:
@@ -484,73 +420,5 @@ def test_the_environment_variables_of_huggingface_hub_are_obeyed(hub: HubServer,
 
 def test_importing_the_module_leaves_huggingface_hub_alone() -> None:
     script = "import sys, levit_flax.hub; sys.exit('huggingface_hub' in sys.modules)"
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(root)}, check=True)
-
-
-# --- push -------------------------------------------------------------------------------------------------------------
-
-
-def test_push_creates_the_repository_and_uploads_the_named_files_only(hub: HubServer, directory: Path) -> None:
-    hub.tokens.add("hf_writer")
-
-    url = _push(directory, REPO, files=(*FILES, *WEIGHTS), token="hf_writer", private=True)
-
-    assert url == f"{hub.url}/{REPO}"
-    repository = hub.repositories[REPO]
-    assert repository.token == "hf_writer"
-    assert repository.commits[repository.branches["main"]].keys() == {"config.json", "flax_model.safetensors"}
-    assert load(token="hf_writer").revision == repository.branches["main"]
-
-
-def test_push_to_a_branch_of_a_repository_that_exists(hub: HubServer, directory: Path) -> None:
-    hub.tokens.add("hf_writer")
-    before = hub.add(REPO, MODEL)
-    hub.add(REPO, {}, branch="next")
-
-    _push(directory, REPO, files=FILES, token="hf_writer", revision="next")
-
-    branches = hub.repositories[REPO].branches
-    assert branches["main"] == before
-    assert hub.repositories[REPO].commits[branches["next"]].keys() == {"config.json"}
-
-
-def test_push_without_an_owner_goes_to_the_owner_of_the_token(hub: HubServer, directory: Path) -> None:
-    hub.tokens.add("hf_writer")
-
-    assert _push(directory, "tiny", files=FILES, token="hf_writer") == f"{hub.url}/someone/tiny"
-    assert hub.repositories.keys() == {"someone/tiny"}
-
-
-@pytest.mark.parametrize(("token", "status"), [(None, 401), ("hf_wrong", 401), ("hf_reader", 403)])
-def test_push_without_the_right_to_write(hub: HubServer, directory: Path, token: str | None, status: int) -> None:
-    hub.tokens.add("hf_reader")
-    hub.readers.add("hf_reader")
-
-    with pytest.raises(HubError, match=rf"refused access to levit/tiny \(HTTP {status}, .*\)\. Log in with") as error:
-        _push(directory, REPO, files=FILES, token=token)
-    one_sentence(error)
-
-
-def test_push_to_a_missing_branch(hub: HubServer, directory: Path) -> None:
-    hub.tokens.add("hf_writer")
-
-    with pytest.raises(HubError, match="levit/tiny has no revision next: expected a branch"):
-        _push(directory, REPO, files=FILES, token="hf_writer", revision="next")
-
-
-def test_push_without_network(no_network: str, directory: Path) -> None:
-    started = time.monotonic()
-    with pytest.raises(
-        HubUnreachableError, match=rf"The connection to the Hub at {no_network} failed \(.*refused.*\)\.$"
-    ):
-        _push(directory, REPO, files=FILES, token="hf_writer")
-    assert time.monotonic() - started < PROMPT_SECONDS
-
-
-def test_push_without_files_raises(hub: HubServer, directory: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"has no files to upload: expected model\.onnx, found config\.json,"):
-        _push(directory, REPO, files=("model.onnx",))
-    with pytest.raises(FileNotFoundError, match=r"nowhere has no files to upload: expected a directory\."):
-        _push(directory / "nowhere", REPO, files=FILES)
-    assert hub.requests == []
