@@ -174,9 +174,10 @@ def _check_class_indices(labels: jax.Array, num_labels: int) -> None:
     """Raise ValueError if a known class index is out of range."""
     if isinstance(labels, jax.core.Tracer):
         return
-    outside = np.flatnonzero(((labels < 0) | (labels >= num_labels)) & (labels != _IGNORED_LABEL))
+    values = np.asarray(labels)  # NumPy computes now, even for constants inside jax.jit
+    outside = np.flatnonzero(((values < 0) | (values >= num_labels)) & (values != _IGNORED_LABEL))
     if outside.size:
         raise ValueError(
-            f"{outside.size} of {labels.size} labels are no class indices: expected values in [0, {num_labels}), or"
-            f" {_IGNORED_LABEL} to ignore an image, found {int(labels[outside[0]])} at index {outside[0]}."
+            f"{outside.size} of {values.size} labels are no class indices: expected values in [0, {num_labels}), or"
+            f" {_IGNORED_LABEL} to ignore an image, found {values[outside[0]]} at index {outside[0]}."
         )

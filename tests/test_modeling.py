@@ -320,6 +320,8 @@ def test_ignored_labels_do_not_count_and_others_out_of_range_raise():
     ignoring = classification_loss(logits, jnp.array([0, -100, 1]))
     np.testing.assert_allclose(ignoring, expected, rtol=1e-6)
     np.testing.assert_allclose(jax.jit(classification_loss)(logits, jnp.array([0, -100, 1])), expected, rtol=1e-6)
+    labels = jnp.array([0, -100, 1])  # a constant inside jit
+    np.testing.assert_allclose(jax.jit(lambda logits: classification_loss(logits, labels))(logits), expected, rtol=1e-6)
     for label in (-1, 3):
         with pytest.raises(ValueError, match=rf"1 of 3 labels .* \[0, 3\), or -100 .* found {label} at index 2"):
             classification_loss(logits, jnp.array([0, -100, label]))

@@ -254,7 +254,7 @@ def test_narrow_dtypes_are_kept_and_limits_scale(own, tmp_path):
     assert 1e-5 < report["proof"]["surgery"]["relative"] < report["proof"]["surgery"]["limit"] < 0.1
     again = run(tmp_path / "own", tmp_path / "bf16", dtype="bfloat16", verify=False)
     assert again["model"]["dtype"] == "bfloat16"
-    assert lf.from_pretrained(tmp_path / "bf16")[0].param_dtype == jax.numpy.bfloat16
+    assert lf.from_pretrained(tmp_path / "bf16", dtype="auto")[0].param_dtype == jax.numpy.bfloat16
 
 
 def test_processor_follows_the_image_size(own, tmp_path):

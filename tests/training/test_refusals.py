@@ -246,8 +246,8 @@ def test_teacher_with_other_classes_is_refused(capsys, arguments, folder, tmp_pa
     arguments = [*arguments[:3], save_model(tmp_path / "student", TWO_HEADS.__name__)]
     said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, *distills, "--teacher", other)
     assert said == (
-        f"The teacher {other} has 4 classes, and cat is not one of them: expected a teacher with the names of all 3"
-        " classes of the student."
+        f"The classes of the teacher {other} do not match: expected names of the 4 known classes, found 1 of 3 that are"
+        " not, such as cat. Rename them, or leave them out."
     )
 
 
@@ -269,7 +269,7 @@ BAD_STORED = {
     ),
     "a class that is missing": (
         lambda a: {"labels": a["labels"][:2], "logits": a["logits"][:, :2]},
-        "has 2 classes, and bee is not one of them",
+        r"do not match: expected names of the 2 known classes, found 1 of 3 that are not, such as bee\.",
     ),
     "no names": (lambda a: {"files": None}, NOT_STORED),
     "fewer columns than classes": (lambda a: {"logits": a["logits"][:, :2]}, NOT_STORED),
