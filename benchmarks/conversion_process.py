@@ -1,4 +1,4 @@
-"""Do one step of `conversion.py` in a process of its own.
+"""Do one step of `conversion.py` in a separate process.
 
     python benchmarks/conversion_process.py write VARIANT FILE LAYOUT
     python benchmarks/conversion_process.py convert FILE DIRECTORY

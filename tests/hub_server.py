@@ -251,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def run_with_hub(hub: "HubServer", directory: Path, *arguments: str) -> str:
-    """Run `levit-flax` in a directory and a process of its own, which knows this Hub alone; return what it printed."""
+    """Run `levit-flax` in a new process that connects to this Hub only, and return its output."""
     done = subprocess.run(
         [sys.executable, "-m", "levit_flax.cli", *arguments],
         cwd=directory,

@@ -405,7 +405,7 @@ def mixed(recipe, keys=200, batch=5, size=(12, 10), corner=0.0):
 
 
 def shares(targets):
-    """Return the share of its own class in the first target, and check the others."""
+    """Return the weight of the own class in the first target, and check the others."""
     batch = targets.shape[-1]
     own = targets[:, 0, 0]
     eye = np.eye(batch)

@@ -44,7 +44,7 @@ from oracles import state_dict, torch_model  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-# Float64, after five steps. AdamW divides a gradient by its own size, which would turn one that is zero but for noise
+# Float64, after five steps. AdamW divides a gradient by its own size, which would turn one that is zero except for noise
 # (the biases that the next batch norm subtracts) into full steps of a random sign; in float64 that noise is 1e-17, far
 # below AdamW's epsilon of 1e-8, so that every tensor is compared and none is left out.
 PARAMETERS_LIMIT = 1e-8
