@@ -44,9 +44,9 @@ from oracles import state_dict, torch_model  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-# Float64, after five steps. AdamW divides a gradient by its own size. Some gradients are zero except for noise (those of
-# biases that the next batch norm subtracts), and would become full steps of a random sign. In float64 the noise is 1e-17,
-# far below AdamW's epsilon of 1e-8, so that every tensor can be compared.
+# Float64, after five steps. AdamW divides a gradient by its own size. Some gradients are zero except for noise (those
+# of biases that the next batch norm subtracts), and would become full steps of a random sign. In float64 the noise is
+# 1e-17, far below AdamW's epsilon of 1e-8, so that every tensor can be compared.
 PARAMETERS_LIMIT = 1e-8
 LOSS_LIMIT = 1e-5  # float32, relative: rounding of the forward pass and of five steps
 BFLOAT16_LIMIT = 0.05  # relative, of a loss: 8 bits of precision through a small model
