@@ -34,7 +34,7 @@ lint: $(STAMPS)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python tools/check_lengths.py levit_flax benchmarks tools
+	$(BIN)/python tools/check_lengths.py levit_flax benchmarks tools tests
 
 format: $(STAMPS)/dev
 	$(BIN)/ruff check --fix .

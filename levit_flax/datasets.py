@@ -282,7 +282,7 @@ def _read_split(
         if not known.all():
             raise DataError(
                 f"{data.where} has unlabeled rows: expected one of {len(data.labels)} classes for each of {len(known)}"
-                f" rows, found {(~known).sum()} rows without a class, the first of which is row {np.argmin(known)}."
+                f" rows, found {(~known).sum()} rows without a class, first row {np.argmin(known)}."
             )
     return data
 
@@ -309,7 +309,7 @@ def _match_classes(names: Sequence[str], labels: Sequence[str], where: str) -> l
         return list(range(len(names)))
     raise DataError(
         f"The classes of {where} do not match the model: expected the model's class names, or its {len(labels)} classes"
-        f" in order, found {len(names)} classes, of which the model does not have {names[0]}."
+        f" in order, found {len(names)} other names, such as {names[0]!r}."
     )
 
 

@@ -148,7 +148,7 @@ def _check_targets(data: LabeledImages, num_labels: int) -> None:
     outside = np.flatnonzero((targets < 0) | (targets >= num_labels))
     if outside.size:
         raise DataError(
-            f"{outside.size} of {len(targets)} targets of {data.where} are no class indices: expected values in"
+            f"{outside.size} of {len(targets)} targets of {data.where} are not class indices: expected values in"
             f" [0, {num_labels}), found {targets[outside[0]]} for {data.name(int(outside[0]))}. Leave these images out."
         )
 

@@ -63,7 +63,7 @@ def from_pretrained(
 
     Raises:
         ValueError: a file is malformed, or weights do not fit the config; `ConversionError` for PyTorch weights.
-        OSError: the source does not exist, or cannot be read or downloaded.
+        OSError: the source does not exist, or cannot be read or downloaded; `HubError` for the Hub.
 
     Examples:
         >>> model, variables = from_pretrained("cifar10", dtype="float32", image_size=96)

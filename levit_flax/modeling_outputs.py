@@ -178,6 +178,6 @@ def _check_class_indices(labels: jax.Array, num_labels: int) -> None:
     outside = np.flatnonzero(((values < 0) | (values >= num_labels)) & (values != _IGNORED_LABEL))
     if outside.size:
         raise ValueError(
-            f"{outside.size} of {values.size} labels are no class indices: expected values in [0, {num_labels}), or"
+            f"{outside.size} of {values.size} labels are not class indices: expected values in [0, {num_labels}), or"
             f" {_IGNORED_LABEL} to ignore an image, found {values[outside[0]]} at index {outside[0]}."
         )

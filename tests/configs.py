@@ -65,8 +65,10 @@ UNUSUAL = {
 }
 
 
-def unusual_config(name: str) -> LevitConfig:
-    return LevitConfig(**{**SMALL, "depths": (1, 1, 1), **UNUSUAL[name]})
+def unusual_config(name: str, deep: bool = False) -> LevitConfig:
+    """Return an unusual config, with one block per stage unless `deep`."""
+    depths = {} if deep else {"depths": (1, 1, 1)}
+    return LevitConfig(**{**SMALL, **depths, **UNUSUAL[name]})
 
 
 @functools.cache

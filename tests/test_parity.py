@@ -113,6 +113,14 @@ def test_unusual_configs_match_transformers_in_float32(name):
     check_forward(unusual_config(name), TWO_HEADS, jnp.float32, FLOAT32_LIMIT)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_configs_with_several_blocks_match_transformers(name):
+    check_forward(unusual_config(name, deep=True), TWO_HEADS, jnp.float32, FLOAT32_LIMIT)
+    with double_precision():
+        check_forward(unusual_config(name, deep=True), TWO_HEADS, jnp.float64, FLOAT64_LIMIT)
+
+
 @pytest.mark.parametrize("class_name", slow_except(CLASSES[:2], CLASSES[0]))
 def test_models_with_fewer_heads_match_transformers(class_name):
     check_forward(unusual_config("odd grids"), class_name, jnp.float32, FLOAT32_LIMIT)
@@ -129,7 +137,7 @@ def test_models_with_fewer_heads_match_transformers(class_name):
     ],
 )
 def test_gradients_match_transformers_in_float64(name, train):
-    config = unusual_config(name)
+    config = unusual_config(name, deep=True)
     reference = torch_model(config, TWO_HEADS).train(train)
     pixel_values = pixels(config, batch=4)
     weights = np.random.default_rng(1).standard_normal((4, config.num_labels))
@@ -159,7 +167,7 @@ def test_gradients_match_transformers_in_float64(name, train):
 
 @pytest.mark.slow  # like the gradients
 def test_running_statistics_match_transformers_after_three_passes():
-    config = config_of("tiny")
+    config = unusual_config("odd grids", deep=True)
     reference = torch_model(config, TWO_HEADS).train()
     with double_precision():
         model, variables = converted(reference, config, jnp.float64)

@@ -65,9 +65,10 @@ BOTH_PRECISIONS = pytest.mark.parametrize(
         for model_class in _MODEL_CLASSES
     ],
 )
-def test_folding_keeps_the_outputs(model_class, dtype, limit):
+@pytest.mark.parametrize("name", ["tiny", pytest.param("odd grids", marks=pytest.mark.slow)])
+def test_folding_keeps_the_outputs(model_class, dtype, limit, name):
     with precision_of(dtype):
-        model, variables = make("tiny", model_class, dtype)
+        model, variables = make(name, model_class, dtype)
         folded, folded_variables = lf.fold_batch_norm(model, variables)
         assert difference(logits(folded, folded_variables), logits(model, variables)) < limit
         expected = _abstract_variables(folded)
@@ -226,7 +227,7 @@ def test_resized_biases_interpolate_the_old_distances(image_size):
             q, k = generator.integers(len(queries)), generator.integers(len(keys))
             wanted = bias_between(table.astype(np.float64), grid, new_grid, queries[q], keys[k])
             np.testing.assert_allclose(new_table[index[q, k]], wanted, rtol=1e-6, atol=1e-6)
-    assert jax.eval_shape(resized.apply, resized_variables, pixels(resized)).logits.shape == (3, 5)
+    assert logits(resized, resized_variables).shape == (3, 5)
 
 
 def test_resizing_to_the_same_size_changes_nothing():

@@ -23,9 +23,15 @@ def print_fields(fields: dict[str, Any]) -> None:
     width = max(len(name) for name in fields)
     for name, value in fields.items():
         if isinstance(value, dict):
-            value = ", ".join(f"{key} {entry}" for key, entry in value.items())
+            value = ", ".join(f"{key} {_rounded(entry)}" for key, entry in value.items())
+        value = _rounded(value)
         if value not in (None, ""):
             print(f"{name:{width}}  {with_flags(value)}")
+
+
+def _rounded(value: Any) -> Any:
+    """Round a measured number to four significant digits."""
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def print_error(message: object) -> None:

@@ -236,7 +236,7 @@ class _Checkpoint:
             "layout": self.layout,
             "batch norm": self.batch_norm,
             "heads": list(self.heads),
-            "taken out of": list(self.wrappers),
+            "unwrapped from": list(self.wrappers),
             "architecture": self.architecture,
             "image size": list(self.image_size),
             "classes": self.num_labels,

@@ -93,7 +93,7 @@ def _find_images(
     parts = _read_folders(directory, skip) if directory.is_dir() else _read_dataset(str(source), skip, columns)
     train = parts[_TRAIN_FOLDER]
     if train.labels and len(train.labels) < 2:
-        raise DataError(f"{train.where} has one class, {train.labels[0]}: expected two or more.")
+        raise DataError(f"{train.where} has a single class, {train.labels[0]!r}: expected two or more.")
     if len(parts) == 1:
         train, validation = _split(train, recipe)
     else:

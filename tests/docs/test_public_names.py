@@ -27,7 +27,7 @@ def assigned_names(statement):
 
 
 def defined_names():
-    """Yield the dotted name of everything without an underscore that a module defines, the command line's excepted.
+    """Yield the dotted name of everything without an underscore that a module defines, except in the command line.
 
     `levit_flax.cli` is a program: its commands are documented by their help texts and docs/command_line.md.
     """
