@@ -102,12 +102,32 @@ def test_command_writes_figures(name, extra, small, capsys, tmp_path):
     model = small if name == "small" else name
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 50, 3), np.uint8)).save(tmp_path / "noise.png")
     out = tmp_path / "out.png"
-    assert main(["explain", str(tmp_path / "noise.png"), "-m", model, "-o", str(out), *extra]) == 0
+    image = [] if "--biases" in extra else [str(tmp_path / "noise.png")]
+    assert main(["explain", *image, "-m", model, "-o", str(out), *extra]) == 0
     with Image.open(out) as image:
         assert min(image.size) > 400 and np.asarray(image.convert("L")).std() > 10
     assert main(["explain", str(tmp_path / "noise.png"), "-m", model, "-o", "x.png", "--label", "yak"]) == 1
     assert "error: The model has no class 'yak': its classes are airplane" in capsys.readouterr().err
     assert main(["explain", str(tmp_path / "none.png"), "-m", model, "-o", "x.png"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["noise.png", "-o", "x.txt"], "expected a file name that ends in png, jpg, pdf, svg, found x.txt"),
+        (["noise.png", "-o", "x.png", "--biases"], "expected an image, or --biases without an image"),
+        (["-o", "x.png"], "expected an image, or --biases without an image"),
+    ],
+)
+def test_wrong_arguments_of_the_command_exit_with_2(arguments, message, capsys):
+    assert main(["explain", *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_figure_has_the_format_of_its_name(small, tmp_path):
+    assert main(["explain", "-m", small, "--biases", "-o", str(tmp_path / "biases.jpg")]) == 0
+    with Image.open(tmp_path / "biases.jpg") as image:
+        assert image.format == "JPEG"
 
 
 def test_curves_of_a_single_evaluation_show_its_values():
