@@ -92,9 +92,7 @@ def test_dataset_without_training_split_raises(monkeypatch):
 
 def test_rows_without_a_class_raise():
     for values, row in (([0, -1, 1], 1), ([0, 1, None], 2)):
-        with pytest.raises(
-            DataError, match=rf"^the data, test has .* of 3 rows, found 1 rows .* first row {row}\."
-        ):
+        with pytest.raises(DataError, match=rf"^the data, test has .* of 3 rows, found 1 rows .* first row {row}\."):
             _read_split(make("label", CLASS, values), "the data", "test")
 
 

@@ -124,10 +124,12 @@ def _load(
     """Load a Flax model directory, or convert a PyTorch checkpoint; `prefer_own` decides if there are both."""
     resolved = _find(source, prefer_own, options)
     if resolved is not None and resolved.weights is not None and resolved.weights.name == checkpoint._WEIGHTS_FILE:
-        if image_size is not None or ema:
+        given = {"image_size=...": image_size is not None, "ema=True": ema}
+        unused = " and ".join(name for name, is_given in given.items() if is_given)
+        if unused:
             raise ValueError(
-                f"{source} is a converted model, and image_size=... and ema=True apply only to PyTorch checkpoints:"
-                " remove them."
+                f"{source} is already converted: expected a PyTorch checkpoint with {unused}, found Flax weights. Leave"
+                f" out {unused}."
             )
         return _load_own(source, resolved, dtype)
     if resolved is None:

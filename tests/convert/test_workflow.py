@@ -272,8 +272,8 @@ def test_processor_follows_the_image_size(own, tmp_path):
 
 
 def test_pytorch_options_for_a_converted_model_are_refused(own, tmp_path):
-    for options in ({"image_size": 96}, {"ema": True}):
-        with pytest.raises(ValueError, match=r"and image_size=\.\.\. and ema=True apply only to PyTorch"):
+    for options, name in (({"image_size": 96}, r"image_size=\.\.\."), ({"ema": True}, "ema=True")):
+        with pytest.raises(ValueError, match=rf"is already converted: .* with {name}, found .* Leave out {name}\.$"):
             run(own, tmp_path / "out", **options)
 
 
