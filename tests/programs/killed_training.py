@@ -97,4 +97,5 @@ def main(folder, output, kills, processes, epochs):
     print(dict(outcomes))
 
 
-main(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))
+if __name__ == "__main__":  # the worker processes of Grain import this file
+    main(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))

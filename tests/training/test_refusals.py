@@ -142,7 +142,7 @@ BAD_DATA = {
         with_an_empty_class,
         "{data}/dog has no images: expected at least one per class. Add images, or remove the folder.",
     ),
-    "one class": (images_of(10), "{data} has one class, ant: expected two or more."),
+    "one class": (images_of(10), "{data} has a single class, 'ant': expected two or more."),
     "one image in a class": (
         images_of(30, 30, 1),
         "{data} has 1 image of the class cat: expected at least two, one for training and one for validation.",
