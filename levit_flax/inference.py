@@ -32,10 +32,12 @@ def _prepare(model: LevitBase, variables: Variables) -> tuple[LevitBase, Variabl
             f" LevitForImageClassificationWithTeacher with classes, found a {type(model).__name__} with"
             f" num_labels={model.config.num_labels}."
         )
-    variables = jax.tree.map(_copy, _upcast(variables, model._shared["dtype"]))  # the caller may donate or change them
+    variables = _upcast(variables, model._shared["dtype"])
     if isinstance(model, LevitForImageClassificationWithTeacher):
         model, variables = merge_heads(model, variables)
-    return (model, variables) if model.folded else fold_batch_norm(model, variables)
+    if not model.folded:
+        return fold_batch_norm(model, variables)
+    return model, jax.tree.map(_copy, variables)  # the caller may donate or change them; folding copies by itself
 
 
 def _upcast(variables: Variables, dtype: Any) -> Variables:
