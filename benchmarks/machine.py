@@ -11,10 +11,11 @@ REPOSITORY = Path(__file__).parent.parent
 OURS = ("levit-flax", "jax", "flax", "numpy", "safetensors")
 
 
-def describe_machine(packages: tuple[str, ...] = ()) -> dict[str, str | int | None]:
+def describe_machine(packages: tuple[str, ...] = ()) -> dict[str, str | int | list[str] | None]:
     """Return the hardware, the commit and package versions; None if not installed."""
     return {
         "processor": processor(),
+        "vector_extensions": vector_extensions(),
         "cores": os.cpu_count(),
         "gpu": gpu(),
         "python": platform.python_version(),
@@ -38,6 +39,15 @@ def processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def vector_extensions() -> list[str]:
+    """Return the instruction sets that decide which kernels the libraries use; empty if Linux does not tell."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return []
+    return [name for name in ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if name in flags]
 
 
 def gpu() -> str | None:

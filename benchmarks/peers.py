@@ -92,18 +92,16 @@ def write_models(directory: Path, variant: str) -> None:
 
 
 def levit_flax(case: Case, precision: str | None = None) -> Runner:
-    """Run the model as `ImageClassifier` does: folded, merged and compiled."""
+    """Run the model as `ImageClassifier` does."""
     import jax
     import jax.numpy as jnp
 
     use_jax_on(case.device)
     import levit_flax as lf
-    from levit_flax.inference import _prepare
 
-    model, variables = _prepare(*lf.from_pretrained(case.directory / "flax"))
-    model, variables = model.clone(dtype=jnp.dtype(case.dtype), precision=precision), jax.device_put(variables)
-    apply = jax.jit(lambda variables, pixels: model.apply(variables, pixels).logits)
-    return Runner(jax.device_put, lambda pixels: apply(variables, pixels), lambda y: np.asarray(y, np.float32), True)
+    model, variables = lf.from_pretrained(case.directory / "flax")
+    predict = lf.make_inference_fn(model.clone(dtype=jnp.dtype(case.dtype), precision=precision), variables)
+    return Runner(jax.device_put, predict, lambda y: np.asarray(y, np.float32), True)
 
 
 def levit_flax_keeping(case: Case) -> Runner:

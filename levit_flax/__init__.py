@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .image_processing import LevitFeatureExtractor as LevitFeatureExtractor
     from .image_processing import LevitImageProcessor as LevitImageProcessor
     from .image_processing import LevitImageProcessorFast as LevitImageProcessorFast
+    from .inference import make_inference_fn as make_inference_fn
     from .loading import from_pretrained as from_pretrained
     from .loading import push_to_hub as push_to_hub
     from .modeling import LevitForImageClassification as LevitForImageClassification
@@ -45,6 +46,7 @@ _MODULES = {
     "LevitImageProcessor": "image_processing",
     "LevitImageProcessorFast": "image_processing",
     "LevitFeatureExtractor": "image_processing",
+    "make_inference_fn": "inference",
     "ImageClassifier": "classifier",
 }
 

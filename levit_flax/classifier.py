@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .hub import _HubOptions
 from .image_processing import LevitImageProcessor
 from .images import ImageError, _flatten_images
-from .inference import _normalize, _prepare, _scores
+from .inference import _InferenceFunction, _scores
 from .loading import _load_model, _load_processor
 from .modeling import LevitBase, Variables
 
+# Compiling a model for the fastest inference pays off for more images than this.
+_FEW_IMAGES = 256
 _READ_AHEAD = 2  # images decoded ahead, in batches: enough to keep the device busy
 
 
@@ -26,8 +26,7 @@ class ImageClassifier:
     """Classify images with a LeViT model on all local devices.
 
     Threads decode images while the devices compute. Images are transferred as uint8 and normalized on the device, which
-    equals the processor's arithmetic up to float32 rounding. Batches are padded to a power of two per device, so that
-    few shapes are compiled.
+    equals the processor's arithmetic up to float32 rounding. `make_inference_fn` describes how the model is compiled.
 
     Args:
         model: a model with a classifier. Its heads are merged and its batch norms folded for speed.
@@ -35,6 +34,7 @@ class ImageClassifier:
         processor: image processor; None for the default one with the model's image size.
         batch_size: maximum number of images per batch, rounded up to a multiple of the number of devices.
         devices: devices to compute on; None for all local devices.
+        fast_start: start sooner and compute more slowly, as described for `make_inference_fn`.
 
     Raises:
         ValueError: the model has no classifier.
@@ -53,25 +53,33 @@ class ImageClassifier:
         processor: LevitImageProcessor | None = None,
         batch_size: int = 32,
         devices: Sequence[jax.Device] | None = None,
+        *,
+        fast_start: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, found {batch_size}.")
-        self.model, variables = _prepare(model, variables)
-        self.processor = processor or _load_processor(None, model.config)
-        mesh = Mesh(np.array(devices or jax.local_devices()), ("batch",))
-        self._sharding = NamedSharding(mesh, PartitionSpec("batch"))
-        self.batch_size = -(-batch_size // mesh.size) * mesh.size
-        self.variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+        processor = processor or _load_processor(None, model.config)
+        self._function = _InferenceFunction(model, variables, batch_size, processor, devices, fast_start)
 
-        @jax.jit
-        def compute(variables: Variables, pixels: jax.Array) -> jax.Array:
-            if pixels.dtype == jnp.uint8:
-                pixels = _normalize(pixels, self.processor)
-            output: Any = self.model.apply(variables, pixels)
-            logits: jax.Array = output.logits
-            return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    @property
+    def model(self) -> LevitBase:
+        """The folded model with merged heads."""
+        return self._function.model
 
-        self._logits = compute
+    @property
+    def processor(self) -> LevitImageProcessor:
+        """The image processor."""
+        return self._function.processor
+
+    @property
+    def variables(self) -> Variables:
+        """The variables of `model`, on every device."""
+        return self._function.variables
+
+    @property
+    def batch_size(self) -> int:
+        """The maximum number of images per batch, a multiple of the number of devices."""
+        return self._function.batch_size or 1
 
     @classmethod
     def from_pretrained(
@@ -79,6 +87,7 @@ class ImageClassifier:
         source: str | Path,
         *,
         batch_size: int = 32,
+        fast_start: bool = False,
         dtype: Any = None,
         image_size: int | tuple[int, int] | None = None,
         revision: str | None = None,
@@ -91,6 +100,7 @@ class ImageClassifier:
         Args:
             source: a directory, a Hub id such as "facebook/levit-128S", or "cifar10", the small model in the package.
             batch_size: maximum number of images per batch, rounded up to a multiple of the number of devices.
+            fast_start: start sooner and compute more slowly, as described for `make_inference_fn`.
             dtype: dtype of the weights; None keeps the checkpoint's.
             image_size: input size in pixels, one side or (height, width), for both the model and the processor; None
                 keeps the checkpoint's.
@@ -113,7 +123,7 @@ class ImageClassifier:
         """
         options = _HubOptions(revision, token, cache_dir, local_files_only)
         model, variables, processor, _ = _load_model(source, options, dtype=dtype, image_size=image_size)
-        return cls(model, variables, processor, batch_size)
+        return cls(model, variables, processor, batch_size, fast_start=fast_start)
 
     def __call__(self, images: Any, top_k: int = 5) -> list[list[dict[str, Any]]]:
         """Classify images.
@@ -227,8 +237,7 @@ class ImageClassifier:
             >>> classifier.logits(np.zeros((3, 144, 144, 3), np.uint8)).shape
             (3, 10)
         """
-        parts = [pixels[i : i + self.batch_size] for i in range(0, len(pixels), self.batch_size)]
-        return np.concatenate([np.asarray(self._dispatch(part))[: len(part)] for part in parts])
+        return self._function.finish(self._function.start(pixels))
 
     def _read(self, image: Any) -> np.ndarray | ImageError | OSError:
         try:
@@ -259,21 +268,12 @@ class ImageClassifier:
             return None
         if any(pixels.dtype != np.uint8 for pixels in images):  # only the processor knows the range of float images
             images = [self.processor.rescale_and_normalize(pixels) for pixels in images]
-        return self._dispatch(np.stack(images))
+        return self._function.start(np.stack(images))
 
     def _finish(self, batch: list[Any], computing: Any) -> Iterator[Any]:
-        rows = iter(() if computing is None else np.asarray(computing))
+        rows = iter(() if computing is None else self._function.finish(computing))
         for pixels in batch:
             yield pixels if isinstance(pixels, Exception) else next(rows)
-
-    def _dispatch(self, pixels: np.ndarray) -> jax.Array:
-        """Start to compute the logits of a batch padded with black images at the end."""
-        devices = self._sharding.num_devices
-        per_device = -(-len(pixels) // devices)
-        size = min(self.batch_size, devices << (per_device - 1).bit_length())
-        padded = np.concatenate([pixels, np.zeros((size - len(pixels), *pixels.shape[1:]), pixels.dtype)])
-        logits: jax.Array = self._logits(self.variables, jax.device_put(padded, self._sharding))
-        return logits
 
 
 def _map_ahead(pool: ThreadPoolExecutor, function: Any, items: Iterable[Any], ahead: int) -> Iterator[Any]:

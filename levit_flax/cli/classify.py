@@ -20,12 +20,14 @@ def classify(
     as_json: JsonOption = False,
 ) -> None:
     """Classify images."""
-    from levit_flax.classifier import ImageClassifier
+    from levit_flax.classifier import _FEW_IMAGES, ImageClassifier
     from levit_flax.memory import keep_freed_memory
 
     keep_freed_memory()
     files, errors = _list_images(paths)
-    classifier = ImageClassifier.from_pretrained(model, revision=revision, local_files_only=offline)
+    classifier = ImageClassifier.from_pretrained(
+        model, fast_start=len(files) <= _FEW_IMAGES, revision=revision, local_files_only=offline
+    )
     printer = _JsonPrinter() if as_json else _TablePrinter()
     for path, logits in zip(files, with_progress(classifier.stream_logits(files), len(files)), strict=True):
         if isinstance(logits, Exception):

@@ -47,7 +47,7 @@ def evaluate(
 ) -> None:
     """Measure the accuracy of a model on labeled images."""
     from levit_flax import evaluation, files
-    from levit_flax.classifier import ImageClassifier
+    from levit_flax.classifier import _FEW_IMAGES, ImageClassifier
     from levit_flax.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -58,9 +58,11 @@ def evaluate(
         files._make_directory(output)
     loaded = ImageClassifier.from_pretrained(model, image_size=image_size, revision=revision, local_files_only=offline)
     processor = evaluation.evaluation_processor(crop, loaded.processor)
-    classifier = ImageClassifier(loaded.model, loaded.variables, processor, batch_size)
     labeled = evaluation.read_data(
-        data, classifier.model.config.id2label, split, image_column=image_column, label_column=label_column
+        data, loaded.model.config.id2label, split, image_column=image_column, label_column=label_column
+    )
+    classifier = ImageClassifier(
+        loaded.model, loaded.variables, processor, batch_size, fast_start=len(labeled) <= _FEW_IMAGES
     )
     labeled = dataclasses.replace(labeled, images=with_progress(labeled.images, len(labeled)))
     result = evaluation.evaluate(classifier, labeled)
