@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "inference_options.json")
     arguments = parser.parse_args()
     use_jax_on(arguments.device)
-    result: dict[str, Any] = {"machine": describe_machine("jax", "flax"), "variants": {}}
+    result: dict[str, Any] = {"machine": describe_machine(), "variants": {}}
     for variant in arguments.variants:
         with tempfile.TemporaryDirectory() as folder:
             write_models(Path(folder), variant)
