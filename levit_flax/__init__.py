@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .modeling import LevitForImageClassification as LevitForImageClassification
     from .modeling import LevitForImageClassificationWithTeacher as LevitForImageClassificationWithTeacher
     from .modeling import LevitModel as LevitModel
+    from .surgery import change_channels as change_channels
     from .surgery import fold_batch_norm as fold_batch_norm
     from .surgery import merge_heads as merge_heads
     from .surgery import replace_head as replace_head
@@ -42,6 +43,7 @@ _MODULES = {
     "merge_heads": "surgery",
     "resize_image": "surgery",
     "replace_head": "surgery",
+    "change_channels": "surgery",
     # Preprocessing and inference
     "LevitImageProcessor": "image_processing",
     "LevitImageProcessorFast": "image_processing",

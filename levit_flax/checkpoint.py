@@ -17,11 +17,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from . import files, modeling
-from .configuration import _OWN_BLOCK, LevitConfig
+from .configuration import _CONFIG_FILE, _OWN_BLOCK, LevitConfig
 from .image_processing import _PROCESSOR_FILE, LevitImageProcessor
 from .modeling import LevitBase, Variables
 
-_CONFIG_FILE = "config.json"
 _WEIGHTS_FILE = "flax_model.safetensors"  # transformers would load model.safetensors as PyTorch weights
 
 # The report of a conversion, as JSON and as Markdown.
@@ -47,7 +46,7 @@ def _read_directory(directory: Path) -> tuple[LevitBase, Variables]:
     """Return the module and the variables, as NumPy arrays, of a directory written by `save_pretrained`."""
     path = directory / _CONFIG_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = files._read_json(path)
         block, architecture = values.get(_OWN_BLOCK, {}), values["architectures"][0]
         model_class = {model.__name__: model for model in modeling._MODEL_CLASSES}[architecture]
         config, folded = LevitConfig.from_dict(values), bool(block.get("folded", False))
@@ -89,7 +88,7 @@ def _find_fault(path: str, array: np.ndarray) -> str | None:
 
 def _read_provenance(directory: Path) -> dict[str, Any]:
     """Return the origin of the weights recorded in a model directory, or an empty dictionary."""
-    values = json.loads((directory / _CONFIG_FILE).read_text(encoding="utf-8"))
+    values = files._read_json(directory / _CONFIG_FILE)
     provenance: dict[str, Any] = values.get(_OWN_BLOCK, {}).get("provenance", {})
     return provenance
 
@@ -133,7 +132,7 @@ def save_pretrained(
         ...     from_pretrained(f"{folder}/levit")[0].config.num_labels
         10
     """
-    with files._staged_directory(Path(directory), overwrite, _OWN_FILES) as staging:
+    with files._staged_directory(Path(directory), overwrite, _OWN_FILES, _CONFIG_FILE) as staging:
         _write_model(staging, model, variables, processor, provenance)
 
 

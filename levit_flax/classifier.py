@@ -60,26 +60,8 @@ class ImageClassifier:
             raise ValueError(f"batch_size must be at least 1, found {batch_size}.")
         processor = processor or _load_processor(None, model.config)
         self._function = _InferenceFunction(model, variables, batch_size, processor, devices, fast_start)
-
-    @property
-    def model(self) -> LevitBase:
-        """The folded model with merged heads."""
-        return self._function.model
-
-    @property
-    def processor(self) -> LevitImageProcessor:
-        """The image processor."""
-        return self._function.processor
-
-    @property
-    def variables(self) -> Variables:
-        """The variables of `model`, on every device."""
-        return self._function.variables
-
-    @property
-    def batch_size(self) -> int:
-        """The maximum number of images per batch, a multiple of the number of devices."""
-        return self._function.batch_size or 1
+        self.model, self.variables, self.processor = self._function.model, self._function.variables, processor
+        self.batch_size: int = self._function.batch_size or 1
 
     @classmethod
     def from_pretrained(

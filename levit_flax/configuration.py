@@ -3,73 +3,40 @@
 import dataclasses
 import itertools
 import json
+import math
 import operator
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
+
+from . import files
+from .config_keys import _WRITTEN_IF_CHANGED, _sort_keys
+from .config_values import (
+    _MOST_LABELS,
+    _MOST_TOKENS,
+    _brief,
+    _Derived,
+    _DerivedIndices,
+    _DerivedLabels,
+    _image_size,
+    _integer,
+    _integers,
+    _Labels,
+    _ordered_labels,
+)
+from .down_ops import DownOp, _checked_down_ops
+from .hub import _HubOptions, _resolve
 
 _REGRESSION = "regression"
 _SINGLE_LABEL = "single_label_classification"
 _MULTI_LABEL = "multi_label_classification"
 _PROBLEM_TYPES = (_REGRESSION, _SINGLE_LABEL, _MULTI_LABEL)
 
+_CONFIG_FILE = "config.json"
+_ACCESS_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+
 # The key in config.json for values that transformers does not have.
 _OWN_BLOCK = "levit_flax"
-
-# Keys that transformers writes for its own use. They do not affect the model and are ignored without a warning.
-_HOUSEKEEPING_KEYS = frozenset(
-    "_name_or_path _commit_hash architectures attn_implementation chunk_size_feed_forward dtype is_encoder_decoder"
-    " model_type output_attentions output_hidden_states return_dict torch_dtype torchscript transformers_version"
-    " use_return_dict use_bfloat16".split()
-)
-
-# Keys that would change the architecture: only the listed values, which are LeViT's, are accepted.
-_FIXED_KEYS: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("hardswish", "hard_swish"),
-    "hidden_dropout_prob": (0, 0.0),
-    "attention_probs_dropout_prob": (0, 0.0),
-    "batch_norm_eps": (1e-5,),
-    "layer_norm_eps": (1e-5,),
-    "batch_norm_momentum": (0.1,),
-    "qkv_bias": (False,),
-    "use_conv": (False,),
-    "stem_type": ("s16",),
-    "global_pool": ("avg",),
-    "attention_type": ("absolute_bias",),
-    "pruned_heads": ({},),
-    "tie_word_embeddings": (True, False),
-}
-
-
-class DownOp(NamedTuple):
-    """The settings of one downsampling, in the order of transformers' `down_ops`.
-
-    Attributes:
-        kind: always "Subsample".
-        key_dim: channels of a query or key, per head.
-        num_attention_heads: heads of the downsampling attention.
-        attention_ratio: value channels as a multiple of `key_dim`.
-        mlp_ratio: hidden channels of the MLP that follows, as a multiple of the next stage's width; 0 for no MLP.
-        stride: distance between neighboring queries, in tokens.
-
-    Examples:
-        >>> LevitConfig().down_ops[0]
-        DownOp(kind='Subsample', key_dim=16, num_attention_heads=8, attention_ratio=4, mlp_ratio=2, stride=2)
-    """
-
-    kind: str
-    key_dim: int
-    num_attention_heads: int
-    attention_ratio: int
-    mlp_ratio: int
-    stride: int
-
-
-class _Derived(tuple[Any, ...]):
-    """The value of a field that follows from other fields, and is derived again by `dataclasses.replace`."""
-
-    __slots__ = ()
 
 
 class FeatureInfo(NamedTuple):
@@ -116,9 +83,18 @@ class LevitConfig:
             transformers' configs convert back unchanged.
         down_ops: the downsamplings between the stages; None derives them from `key_dim[0]` and `hidden_sizes`.
         num_labels: number of classes, 0 for no classifier; None uses the length of `id2label`, or 2 without it.
-        id2label: class names by index, as a sequence or a mapping {index: name}; None for `LABEL_0`, `LABEL_1`, ...
+        id2label: class names by index, as a sequence or a mapping {index: name}; None for those of `label2id`, or
+            `LABEL_0`, `LABEL_1`, ... A tuple with the methods `keys`, `values` and `items` of the mapping.
+        label2id: class indices by name; None for those that follow from `id2label`. If two classes have the same name,
+            it has the index of the last one.
         problem_type: "regression", "single_label_classification", "multi_label_classification", or None to infer it
             from the labels.
+        output_hidden_states: the default of this argument of the models.
+        output_attentions: the default of this argument of the models.
+        return_dict: the default of this argument of the models.
+        architectures: names of transformers' classes that a config.json lists; None if it lists none. No effect on
+            the model, and ignored by comparisons.
+        dtype: name of the dtype that a config.json records, such as "float32". No effect, and ignored by comparisons.
         extra: unknown keys of a config.json as (key, JSON text) pairs, which `to_dict` writes back.
 
     Raises:
@@ -151,33 +127,41 @@ class LevitConfig:
     down_ops: tuple[DownOp, ...] = None  # type: ignore[assignment]  # filled in __post_init__
     num_labels: int = None  # type: ignore[assignment]  # filled in __post_init__
     id2label: tuple[str, ...] = None  # type: ignore[assignment]  # filled in __post_init__
+    label2id: dict[str, int] = dataclasses.field(default=None, compare=False, repr=False)  # type: ignore[arg-type]
     problem_type: str | None = None
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    return_dict: bool = True
+    architectures: tuple[str, ...] | None = dataclasses.field(default=None, compare=False)
+    dtype: str | None = dataclasses.field(default=None, compare=False)
     extra: tuple[tuple[str, str], ...] = ()
 
-    _SCALARS: ClassVar[dict[str, int]] = {
-        "num_channels": 1,
-        "kernel_size": 1,
-        "stride": 1,
-        "padding": 0,
-        "patch_size": 1,
+    model_type: ClassVar[str] = "levit"
+    # The smallest and the largest value.
+    _SCALARS: ClassVar[dict[str, tuple[int, int]]] = {
+        "num_channels": (1, 1024),
+        "kernel_size": (1, 64),
+        "stride": (1, 64),
+        "padding": (0, 64),
+        "patch_size": (1, 64**4),
     }
-    _PER_STAGE: ClassVar[dict[str, int]] = {
-        "hidden_sizes": 1,
-        "num_attention_heads": 1,
-        "depths": 0,
-        "key_dim": 1,
-        "mlp_ratio": 0,
-        "attention_ratio": 1,
+    _PER_STAGE: ClassVar[dict[str, tuple[int, int]]] = {
+        "hidden_sizes": (1, 16384),
+        "num_attention_heads": (1, 1024),
+        "depths": (0, 100),
+        "key_dim": (1, 1024),
+        "mlp_ratio": (0, 64),
+        "attention_ratio": (1, 64),
     }
 
     def __post_init__(self) -> None:
-        for name, least in self._SCALARS.items():
-            self._set(name, _integer(name, getattr(self, name), least))
-        for name, least in self._PER_STAGE.items():
-            self._set(name, _integers(name, getattr(self, name), least))
+        for name, limits in self._SCALARS.items():
+            self._set(name, _integer(name, getattr(self, name), *limits))
+        for name, limits in self._PER_STAGE.items():
+            self._set(name, _integers(name, getattr(self, name), *limits))
         self._check_stages()
         self._set("image_size", _image_size(self.image_size))
-        self._set("down_ops", self._checked_down_ops())
+        self._set("down_ops", _checked_down_ops(self.down_ops, self.hidden_sizes, self.key_dim))
         self._check_grid()
         self._set_labels()
         for name, end in (("drop_path_rate", 1.0), ("initializer_range", float("inf"))):
@@ -185,6 +169,7 @@ class LevitConfig:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < end:
                 raise ValueError(f"LevitConfig.{name} must be a number in [0, {end:g}), found {value!r}.")
             self._set(name, float(value))
+        self._check_outputs()
         if self.problem_type is not None and self.problem_type not in _PROBLEM_TYPES:
             raise ValueError(
                 f"LevitConfig.problem_type must be one of {', '.join(_PROBLEM_TYPES)} or None, found"
@@ -193,6 +178,13 @@ class LevitConfig:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen; only called from __post_init__
+
+    def _check_outputs(self) -> None:
+        for name in ("output_hidden_states", "output_attentions", "return_dict"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"LevitConfig.{name} must be True or False, found {getattr(self, name)!r}.")
+        if self.architectures is not None:
+            self._set("architectures", tuple(map(str, self.architectures)))
 
     def _check_stages(self) -> None:
         lengths = {name: len(getattr(self, name)) for name in self._PER_STAGE}
@@ -209,6 +201,12 @@ class LevitConfig:
             )
 
     def _check_grid(self) -> None:
+        tokens = math.prod(self.grids[0])
+        if tokens > _MOST_TOKENS:
+            raise ValueError(
+                f"LevitConfig.image_size is too large: expected at most {_MOST_TOKENS} tokens after the stem, found"
+                f" {tokens} for {self.image_size} pixels. Use smaller images."
+            )
         for size, tokens in zip(self.image_height_width, self.grids[0], strict=True):
             if tokens != -(-size // self.patch_size):
                 raise ValueError(
@@ -217,58 +215,42 @@ class LevitConfig:
                     f" {tokens} tokens, expected {-(-size // self.patch_size)}. Change patch_size or these settings."
                 )
 
-    def _checked_down_ops(self) -> tuple[DownOp, ...]:
-        downsamplings = self.num_stages - 1
-        key_dim = self.key_dim[0]  # the original code uses the first stage's key_dim for all
-        default = _Derived(DownOp("Subsample", key_dim, c // key_dim, 4, 2, 2) for c in self.hidden_sizes[:-1])
-        if self.down_ops is None or isinstance(self.down_ops, _Derived):
-            for op in default:
-                _integer("down_ops heads (hidden_sizes // key_dim[0])", op.num_attention_heads, 1)
-            return default
-        # Every model that transformers builds appends an empty entry to its config's list.
-        entries = [tuple(op) for op in self.down_ops if tuple(op) != ("",)]
-        if len(entries) != downsamplings:
-            raise ValueError(
-                f"LevitConfig.down_ops must have {downsamplings} entries for {self.num_stages} stages, found"
-                f" {len(entries)}."
-            )
-        checked = []
-        for entry in entries:
-            if len(entry) != len(DownOp._fields) or entry[0] != "Subsample":
-                raise ValueError(f"LevitConfig.down_ops entries must be 'Subsample' and 5 integers, found {entry!r}.")
-            least = (1, 1, 1, 0, 1)
-            checked.append(
-                DownOp("Subsample", *(_integer("down_ops", v, n) for v, n in zip(entry[1:], least, strict=True)))
-            )
-        return default if tuple(checked) == default else tuple(checked)
-
     def _set_labels(self) -> None:
         labels = self.id2label
+        if labels is None and self.label2id is not None and not isinstance(self.label2id, _Derived):
+            labels = _ordered_labels({index: label for label, index in self.label2id.items()})
         if isinstance(labels, Mapping):
             labels = _ordered_labels(labels)
         count = self.num_labels
         if count is None:
             count = 2 if labels is None else len(labels)
-        count = _integer("num_labels", count, 0)
+        count = _integer("num_labels", count, 0, _MOST_LABELS)
         if labels is None or (isinstance(labels, _Derived) and len(labels) != count):
-            labels = _Derived(f"LABEL_{i}" for i in range(count))
+            labels = _DerivedLabels(f"LABEL_{i}" for i in range(count))
         elif not isinstance(labels, _Derived):
-            labels = tuple(str(label) for label in labels)
+            labels = _Labels(str(label) for label in labels)
         if len(labels) != count:
             raise ValueError(
                 f"LevitConfig.num_labels and id2label differ: expected {count} class names, found {len(labels)}. Use"
                 " config.replace(num_labels=...) or config.replace(id2label=...) to change both."
             )
+        indices = _DerivedIndices((label, i) for i, label in enumerate(labels))
+        given = self.label2id
+        if given is not None and not isinstance(given, _Derived) and given != indices and len(indices) == count:
+            raise ValueError(
+                "LevitConfig.label2id contradicts id2label: expected the inverse mapping. Pass one of them."
+            )
         self._set("num_labels", count)
         self._set("id2label", labels)
+        self._set("label2id", indices)
 
     def replace(self, **changes: Any) -> "LevitConfig":
         """Return the config with some fields changed and dependent fields derived again.
 
         Args:
             **changes: new values of fields. Unless it is given too, `down_ops` follows `hidden_sizes` and `key_dim`,
-                `num_labels` follows `id2label`, and `id2label` becomes LABEL_0, LABEL_1, ... if the number of classes
-                changes.
+                `num_labels` follows `id2label` or `label2id`, and `id2label` becomes LABEL_0, LABEL_1, ... if the
+                number of classes changes.
 
         Raises:
             ValueError: a value is invalid.
@@ -283,8 +265,8 @@ class LevitConfig:
         """
         if changes.keys() & {"hidden_sizes", "key_dim"}:
             changes = {"down_ops": None, **changes}
-        if "id2label" in changes:
-            changes = {"num_labels": None, **changes}
+        if changes.keys() & {"id2label", "label2id"}:
+            changes = {"num_labels": None, "id2label": None, **changes}
         elif changes.get("num_labels", self.num_labels) != self.num_labels:
             changes = {**changes, "id2label": None}
         return dataclasses.replace(self, **changes)
@@ -298,16 +280,6 @@ class LevitConfig:
             3
         """
         return len(self.hidden_sizes)
-
-    @property
-    def label2id(self) -> dict[str, int]:
-        """Class indices by name; the last index if two classes have the same name.
-
-        Examples:
-            >>> LevitConfig(id2label=("cat", "dog")).label2id
-            {'cat': 0, 'dog': 1}
-        """
-        return {label: i for i, label in enumerate(self.id2label)}
 
     @property
     def image_height_width(self) -> tuple[int, int]:
@@ -375,31 +347,9 @@ class LevitConfig:
         if values.get("model_type", "levit") != "levit":
             raise ValueError(f"The config has another model_type: expected 'levit', found {values['model_type']!r}.")
         block = values.pop(_OWN_BLOCK, {})
-        values.pop("label2id", None)  # follows from id2label
-        if "id2label" in values:
-            values.pop("num_labels", None)
-        if "drop_path_rate" in block:
-            values["drop_path_rate"] = block["drop_path_rate"]
         known = {field.name for field in dataclasses.fields(cls)} - {"extra"}
-        fields, extra = {}, {}
-        for key, value in values.items():
-            if key in known:
-                fields[key] = value
-            elif key in _FIXED_KEYS:
-                if value not in _FIXED_KEYS[key]:
-                    raise ValueError(
-                        f"The config describes another architecture: expected {key}={_FIXED_KEYS[key][0]!r}, found"
-                        f" {value!r}."
-                    )
-            elif key not in _HOUSEKEEPING_KEYS:
-                extra[key] = json.dumps(value, sort_keys=True)
-        if extra:
-            warnings.warn(
-                f"The config has keys that LeViT does not use: {', '.join(sorted(extra))}. They have no effect and are"
-                " kept in LevitConfig.extra.",
-                stacklevel=2,
-            )
-        return cls(**fields, extra=tuple(sorted(extra.items())))
+        fields, extra = _sort_keys(values, known, block.get("drop_path_rate"))
+        return cls(**fields, extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as the content of a `config.json` that transformers can read.
@@ -422,51 +372,102 @@ class LevitConfig:
         values["down_ops"] = [list(op) for op in self.down_ops]
         values["id2label"] = {str(i): label for i, label in enumerate(self.id2label)}
         values["label2id"] = self.label2id
-        if self.problem_type is not None:
-            values["problem_type"] = self.problem_type
+        for field in dataclasses.fields(self):
+            if field.name in _WRITTEN_IF_CHANGED and getattr(self, field.name) != field.default:
+                value = getattr(self, field.name)
+                values[field.name] = list(value) if isinstance(value, tuple) else value
         for key, text in self.extra:
             values[key] = json.loads(text)
         if self.drop_path_rate:
             values[_OWN_BLOCK] = {"drop_path_rate": self.drop_path_rate}
         return values
 
+    def to_json_string(self) -> str:
+        """Return the config as the text of a `config.json`.
 
-def _integer(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < least:
-        raise ValueError(f"LevitConfig.{name} must be an integer of at least {least}, found {value!r}.")
-    return int(value)
+        Examples:
+            >>> json.loads(LevitConfig(depths=(1, 2, 3)).to_json_string())["depths"]
+            [1, 2, 3]
+        """
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
+    def to_json_file(self, path: str | Path) -> None:
+        """Write the config as JSON.
 
-def _integers(name: str, values: Any, least: int) -> tuple[int, ...]:
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise ValueError(f"LevitConfig.{name} must be a sequence with one integer per stage, found {values!r}.")
-    return tuple(_integer(f"{name}[{i}]", value, least) for i, value in enumerate(values))
+        Args:
+            path: the file to write.
 
+        Raises:
+            OSError: the file cannot be written.
 
-def _image_size(value: Any) -> int | tuple[int, int]:
-    if isinstance(value, int | float):
-        return _integer("image_size", value, 1)
-    size = _integers("image_size", value, 1)
-    if len(size) != 2:
-        raise ValueError(f"LevitConfig.image_size must be an integer or (height, width), found {value!r}.")
-    return size[0] if size[0] == size[1] else (size[0], size[1])
+        Examples:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     LevitConfig().to_json_file(f"{folder}/levit.json")
+            ...     LevitConfig.from_json_file(f"{folder}/levit.json") == LevitConfig()
+            True
+        """
+        files._write_text(Path(path), self.to_json_string())
 
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> "LevitConfig":
+        """Read a config from a JSON file, as `from_dict` does from its content.
 
-def _ordered_labels(labels: Mapping[Any, str]) -> tuple[str, ...]:
-    by_index = {int(index): label for index, label in labels.items()}
-    if sorted(by_index) != list(range(len(by_index))):
-        raise ValueError(
-            f"LevitConfig.id2label must name the classes 0 to {len(by_index) - 1} once each, found the indices"
-            f" {sorted(by_index)}."
-        )
-    return tuple(by_index[i] for i in range(len(by_index)))
+        Args:
+            path: the file.
 
+        Raises:
+            ValueError: the file is not JSON, or `from_dict` raises.
+            OSError: the file cannot be read.
 
-def _imagenet_labels() -> tuple[str, ...]:
-    """Return the names of ImageNet-1k's 1000 classes (WordNet lemmas), ordered by synset number as usual."""
-    return tuple((Path(__file__).parent / "imagenet_labels.txt").read_text(encoding="utf-8").splitlines())
+        Examples:
+            >>> from levit_flax.hub import _EMBEDDED_DIRECTORY
+            >>> LevitConfig.from_json_file(_EMBEDDED_DIRECTORY / "config.json").num_labels
+            10
+        """
+        values = files._read_json(Path(path))
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} is not a config: expected a JSON object, found {_brief(values)}.")
+        return cls.from_dict(values)
 
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `config.json` into a directory, which is created if it does not exist.
 
-def _imagenet_wordnet_ids() -> tuple[str, ...]:
-    """Return the WordNet ids of ImageNet-1k's 1000 classes, such as "n01440764", in the order of `_imagenet_labels`."""
-    return tuple((Path(__file__).parent / "imagenet_wordnet_ids.txt").read_text(encoding="utf-8").splitlines())
+        Args:
+            directory: the directory.
+
+        Raises:
+            OSError: the file cannot be written.
+
+        Examples:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     LevitConfig(num_labels=3).save_pretrained(folder)
+            ...     LevitConfig.from_pretrained(folder).num_labels
+            3
+        """
+        self.to_json_file(Path(directory) / _CONFIG_FILE)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, subfolder: str = "", **changes: Any) -> "LevitConfig":
+        """Load the config of a model, and optionally change fields.
+
+        Args:
+            source: a directory, a Hub id such as "facebook/levit-128S", or "cifar10", the small model in the package.
+            subfolder: folder of the directory or repository that contains `config.json`.
+            **changes: new values of fields, as for `replace`; also `revision`, `token`, `cache_dir` and
+                `local_files_only`, as for `levit_flax.from_pretrained`.
+
+        Raises:
+            ValueError: the file is malformed, or a value is invalid.
+            TypeError: there is no such field.
+            OSError: the source does not exist, or cannot be read or downloaded.
+
+        Examples:
+            >>> LevitConfig.from_pretrained("cifar10", id2label=("cat", "dog")).num_labels
+            2
+        """
+        access = {name: changes.pop(name) for name in _ACCESS_OPTIONS if name in changes}
+        options = _HubOptions(**access, subfolder=subfolder)
+        directory = _resolve(source, files=(_CONFIG_FILE,), options=options).directory
+        return cls.from_json_file(directory / _CONFIG_FILE).replace(**changes)

@@ -16,10 +16,9 @@ from .configuration import (
     _PROBLEM_TYPES,
     _REGRESSION,
     _SINGLE_LABEL,
-    _imagenet_labels,
-    _imagenet_wordnet_ids,
 )
 from .image_processing import LevitImageProcessor
+from .imagenet import _imagenet_labels, _imagenet_wordnet_ids
 from .images import _image_suffixes, _load_image
 
 _LISTED = 5  # maximum number of class names in an error message

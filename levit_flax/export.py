@@ -112,7 +112,7 @@ def export_model(
     shape = [*config.image_height_width, config.num_channels]
 
     def classify(pixel_values: jax.Array) -> jax.Array:
-        output: Any = model.apply(variables, pixel_values)
+        output: Any = model.apply(variables, pixel_values, return_dict=True)
         logits: jax.Array = output.logits.astype(jnp.float32)
         return logits
 
@@ -128,7 +128,7 @@ def export_model(
         "platforms": list(platforms) if format == "stablehlo" else None,
         "versions": {name: version(name) for name in ("levit-flax", "jax")},
     }
-    with _staged_directory(Path(directory), overwrite, _OWN_FILES) as staging:
+    with _staged_directory(Path(directory), overwrite, _OWN_FILES, _ABOUT_FILE) as staging:
         (staging / file).write_bytes(artifact)
         (staging / _ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         (staging / _README_FILE).write_text(

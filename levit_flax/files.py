@@ -1,12 +1,64 @@
-"""Write files and directories atomically, and explain why a write failed."""
+"""Read regular files of limited size, write files and directories atomically, and explain why a write failed."""
 
 import contextlib
+import ctypes
 import errno
+import json
 import os
 import shutil
+import stat
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
+
+_MOST_TEXT_BYTES = 64 * 2**20  # far above the config of any model
+
+# The names of folders inside a directory whose files are being replaced, see `_replace_inside`.
+_NEW, _RETIRING, _OLD = ".levit-flax-new", ".levit-flax-retiring", ".levit-flax-old"
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode), "a device"),
+)
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, or raise OSError. Others may block forever or never end."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        found = next((kind for is_kind, kind in _KINDS if is_kind(mode)), "another kind of file")
+        raise OSError(f"{path} cannot be read: expected a regular file, found {found}.")
+    return os.fdopen(handle, "rb")
+
+
+def _check_regular(path: Path) -> None:
+    """Raise OSError unless the path is a regular file that can be opened."""
+    _open_regular(path).close()
+
+
+def _read_bytes(path: Path) -> bytes:
+    """Return the content of a small regular file; raise ValueError if it is too large."""
+    with _open_regular(path) as file:
+        content = file.read(_MOST_TEXT_BYTES + 1)
+    if len(content) > _MOST_TEXT_BYTES:
+        raise ValueError(f"{path} is too large: expected at most {_MOST_TEXT_BYTES // 2**20} MiB.")
+    return content
+
+
+def _read_json(path: Path) -> Any:
+    """Return the value in a JSON file; raise ValueError if it is not JSON."""
+    try:
+        return json.loads(_read_bytes(path))
+    except RecursionError:
+        raise ValueError(f"{path} is not valid JSON: its values are nested too deeply.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from None
 
 
 def _cannot_write(path: Path, error: OSError) -> OSError:
@@ -39,7 +91,8 @@ def _check_free(directory: Path, overwrite: bool) -> None:
     directory = directory.expanduser()
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file: expected a directory or an unused name. Choose another name.")
-    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+    occupied = directory.is_dir() and any(entry.name not in (_NEW, _RETIRING, _OLD) for entry in directory.iterdir())
+    if occupied and not overwrite:
         raise FileExistsError(
             f"{directory} is not empty: expected an empty directory or an unused name. Choose another name, or pass"
             " overwrite=True to replace the model in it."
@@ -47,39 +100,128 @@ def _check_free(directory: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def _staged_directory(directory: Path, overwrite: bool, replaceable: Collection[str]) -> Iterator[Path]:
-    """Yield a temporary directory to write to, and rename it to `directory` if the block succeeds.
+def _staged_directory(directory: Path, overwrite: bool, replaceable: Collection[str], marker: str) -> Iterator[Path]:
+    """Yield a temporary directory to write to, whose files appear in `directory` if the block succeeds.
 
-    With `overwrite`, only files whose names are in `replaceable` are replaced; other files in `directory` are kept.
+    Args:
+        directory: the directory to write.
+        overwrite: replace the files of an earlier write. Other files in `directory` are kept.
+        replaceable: names of the files that an earlier write may have left.
+        marker: name of the file without which a reader does not accept the directory. It is written last.
     """
     _check_free(directory, overwrite)
     directory = directory.expanduser().resolve()
+    inside = directory.is_dir() and _must_stay(directory)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        if directory.is_dir():
+            _recover(directory, replaceable)
+        staging = (
+            directory / _NEW if inside else Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        )
+        staging.mkdir(exist_ok=True)
     except OSError as error:
         raise _cannot_write(directory, error) from None
     try:
         staging.chmod(_permissions(0o777))  # mkdtemp creates it with mode 0700
         with _explain_full_disk(directory):
             yield staging
-        _replace_directory(directory, staging, replaceable)
+            if not directory.exists():
+                os.rename(staging, directory)
+            elif inside or not _exchange(directory, staging, replaceable):
+                _replace_inside(directory, staging, replaceable, marker)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _replace_directory(directory: Path, staging: Path, replaceable: Collection[str]) -> None:
-    """Rename `staging` to `directory`, keeping the old directory's files that are not replaceable."""
-    if not directory.exists():
-        os.rename(staging, directory)
-        return
-    retired = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    os.rename(directory, retired)
-    os.rename(staging, directory)
-    for entry in retired.iterdir():
-        if entry.name not in replaceable and not (directory / entry.name).exists():
+def _must_stay(directory: Path) -> bool:
+    """Return whether a directory must be filled and not be replaced by another one.
+
+    A mount point cannot be replaced, the parent may not be writable, and the programs that stand in a directory would
+    keep the old one.
+    """
+    return (
+        directory.is_mount()
+        or directory in (Path.cwd(), *Path.cwd().parents)
+        or not os.access(directory.parent, os.W_OK)
+    )
+
+
+def _exchange(directory: Path, staging: Path, replaceable: Collection[str]) -> bool:
+    """Exchange two directories in one step and keep the other files of `directory`, if the system can do so."""
+    written = os.listdir(staging)
+    others = [entry for entry in directory.iterdir() if entry.name not in (*replaceable, *written)]
+    with contextlib.suppress(OSError):  # not one file system, or no links
+        for entry in others:
+            _link(entry, staging / entry.name)
+        if _rename_exchange(directory, staging):
+            return True
+    for name in set(os.listdir(staging)) - set(written):
+        linked = staging / name
+        shutil.rmtree(linked) if linked.is_dir() and not linked.is_symlink() else linked.unlink()
+    return False
+
+
+def _link(source: Path, target: Path) -> None:
+    """Add a second name for a file, or for all files of a folder."""
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, target, symlinks=True, copy_function=os.link)
+    else:
+        os.link(source, target, follow_symlinks=False)
+
+
+def _rename_exchange(first: Path, second: Path) -> bool:
+    """Exchange the names of two directories in one step; False if the system cannot."""
+    if sys.platform != "linux":
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
+
+
+def _replace_inside(directory: Path, staging: Path, replaceable: Collection[str], marker: str) -> None:
+    """Move the files of `staging` into `directory`, the marker last.
+
+    The old files are kept until then, so that `_recover` can restore them if the process is killed.
+    """
+    if staging.parent != directory:  # possibly on another file system
+        shutil.copytree(staging, directory / _NEW)
+        staging = directory / _NEW
+    retiring = directory / _RETIRING
+    retiring.mkdir()
+    try:
+        for name in _marker_first(replaceable, marker):
+            if (directory / name).exists():
+                os.rename(directory / name, retiring / name)
+        os.rename(retiring, directory / _OLD)
+        for name in reversed(_marker_first(os.listdir(staging), marker)):
+            os.rename(staging / name, directory / name)
+    except OSError:
+        _recover(directory, replaceable)
+        raise
+    _recover(directory, replaceable)
+
+
+def _marker_first(names: Collection[str], marker: str) -> list[str]:
+    return sorted(names, key=lambda name: (name != marker, name))
+
+
+def _recover(directory: Path, replaceable: Collection[str]) -> None:
+    """Remove the temporary folders of a replacement, and restore the old files if it was interrupted."""
+    new, retiring, old = (directory / name for name in (_NEW, _RETIRING, _OLD))
+    if old.is_dir() and new.is_dir() and any(new.iterdir()):  # some new files are in place, but not all
+        for name in replaceable:
+            (directory / name).unlink(missing_ok=True)
+        os.rename(old, retiring)
+    if retiring.is_dir():
+        for entry in retiring.iterdir():
             os.rename(entry, directory / entry.name)
-    shutil.rmtree(retired)
+    for folder in (new, retiring, old):
+        if folder.is_dir():
+            shutil.rmtree(folder)
 
 
 def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .files import _read_json
+
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
@@ -22,6 +24,13 @@ _logger = logging.getLogger(__name__)
 # The small model inside the package, in transformers' PyTorch layout.
 _EMBEDDED_NAME = "cifar10"
 _EMBEDDED_DIRECTORY = Path(__file__).parent / "embedded"
+
+# The published models by the names that the paper and timm use.
+_PUBLISHED = {name: f"facebook/{name}" for name in ("levit-128S", "levit-128", "levit-192", "levit-256", "levit-384")}
+
+# Prefixes of timm: the first two for the Hub, the last for a directory.
+_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+_DIRECTORY_PREFIX = "local-dir:"
 
 # A missing source with one of these suffixes is a mistyped file name, not a repository.
 _CHECKPOINT_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
@@ -56,19 +65,21 @@ class HubUnreachableError(HubError):
 
 @dataclasses.dataclass(frozen=True)
 class _HubOptions:
-    """Options for access to a Hub repository; they do not affect local directories.
+    """Options for access to a Hub repository; except for the last, they do not affect local directories.
 
     Attributes:
         revision: branch, tag or commit hash of the repository; None for its main branch.
         token: access token; None for the one stored by `hf auth login` or in HF_TOKEN.
         cache_dir: directory for downloads; None for huggingface_hub's own cache.
         local_files_only: use only the cache, as `HF_HUB_OFFLINE=1` does.
+        subfolder: folder of the repository that contains the files; also used for local directories.
     """
 
     revision: str | None = None
     token: str | None = dataclasses.field(default=None, repr=False)
     cache_dir: str | Path | None = None
     local_files_only: bool = False
+    subfolder: str = ""
 
 
 _DEFAULTS = _HubOptions()
@@ -101,21 +112,21 @@ def _resolve(
     """Find the files of a model in a local directory, in the cache or on the Hub.
 
     An existing directory takes precedence over a repository with the same name. Only the first of `weights` that the
-    repository has is downloaded; if it is an index, so are its shards. If the Hub cannot be reached, or in offline mode
-    (`HF_HUB_OFFLINE=1`), files are loaded from the cache.
+    repository has is downloaded, or its only file that may contain weights; if it is an index, so are its shards. If
+    the Hub cannot be reached, or in offline mode (`HF_HUB_OFFLINE=1`), files are loaded from the cache.
 
     Args:
-        source: a directory, a Hub repository as "owner/name", or "cifar10", the small model in the package.
+        source: a directory, a Hub repository as "owner/name", "cifar10", the small model in the package, or the name of
+            a published model. timm's prefixes are removed.
         weights: names of weight files in order of preference, of which at least one must exist.
         files: names of other files, downloaded if they exist. If `weights` is empty, at least one must exist.
         options: how to access the Hub.
     """
-    path = Path(source).expanduser()
-    if source == _EMBEDDED_NAME and not path.exists():
-        path = _EMBEDDED_DIRECTORY
+    source, path = _locate(source)
     if path.is_dir():
-        present = os.listdir(path)
-        if _first(weights or files, present) is None:
+        path /= options.subfolder
+        present = os.listdir(path) if path.is_dir() else []
+        if _choose(weights or files, present, bool(weights)) is None:
             raise FileNotFoundError(f"{path} is not a model directory: {_expected(weights or files, present)}")
         return _resolved(path, weights, None)
     if path.exists():
@@ -129,9 +140,29 @@ def _resolve(
     from huggingface_hub import constants
 
     cache = Path(options.cache_dir or constants.HF_HUB_CACHE).expanduser()
-    request = _Request(source, tuple(weights), tuple(files), options.revision, options.token, cache)
+    inside = f"{options.subfolder.strip('/')}/" if options.subfolder else ""
+    wanted, others = (tuple(inside + name for name in names) for names in (weights, files))
+    request = _Request(source, wanted, others, options.revision, options.token, cache)
     offline = options.local_files_only or constants.HF_HUB_OFFLINE
-    return _resolved(request.from_cache() if offline else request.from_hub(), weights, source)
+    snapshot = request.from_cache() if offline else request.from_hub()
+    return _resolved(snapshot / inside, weights, source, snapshot.name)
+
+
+def _locate(source: str | Path) -> tuple[str | Path, Path]:
+    """Return the source without prefixes and short names, and the local path that it may mean."""
+    if isinstance(source, str):
+        for prefix in _HUB_PREFIXES:
+            source = source.removeprefix(prefix)
+        if source.startswith(_DIRECTORY_PREFIX):
+            source = Path(source.removeprefix(_DIRECTORY_PREFIX))
+    elif not isinstance(source, os.PathLike):
+        raise TypeError(f"The source of a model must be a str or a path, found {type(source).__name__}.")
+    path = Path(source).expanduser()
+    if isinstance(source, str) and not path.exists():
+        if source == _EMBEDDED_NAME:
+            path = _EMBEDDED_DIRECTORY
+        source = _PUBLISHED.get(source, source)
+    return source, path
 
 
 def _push(
@@ -183,13 +214,22 @@ def _first(names: Sequence[str], present: Collection[str]) -> str | None:
     return next((name for name in names if name in present), None)
 
 
-def _resolved(directory: Path, weights: Sequence[str], repo_id: str | None) -> _Resolved:
-    name = _first(weights, os.listdir(directory))
+def _choose(names: Sequence[str], present: Collection[str], other_weights: bool) -> str | None:
+    """Return the first of `names` that is present; if none is, the only other file with weights, if that is wanted."""
+    found = _first(names, present)
+    if found is None and other_weights:
+        others = [name for name in present if name.endswith(_CHECKPOINT_SUFFIXES)]
+        return others[0] if len(others) == 1 else None
+    return found
+
+
+def _resolved(directory: Path, weights: Sequence[str], repo_id: str | None, revision: str | None = None) -> _Resolved:
+    name = _choose(weights, os.listdir(directory), bool(weights))
     return _Resolved(
         directory=directory,
         weights=None if name is None else directory / name,
         repo_id=repo_id,
-        revision=None if repo_id is None else directory.name,
+        revision=revision,
     )
 
 
@@ -204,7 +244,7 @@ def _expected(names: Sequence[str], present: Collection[str]) -> str:
 def _shards(index: Path) -> list[str]:
     """Return the names of the shards that the index of a sharded checkpoint points to."""
     try:
-        return sorted({str(shard) for shard in json.loads(index.read_bytes())["weight_map"].values()})
+        return sorted({str(shard) for shard in _read_json(index)["weight_map"].values()})
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise HubError(f"{index} is not the index of a sharded checkpoint: expected JSON with a weight_map.") from error
 
@@ -256,7 +296,8 @@ class _Request:
             if isinstance(path, str):
                 file = Path(path)
                 shards = _shards(file) if name.endswith(_INDEX_SUFFIX) else []
-                return file.parent if all((file.parent / shard).is_file() for shard in shards) else None
+                snapshot = file.parents[name.count("/")]
+                return snapshot if all((file.parent / shard).is_file() for shard in shards) else None
         return None
 
     def _download(self) -> Path:
@@ -267,15 +308,18 @@ class _Request:
             # Called first, because it has a timeout and no retries, so that it fails quickly without a network.
             info = api.model_info(self.repo_id, revision=self.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
             present = {sibling.rfilename for sibling in info.siblings or ()}
-            if _first(self.weights or self.files, present) is None:
+            here = {name for name in present if name.count("/") == (self.weights or self.files)[0].count("/")}
+            if _choose(self.weights or self.files, here, bool(self.weights)) is None:
                 expected = _expected(self.weights or self.files, present)
                 raise HubError(f"The Hub repository {self.repo_id} has no LeViT model: {expected}")
-            chosen = _first(self.weights, present)
+            chosen = _choose(self.weights, here, bool(self.weights))
             names = [name for name in (*self.files, chosen) if name in present]
             download = functools.partial(api.snapshot_download, self.repo_id, cache_dir=self.cache)
             snapshot = Path(download(revision=self.revision, allow_patterns=names))
             if chosen is not None and chosen.endswith(_INDEX_SUFFIX):
-                download(revision=snapshot.name, allow_patterns=_shards(snapshot / chosen))
+                folder = chosen.rpartition("/")[0]
+                shards = [f"{folder}/{name}".lstrip("/") for name in _shards(snapshot / chosen)]
+                download(revision=snapshot.name, allow_patterns=shards)
         return snapshot
 
 

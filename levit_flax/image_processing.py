@@ -353,10 +353,7 @@ class LevitImageProcessor:
         options = _HubOptions(revision, token, cache_dir, local_files_only)
         directory = _resolve(source, files=(_PROCESSOR_FILE,), options=options).directory
         path = directory / _PROCESSOR_FILE
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}).") from error
+        settings = files._read_json(path)
         if not isinstance(settings, dict):
             raise ValueError(f"{path} is malformed: expected a JSON object, found a {type(settings).__name__}.")
         return cls.from_dict(settings, **overrides)

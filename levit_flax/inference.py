@@ -115,7 +115,8 @@ class _InferenceFunction:
         parts = self.start(pixels)
         if len(parts) == 1 and len(parts[0][0]) == parts[0][1]:
             return parts[0][0]
-        return jax.device_put(self.finish(parts))
+        logits: jax.Array = jax.device_put(self.finish(parts))
+        return logits
 
     def start(self, pixels: Any) -> _Parts:
         """Start to compute the logits of images, and return without waiting for them."""
@@ -183,7 +184,7 @@ class _InferenceFunction:
     def _apply(self, variables: Variables, pixels: jax.Array) -> jax.Array:
         if pixels.dtype == jnp.uint8:
             pixels = _normalize(pixels, self.processor)
-        output: Any = self.model.apply(variables, pixels)
+        output: Any = self.model.apply(variables, pixels, return_dict=True)
         logits: jax.Array = output.logits
         return logits.astype(_at_least_float32(logits.dtype))
 

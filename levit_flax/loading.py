@@ -3,7 +3,6 @@
 PyTorch weights are converted while loading. `levit_flax.convert` is imported only for these.
 """
 
-import json
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,9 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from . import checkpoint, hub, surgery
-from .checkpoint import _CONFIG_FILE, _OWN_FILES, _TORCH_WEIGHT_FILES, _WEIGHTS_FILE
-from .configuration import LevitConfig
+from .checkpoint import _OWN_FILES, _TORCH_WEIGHT_FILES, _WEIGHTS_FILE
+from .configuration import _CONFIG_FILE, LevitConfig
+from .files import _read_json
 from .hub import _HubOptions, _Resolved
 from .image_processing import _PROCESSOR_FILE, LevitImageProcessor
 from .modeling import LevitBase, Variables
@@ -35,9 +35,13 @@ def from_pretrained(
     source: str | Path,
     *,
     dtype: Any = None,
+    torch_dtype: Any = None,
     image_size: int | tuple[int, int] | None = None,
     num_labels: int | None = None,
+    num_channels: int | None = None,
     key: jax.Array | None = None,
+    ignore_mismatched_sizes: bool = False,
+    subfolder: str = "",
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
@@ -48,11 +52,16 @@ def from_pretrained(
     Args:
         source: a directory, a Hub id such as "facebook/levit-128S", or "cifar10", the small model in the package.
         dtype: dtype of the floating-point arrays; "auto" keeps the checkpoint's. None does the same, but converts
-            narrower dtypes than float32 to float32, because optimizers underflow in float16.
+            narrower dtypes than float32 to float32, because optimizers underflow in float16. PyTorch's dtypes are
+            accepted too.
+        torch_dtype: another name of `dtype`, as in transformers.
         image_size: input size in pixels, one side or (height, width); None keeps the checkpoint's. See `resize_image`.
         num_labels: number of classes; None keeps the checkpoint's. Heads for another number are newly initialized, and
-            a warning is issued. See `replace_head`.
+            a warning is issued. 0 removes the heads. See `replace_head`.
+        num_channels: channels of the input images; None keeps the checkpoint's. See `change_channels`.
         key: random key for newly initialized heads; None for `jax.random.key(0)`.
+        ignore_mismatched_sizes: no effect; accepted because transformers requires it to change the number of classes.
+        subfolder: folder of the directory or repository that contains the model.
         revision: branch, tag or commit of a Hub repository; None for its main branch.
         token: access token for the Hub; None for the one stored by `hf auth login` or in HF_TOKEN.
         cache_dir: directory for downloads; None for huggingface_hub's own cache.
@@ -70,17 +79,22 @@ def from_pretrained(
         >>> type(model).__name__, model.config.image_size
         ('LevitForImageClassificationWithTeacher', 96)
     """
-    files = _resolve(source, _HubOptions(revision, token, cache_dir, local_files_only))
-    model, variables = _load_weights(files, dtype)
+    if dtype is not None and torch_dtype is not None:
+        raise ValueError(f"dtype and torch_dtype mean the same: expected one of them, found {dtype} and {torch_dtype}.")
+    files = _resolve(source, _HubOptions(revision, token, cache_dir, local_files_only, subfolder))
+    model, variables = _load_weights(files, torch_dtype if dtype is None else dtype)
+    if num_channels is not None:
+        model, variables = surgery.change_channels(model, variables, num_channels)
     if image_size is not None:
         model, variables = surgery.resize_image(model, variables, image_size)
     if num_labels is not None and num_labels != model.config.num_labels:
-        warnings.warn(
-            f"The checkpoint has {model.config.num_labels} classes: the heads for {num_labels} are newly initialized"
-            " and must be trained before use.",
-            stacklevel=2,
-        )
-        model, variables = surgery.replace_head(model, variables, num_labels, jax.random.key(0) if key is None else key)
+        if num_labels:
+            warnings.warn(
+                f"The checkpoint has {model.config.num_labels} classes: the heads for {num_labels} are newly"
+                " initialized and must be trained before use.",
+                stacklevel=2,
+            )
+        model, variables = surgery.replace_head(model, variables, num_labels, key)
     return model, variables
 
 
@@ -96,7 +110,7 @@ def _resolve(
 def _load_weights(files: _Resolved, dtype: Any = None) -> tuple[LevitBase, Variables]:
     """Return the module and its variables as JAX arrays; `dtype` is that of `from_pretrained`."""
     assert files.weights is not None  # _resolve raises if there are none
-    requested = None if dtype == "auto" else dtype
+    requested = None if dtype is None or (isinstance(dtype, str) and dtype == "auto") else _floating(dtype)
     if files.weights.name != _WEIGHTS_FILE:
         from levit_flax.convert import conversion, sources  # heavy imports that Flax weights do not need
 
@@ -109,6 +123,17 @@ def _load_weights(files: _Resolved, dtype: Any = None) -> tuple[LevitBase, Varia
     if dtype is None and jnp.dtype(model.param_dtype).itemsize < jnp.dtype(jnp.float32).itemsize:
         model, variables = checkpoint._cast(model, variables, jnp.float32)
     return model, checkpoint._to_device(variables, str(files.weights))
+
+
+def _floating(dtype: Any) -> Any:
+    """Return a floating-point dtype of NumPy from its name, or from a dtype of NumPy, JAX or PyTorch."""
+    try:
+        found = jnp.dtype(str(dtype).removeprefix("torch.") if type(dtype).__module__ == "torch" else dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(f'dtype must be a floating-point dtype, "auto" or None, found {dtype!r}.')
+    return found
 
 
 def _load_model(
@@ -133,7 +158,7 @@ def _load_processor(directory: Path | None, config: LevitConfig) -> LevitImagePr
     if directory is not None and (directory / _PROCESSOR_FILE).is_file():
         return LevitImageProcessor.from_pretrained(directory)
     if directory is not None and (directory / _CONFIG_FILE).is_file():
-        values = json.loads((directory / _CONFIG_FILE).read_text(encoding="utf-8"))
+        values = _read_json(directory / _CONFIG_FILE)
         if "architecture" in values:  # timm stores its preprocessing in config.json
             from levit_flax.convert.timm_files import _read_timm_processor
 
@@ -180,7 +205,6 @@ def _change_heads(
             " trained before use.",
             stacklevel=3,
         )
-        key = jax.random.key(0) if key is None else key
         _, with_heads = surgery.replace_head(changed, variables, model.config.num_labels, key)
         flat |= {p: leaf for p, leaf in flatten_dict(with_heads, sep="/").items() if p.split("/")[1] in missing}
     return changed, unflatten_dict(flat, sep="/")

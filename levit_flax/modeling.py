@@ -22,6 +22,7 @@ from .blocks import _Downsample, _Stage, _Stem
 from .configuration import LevitConfig
 from .image_processing import LevitImageProcessor
 from .layers import _at_least_float32, _NormLinear
+from .modeling_inputs import _check_pixel_values
 from .modeling_outputs import (
     LevitForImageClassificationOutput,
     LevitForImageClassificationWithTeacherOutput,
@@ -30,38 +31,6 @@ from .modeling_outputs import (
 )
 
 Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}
-
-
-def _check_pixel_values(pixel_values: jax.Array, config: LevitConfig) -> None:
-    """Raise ValueError unless `pixel_values` is a float batch [B H W C] of the config's image size and channels."""
-    shape, channels = pixel_values.shape, config.num_channels
-    expected = (*config.image_height_width, channels)
-    wanted = f"expected float [B H W C] = [B {' '.join(map(str, expected))}]"
-    if len(shape) != 4:
-        raise ValueError(
-            f"pixel_values must have 4 axes: {wanted}, found {len(shape)} axes {shape}. Add a batch axis to a single"
-            " image with pixel_values[None]."
-        )
-    if shape[1:] == (channels, *expected[:2]) and shape[1:] != expected:
-        raise ValueError(
-            f"pixel_values is channels first: {wanted}, channels last, found {shape}. Use"
-            " jnp.transpose(pixel_values, (0, 2, 3, 1))."
-        )
-    if shape[3] != channels:
-        raise ValueError(
-            f"pixel_values has the wrong number of channels: {wanted}, found {shape[3]} channels in {shape}. Convert"
-            f" the images, or change the config's num_channels, which is {channels}."
-        )
-    if shape[1:] != expected:
-        raise ValueError(
-            f"pixel_values has the wrong image size: {wanted}, found {shape[1]}x{shape[2]} pixels. Resize the images"
-            " with LevitImageProcessor, or the model with resize_image."
-        )
-    if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
-        raise ValueError(
-            f"pixel_values has the wrong dtype: {wanted}, found {pixel_values.dtype}. Rescale and normalize the images"
-            " with LevitImageProcessor."
-        )
 
 
 class LevitBase(nn.Module):
@@ -97,9 +66,13 @@ class LevitBase(nn.Module):
         source: str | Path,
         *,
         dtype: Any = None,
+        torch_dtype: Any = None,
         image_size: int | tuple[int, int] | None = None,
         num_labels: int | None = None,
+        num_channels: int | None = None,
         key: jax.Array | None = None,
+        ignore_mismatched_sizes: bool = False,
+        subfolder: str = "",
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | Path | None = None,
@@ -112,10 +85,15 @@ class LevitBase(nn.Module):
 
         Args:
             source: a directory, a Hub id such as "facebook/levit-128S", or "cifar10", the small model in the package.
-            dtype: dtype of the floating-point arrays; None keeps the checkpoint's.
+            dtype: dtype of the floating-point arrays; None keeps the checkpoint's, but at least float32.
+            torch_dtype: another name of `dtype`, as in transformers.
             image_size: input size in pixels, one side or (height, width); None keeps the checkpoint's.
-            num_labels: number of classes; None keeps the checkpoint's.
+            num_labels: number of classes; None keeps the checkpoint's, 0 removes the heads.
+            num_channels: channels of the input images; None keeps the checkpoint's.
             key: random key for newly initialized heads; None for `jax.random.key(0)`.
+            ignore_mismatched_sizes: no effect; accepted because transformers requires it to change the number of
+                classes.
+            subfolder: folder of the directory or repository that contains the model.
             revision: branch, tag or commit of a Hub repository; None for its main branch.
             token: access token for the Hub; None for the one stored by `hf auth login` or in HF_TOKEN.
             cache_dir: directory for downloads; None for huggingface_hub's own cache.
@@ -138,9 +116,13 @@ class LevitBase(nn.Module):
         model, variables = from_pretrained(
             source,
             dtype=dtype,
+            torch_dtype=torch_dtype,
             image_size=image_size,
             num_labels=num_labels,
+            num_channels=num_channels,
             key=key,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            subfolder=subfolder,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
@@ -246,12 +228,16 @@ class LevitBase(nn.Module):
         self,
         pixel_values: jax.Array,
         train: bool = False,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         output_features: bool = False,
     ) -> LevitModelOutput:
         """Compute the output of the model without heads; the arguments are those of `LevitModel`."""
         config, shared = self.config, self._shared
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = config.output_attentions
         _check_pixel_values(pixel_values, config)
         if train and self.folded:
             raise ValueError(
@@ -276,6 +262,9 @@ class LevitBase(nn.Module):
             attentions=tuple(attentions) if output_attentions else None,
             features=tuple(features) if output_features else None,
         )
+
+    def _returns_dict(self, return_dict: bool | None) -> bool:
+        return self.config.return_dict if return_dict is None else return_dict
 
     def _apply_head(self, name: str, pooled: jax.Array, train: bool) -> jax.Array:
         """Map pooled features [B C] to logits [B num_labels], or return them unchanged if there are no classes."""
@@ -302,9 +291,9 @@ class LevitModel(LevitBase):
         pixel_values: jax.Array,
         *,
         train: bool = False,
-        return_dict: bool = True,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        return_dict: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         output_features: bool = False,
     ) -> LevitModelOutput | tuple[Any, ...]:
         """Compute the features of a batch of images.
@@ -315,9 +304,11 @@ class LevitModel(LevitBase):
                 apply stochastic depth. Pass `mutable=["batch_stats"]` to `apply`, and, if the config's
                 `drop_path_rate` is above 0, `rngs={"drop_path": key}`. `apply` then returns the output together with
                 the new batch statistics.
-            return_dict: return an output object; False returns a tuple of its fields that are not None.
-            output_hidden_states: also return the tokens after the stem and after each stage.
-            output_attentions: also return the attention weights of every block and downsampling.
+            return_dict: return an output object; False returns a tuple of its fields that are not None. None uses the
+                config's `return_dict`, which is True by default.
+            output_hidden_states: also return the tokens after the stem and after each stage; None uses the config's.
+            output_attentions: also return the attention weights of every block and downsampling; None uses the
+                config's.
             output_features: also return the feature map [B H W C] of each stage.
 
         Returns:
@@ -338,7 +329,7 @@ class LevitModel(LevitBase):
             ((2, 384), ['batch_stats'])
         """
         output = self._backbone(pixel_values, train, output_hidden_states, output_attentions, output_features)
-        return output if return_dict else output.to_tuple()
+        return output if self._returns_dict(return_dict) else output.to_tuple()
 
 
 class LevitForImageClassification(LevitBase):
@@ -363,9 +354,9 @@ class LevitForImageClassification(LevitBase):
         labels: jax.Array | None = None,
         *,
         train: bool = False,
-        return_dict: bool = True,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        return_dict: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         output_features: bool = False,
     ) -> LevitForImageClassificationOutput | tuple[Any, ...]:
         """Classify a batch of images, and compute the loss if labels are given.
@@ -376,9 +367,11 @@ class LevitForImageClassification(LevitBase):
                 The config's `problem_type` selects the loss.
             train: run in training mode; pass `mutable=["batch_stats"]` and `rngs={"drop_path": key}` to `apply`, as
                 for `LevitModel`.
-            return_dict: return an output object; False returns a tuple of its fields that are not None.
-            output_hidden_states: also return the tokens after the stem and after each stage.
-            output_attentions: also return the attention weights of every block and downsampling.
+            return_dict: return an output object; False returns a tuple of its fields that are not None. None uses the
+                config's `return_dict`, which is True by default.
+            output_hidden_states: also return the tokens after the stem and after each stage; None uses the config's.
+            output_attentions: also return the attention weights of every block and downsampling; None uses the
+                config's.
             output_features: also return the feature map [B H W C] of each stage.
 
         Returns:
@@ -396,7 +389,7 @@ class LevitForImageClassification(LevitBase):
             attentions=features.attentions,
             features=features.features,
         )
-        return output if return_dict else output.to_tuple()
+        return output if self._returns_dict(return_dict) else output.to_tuple()
 
 
 class LevitForImageClassificationWithTeacher(LevitBase):
@@ -417,11 +410,12 @@ class LevitForImageClassificationWithTeacher(LevitBase):
     def __call__(
         self,
         pixel_values: jax.Array,
+        labels: None = None,
         *,
         train: bool = False,
-        return_dict: bool = True,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        return_dict: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         output_features: bool = False,
     ) -> LevitForImageClassificationWithTeacherOutput | tuple[Any, ...]:
         """Classify a batch of images.
@@ -431,11 +425,14 @@ class LevitForImageClassificationWithTeacher(LevitBase):
 
         Args:
             pixel_values: float [B H W C], normalized as by `LevitImageProcessor`.
+            labels: must be None.
             train: run in training mode; pass `mutable=["batch_stats"]` and `rngs={"drop_path": key}` to `apply`, as
                 for `LevitModel`.
-            return_dict: return an output object; False returns a tuple of its fields that are not None.
-            output_hidden_states: also return the tokens after the stem and after each stage.
-            output_attentions: also return the attention weights of every block and downsampling.
+            return_dict: return an output object; False returns a tuple of its fields that are not None. None uses the
+                config's `return_dict`, which is True by default.
+            output_hidden_states: also return the tokens after the stem and after each stage; None uses the config's.
+            output_attentions: also return the attention weights of every block and downsampling; None uses the
+                config's.
             output_features: also return the feature map [B H W C] of each stage.
 
         Returns:
@@ -443,7 +440,13 @@ class LevitForImageClassificationWithTeacher(LevitBase):
 
         Raises:
             ValueError: the batch does not fit the config, or `train` is True and the model is folded.
+            TypeError: `labels` is not None.
         """
+        if labels is not None:
+            raise TypeError(
+                "A model with two heads takes no labels, because its loss depends on a teacher. Train it with"
+                " levit_flax.training, or use LevitForImageClassification."
+            )
         features = self._backbone(pixel_values, train, output_hidden_states, output_attentions, output_features)
         cls_logits = self._apply_head("head", features.pooler_output, train)
         distillation_logits = self._apply_head("head_dist", features.pooler_output, train)
@@ -455,7 +458,7 @@ class LevitForImageClassificationWithTeacher(LevitBase):
             attentions=features.attentions,
             features=features.features,
         )
-        return output if return_dict else output.to_tuple()
+        return output if self._returns_dict(return_dict) else output.to_tuple()
 
 
 _MODEL_CLASSES: tuple[type[LevitBase], ...] = (

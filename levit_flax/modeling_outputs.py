@@ -5,6 +5,8 @@ the numbers of queries and keys.
 """
 
 import dataclasses
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,7 +22,45 @@ _IGNORED_LABEL = -100  # as in PyTorch
 
 
 class _ModelOutput:
-    """The base class of the model outputs."""
+    """The base class of the model outputs.
+
+    The fields that are not None can be accessed as in transformers: `output["logits"]`, `output[0]`, `output[:2]`, and
+    iteration yields their names.
+    """
+
+    def keys(self) -> tuple[str, ...]:
+        """Return the names of the fields that are not None.
+
+        Examples:
+            >>> LevitForImageClassificationOutput(logits=jnp.zeros((1, 3))).keys()
+            ('logits',)
+        """
+        names = (field.name for field in dataclasses.fields(self))  # type: ignore[arg-type]
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+    def values(self) -> tuple[Any, ...]:
+        """Return the fields that are not None, as `to_tuple` does."""
+        return self.to_tuple()
+
+    def items(self) -> tuple[tuple[str, Any], ...]:
+        """Return the names and values of the fields that are not None."""
+        return tuple(zip(self.keys(), self.to_tuple(), strict=True))
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, str):
+            if key not in self.keys():
+                raise KeyError(f"The output has no {key}: it has {', '.join(self.keys())}.")
+            return getattr(self, key)
+        return self.to_tuple()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
 
     def to_tuple(self) -> tuple[Any, ...]:
         """Return the fields that are not None, in transformers' order.
@@ -31,8 +71,7 @@ class _ModelOutput:
             >>> [value.shape for value in output.to_tuple()]
             [(1, 4, 8), (1, 8)]
         """
-        values = (getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
-        return tuple(value for value in values if value is not None)
+        return tuple(getattr(self, name) for name in self.keys())
 
 
 @struct.dataclass
@@ -120,7 +159,7 @@ class LevitForImageClassificationWithTeacherOutput(_ModelOutput):
     features: tuple[jax.Array, ...] | None = None
 
 
-def classification_loss(logits: jax.Array, labels: jax.Array, problem_type: str | None = None) -> jax.Array:
+def classification_loss(logits: jax.Array, labels: Any, problem_type: str | None = None) -> jax.Array:
     """Return the mean loss over a batch, as transformers computes it.
 
     Args:
@@ -135,8 +174,8 @@ def classification_loss(logits: jax.Array, labels: jax.Array, problem_type: str 
         multi-label, mean squared error for regression.
 
     Raises:
-        ValueError: a class index is neither in [0, L) nor -100. Inside `jax.jit` values cannot be checked, and the
-            result is then meaningless.
+        ValueError: the number of labels does not fit the logits, or a class index is neither in [0, L) nor -100. Inside
+            `jax.jit` values cannot be checked, and the result is then meaningless.
 
     Examples:
         >>> logits = jnp.array([[2.0, 0.0], [0.0, 2.0]])
@@ -149,6 +188,7 @@ def classification_loss(logits: jax.Array, labels: jax.Array, problem_type: str 
         is not stored in the config.
     """
     logits = logits.astype(_at_least_float32(logits.dtype))
+    labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
     if problem_type is None:
         if logits.shape[-1] == 1:
             problem_type = _REGRESSION
@@ -156,18 +196,27 @@ def classification_loss(logits: jax.Array, labels: jax.Array, problem_type: str 
             problem_type = _SINGLE_LABEL
         else:
             problem_type = _MULTI_LABEL
+    expected = logits.shape[:1] if problem_type == _SINGLE_LABEL else logits.shape
+    if labels.size != math.prod(expected):
+        raise ValueError(
+            f"The labels do not fit logits of the shape {list(logits.shape)}: expected {list(expected)} for"
+            f" {problem_type}, found {list(labels.shape)}."
+        )
     loss: jax.Array
     if problem_type == _SINGLE_LABEL:
         labels = labels.reshape(-1)
         _check_class_indices(labels, logits.shape[-1])
         valid = labels != _IGNORED_LABEL
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(valid, labels, 0))
-        return jnp.where(valid, loss, 0).sum() / valid.sum().astype(loss.dtype)
+        total: jax.Array = jnp.where(valid, loss, 0).sum()
+        count: jax.Array = valid.sum()
+        return total / count.astype(loss.dtype)
     if problem_type == _REGRESSION:
         loss = jnp.square(logits - labels.reshape(logits.shape).astype(logits.dtype))
     else:
         loss = optax.sigmoid_binary_cross_entropy(logits, labels.reshape(logits.shape).astype(logits.dtype))
-    return loss.mean()
+    mean: jax.Array = loss.mean()
+    return mean
 
 
 def _check_class_indices(labels: jax.Array, num_labels: int) -> None:

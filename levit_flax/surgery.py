@@ -186,21 +186,22 @@ def _cubic(x: float) -> float:
 
 
 def replace_head(
-    model: LevitBase, variables: Mapping[str, Any], num_labels: int, key: jax.Array
+    model: LevitBase, variables: Mapping[str, Any], num_labels: int, key: jax.Array | None = None
 ) -> tuple[LevitBase, Variables]:
     """Replace a model's heads with newly initialized ones for `num_labels` classes.
 
     Args:
-        model: a model with one or two heads and `folded=False`.
+        model: a model with one or two heads and, unless `num_labels` is 0, `folded=False`.
         variables: its variables.
-        num_labels: number of classes, at least 1. They are named LABEL_0, LABEL_1, ...
-        key: random key for the new weights.
+        num_labels: number of classes, which are named LABEL_0, LABEL_1, ... With 0 the heads are removed, and the
+            model's logits are the pooled features [B C].
+        key: random key for the new weights; None for `jax.random.key(0)`.
 
     Returns:
         The model with the new classes in its config, and its variables. Only the heads differ.
 
     Raises:
-        ValueError: the model has no heads or is folded, or `num_labels` is less than 1.
+        ValueError: the model has no heads or is folded, or `num_labels` is negative.
 
     Examples:
         >>> from levit_flax import from_pretrained
@@ -208,21 +209,20 @@ def replace_head(
         >>> variables["params"]["head"]["linear"]["kernel"].shape
         (160, 37)
     """
-    if model.folded or not model.head_names:
+    if (model.folded and num_labels) or not model.head_names:
         raise ValueError(
             "The heads of this model cannot be replaced: expected a model with heads and folded=False, found a"
             f" {'folded ' * model.folded}{type(model).__name__}."
         )
-    if num_labels < 1:
-        raise ValueError(f"num_labels must be at least 1, found {num_labels}.")
     labels: Any = {"num_labels": num_labels, "id2label": None}
     model = model.clone(config=dataclasses.replace(model.config, **labels))
+    key = jax.random.key(0) if key is None else key
     pooled = jnp.zeros((1, model.config.hidden_sizes[-1]), model._shared["dtype"])
     flat = flatten_dict(variables, sep="/")
     replaced = dict(flat)
     for i, name in enumerate(model.head_names):
         head = _NormLinear(num_labels, **model._shared)
-        initialized = head.init(jax.random.fold_in(key, i), pooled)
+        initialized = head.init(jax.random.fold_in(key, i), pooled) if num_labels else {}
         replaced = {path: leaf for path, leaf in replaced.items() if path.split("/")[1] != name}
         replaced |= {
             f"{collection}/{name}/{path}": leaf
@@ -230,6 +230,47 @@ def replace_head(
             for path, leaf in flatten_dict(tree, sep="/").items()
         }
     return model, _unflatten(replaced, flat)
+
+
+def change_channels(model: LevitBase, variables: Mapping[str, Any], num_channels: int) -> tuple[LevitBase, Variables]:
+    """Change the number of input channels, converting the weights of the first convolution.
+
+    From three channels to one, the weights are summed, so that grey images give the same result as in all three
+    channels. To any other number, the weights are repeated over the new channels and scaled by the ratio of the numbers
+    of channels.
+
+    Args:
+        model: a model, folded or not.
+        variables: its variables.
+        num_channels: number of channels of the input images, at least 1.
+
+    Returns:
+        The model for images with `num_channels` channels, and its variables. Only the first convolution differs.
+
+    Raises:
+        ValueError: `num_channels` is less than 1 or too large.
+
+    Examples:
+        >>> from levit_flax import from_pretrained
+        >>> model, variables = change_channels(*from_pretrained("cifar10"), num_channels=1)
+        >>> variables["params"]["stem"]["conv_0"]["conv"]["kernel"].shape[2]
+        1
+
+    Source: `adapt_input_conv` in timm/models/_manipulate.py.
+    """
+    old = model.config.num_channels
+    model = model.clone(config=model.config.replace(num_channels=num_channels))
+    num_channels = model.config.num_channels
+    flat = flatten_dict(variables, sep="/")
+    path = "params/stem/conv_0/conv/kernel"
+    kernel = np.asarray(flat[path], np.float64)  # [h w C features]
+    if num_channels == 1:
+        changed = kernel.sum(2, keepdims=True)
+    elif num_channels == old:
+        changed = kernel
+    else:
+        changed = kernel[:, :, np.arange(num_channels) % old] * (old / num_channels)
+    return model, _unflatten({**flat, path: _like(changed, flat[path])}, flat)
 
 
 def _as_class(model: LevitBase, model_class: type[_Model]) -> _Model:

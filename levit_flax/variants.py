@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 
-from .configuration import LevitConfig, _Derived, _imagenet_labels
+from .config_values import _DerivedLabels
+from .configuration import LevitConfig
+from .imagenet import _imagenet_labels
 
 # timm registers these as LeViT variants, with SiLU instead of hard swish, and has not published weights for them.
 _UNTRAINED_TIMM_VARIANTS = ("levit_384_s8", "levit_512_s8", "levit_512", "levit_256d", "levit_512d")
@@ -45,7 +47,7 @@ def _published(
         num_attention_heads=heads,
         depths=depths,
         drop_path_rate=drop_path_rate,
-        id2label=_Derived(_imagenet_labels()),  # replaced if num_labels changes
+        id2label=_DerivedLabels(_imagenet_labels()),  # replaced if num_labels changes
     )
 
 

@@ -70,7 +70,9 @@ def attention_maps(
         ((6, 9, 9), (10, 3, 3))
     """
     config = model.config
-    output: Any = jax.jit(lambda v, x: model.apply(v, x, output_attentions=True))(variables, pixel_values)
+    output: Any = jax.jit(lambda v, x: model.apply(v, x, output_attentions=True, return_dict=True))(
+        variables, pixel_values
+    )
     maps = {}
     for name, attention in zip(_attention_names(model), output.attentions, strict=True):
         stage = int(name.partition("/")[0].rpartition("_")[2])
@@ -138,7 +140,7 @@ def saliency(
     @jax.jit
     @jax.grad
     def gradient(pixels: jax.Array, variables: Mapping[str, Any]) -> jax.Array:
-        output: Any = model.apply(variables, pixels)
+        output: Any = model.apply(variables, pixels, return_dict=True)
         selected = output.logits.max(-1) if label is None else output.logits[:, label]
         return jnp.sum(selected)
 
@@ -173,7 +175,9 @@ def class_activation_map(
     if not model.folded:
         model, variables = fold_batch_norm(model, variables)
     head = variables["params"]["head"]["linear"]
-    output: Any = jax.jit(lambda v, x: model.apply(v, x, output_features=True))(variables, pixel_values)
+    output: Any = jax.jit(lambda v, x: model.apply(v, x, output_features=True, return_dict=True))(
+        variables, pixel_values
+    )
     logits = np.asarray(output.features[-1]) @ np.asarray(head["kernel"]) + np.asarray(head["bias"])  # [B gh gw L]
     labels = np.asarray(output.logits).argmax(-1) if label is None else np.full(len(logits), label)
     return np.take_along_axis(logits, labels[:, None, None, None], -1)[..., 0]

@@ -284,3 +284,31 @@ def test_files_follow_the_umask(tmp_path):
         os.umask(before)
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
     assert modes == {0o640} and (tmp_path / "model").stat().st_mode & 0o777 == 0o750
+
+
+def test_dtype_accepts_names_and_dtypes_of_other_libraries(tmp_path):
+    lf.save_pretrained(tmp_path, *small())
+    for options in ({"torch_dtype": "float16"}, {"dtype": np.float16}, {"dtype": jax.numpy.float16}):
+        assert lf.from_pretrained(tmp_path, **options)[0].param_dtype == np.float16
+    for wrong in ("float17", "int32", 5):
+        with pytest.raises(ValueError, match='dtype must be a floating-point dtype, "auto" or None'):
+            lf.from_pretrained(tmp_path, dtype=wrong)
+    with pytest.raises(ValueError, match="dtype and torch_dtype mean the same"):
+        lf.from_pretrained(tmp_path, dtype="float16", torch_dtype="float32")
+
+
+@needs_torch
+def test_dtype_accepts_those_of_pytorch(tmp_path):
+    import torch
+
+    lf.save_pretrained(tmp_path, *small())
+    assert lf.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)[0].param_dtype == jax.numpy.bfloat16
+
+
+def test_options_of_transformers_change_heads_and_channels(tmp_path, recwarn):
+    lf.save_pretrained(tmp_path / "sub", *small())
+    model, _ = lf.from_pretrained(tmp_path, subfolder="sub", num_labels=0, num_channels=1)
+    assert model.config.num_labels == 0 and model.config.num_channels == 1 and not recwarn.list
+    with pytest.warns(UserWarning, match="the heads for 3 are newly initialized"):
+        model, _ = lf.from_pretrained(tmp_path / "sub", num_labels=3, ignore_mismatched_sizes=True)
+    assert model.config.num_labels == 3

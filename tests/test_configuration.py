@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import time
 
 import pytest
 
@@ -48,11 +49,11 @@ def test_configs_are_frozen_hashable_and_hold_tuples():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_channels": 0}, "num_channels must be an integer of at least 1, found 0"),
-        ({"num_channels": True}, "num_channels must be an integer of at least 1, found True"),
+        ({"num_channels": 0}, "num_channels must be an integer from 1 to 1024, found 0"),
+        ({"num_channels": True}, "num_channels must be an integer from 1 to 1024, found True"),
         ({"depths": (2, 3)}, "one entry per stage.*depths 2"),
         ({"key_dim": 16}, "key_dim must be a sequence with one integer per stage, found 16"),
-        ({"key_dim": (16, 1.5, 16)}, r"key_dim\[1\] must be an integer of at least 1, found 1.5"),
+        ({"key_dim": (16, 1.5, 16)}, r"key_dim\[1\] must be an integer from 1 to 1024, found 1.5"),
         ({"hidden_sizes": (4, 32, 48)}, r"hidden_sizes\[0\] must be at least 8"),
         ({"drop_path_rate": 1.0}, r"drop_path_rate must be a number in \[0, 1\), found 1.0"),
         ({"image_size": (1, 2, 3)}, r"image_size must be an integer or \(height, width\)"),
@@ -65,7 +66,7 @@ def test_configs_are_frozen_hashable_and_hold_tuples():
         ({"problem_type": "segmentation"}, "problem_type must be one of regression, .* found 'segmentation'"),
         ({"down_ops": (("Subsample", 16, 8, 4, 2, 2),)}, "down_ops must have 2 entries for 3 stages, found 1"),
         ({"down_ops": (("Pool", 16, 8, 4, 2, 2),) * 2}, r"must be 'Subsample' and 5 integers, found \('Pool'"),
-        ({"key_dim": (512, 16, 16)}, "down_ops heads .* at least 1, found 0"),
+        ({"key_dim": (512, 16, 16)}, "down_ops heads .* from 1 to 1024, found 0"),
     ],
 )
 def test_messages_name_the_field(fields, message):
@@ -103,7 +104,7 @@ def test_unknown_keys_are_kept_with_a_warning():
         config = lf.LevitConfig.from_dict({"color": {"b": 1, "a": [2]}, "finetuned_by": "me", "dtype": "float32"})
     assert len(caught) == 1
     hash(config)
-    assert config.to_dict()["color"] == {"b": 1, "a": [2]} and "dtype" not in config.to_dict()
+    assert config.to_dict()["color"] == {"b": 1, "a": [2]} and config.to_dict()["dtype"] == "float32"
 
 
 def test_configs_of_other_networks_raise():
@@ -141,3 +142,87 @@ def test_classes_follow_in_replace():
     assert named.replace(num_labels=2).id2label == ("cat", "dog")
     with pytest.raises(ValueError, match=r"expected 3 class names, found 2\. Use config\.replace"):
         dataclasses.replace(named, num_labels=3)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"image_size": 1_000_000},
+        {"image_size": (4096, 4096)},
+        {"image_size": 10**400},
+        {"image_size": 1e300},
+        {"image_size": float("inf")},
+        {"image_size": float("nan")},
+        {"depths": [10**9] * 3},
+        {"hidden_sizes": [10**9] * 3},
+        {"num_labels": 10**9},
+        {"num_channels": 10**9},
+        {"kernel_size": 10**9},
+        {"mlp_ratio": [10**9] * 3},
+        {"key_dim": [10**6] * 3},
+        {"num_attention_heads": [10**6] * 3},
+        {"down_ops": [["Subsample", 16, 10**9, 4, 2, 2]] * 2},
+        {"depths": [1] * 1_000_000},
+        {"down_ops": "Subsample"},
+        {"down_ops": [5, 5]},
+        {"id2label": {"cat": 0}},
+        {"id2label": dict.fromkeys(range(1, 200000), "x")},
+    ],
+)
+def test_absurd_values_raise_a_short_sentence_at_once(fields):
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=r"LevitConfig") as caught:
+        lf.LevitConfig(**fields)
+    assert time.perf_counter() - start < 1 and len(str(caught.value)) < 400
+
+
+def test_output_settings_survive_the_file():
+    values = {"output_hidden_states": True, "output_attentions": True, "return_dict": False, "torch_dtype": "float16"}
+    config = lf.LevitConfig.from_dict({**values, "architectures": ["LevitModel"]})
+    assert config.output_hidden_states and config.output_attentions and not config.return_dict
+    assert config.dtype == "float16" and config.architectures == ("LevitModel",)
+    assert lf.LevitConfig.from_dict(config.to_dict()) == config
+    assert config.to_dict()["architectures"] == ["LevitModel"] and config.to_dict()["return_dict"] is False
+    assert lf.LevitConfig.from_dict(dict.fromkeys(values)) == lf.LevitConfig()
+    with pytest.raises(ValueError, match="return_dict must be True or False, found 'yes'"):
+        lf.LevitConfig(return_dict="yes")
+
+
+def test_labels_read_like_those_of_transformers():
+    config = lf.LevitConfig(id2label={0: "cat", 1: "dog"})
+    assert list(config.id2label.items()) == [(0, "cat"), (1, "dog")] and config.id2label == ("cat", "dog")
+    assert list(config.id2label.keys()) == [0, 1] and config.id2label.values() == ("cat", "dog")
+    assert lf.LevitConfig(label2id={"dog": 1, "cat": 0}) == config and config.label2id == {"cat": 0, "dog": 1}
+    assert config.replace(label2id={"a": 0, "b": 1, "c": 2}).num_labels == 3
+    assert config.replace(num_labels=3).label2id == {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
+    assert config.model_type == "levit"
+    with pytest.raises(ValueError, match="label2id contradicts id2label"):
+        lf.LevitConfig(id2label=("cat", "dog"), label2id={"dog": 0, "cat": 1})
+
+
+def test_null_class_names_follow_the_number_of_classes():
+    assert lf.LevitConfig.from_dict({"id2label": None, "num_labels": 10}).id2label[9] == "LABEL_9"
+    assert lf.LevitConfig.from_dict({"id2label": None, "label2id": None, "num_labels": None}).num_labels == 2
+
+
+def test_class_names_win_over_another_number_of_classes():
+    with pytest.warns(UserWarning, match="num_labels=7, but id2label names 2 classes"):
+        config = lf.LevitConfig.from_dict({"id2label": {"0": "cat", "1": "dog"}, "num_labels": 7})
+    assert config.num_labels == 2
+
+
+def test_json_files_round_trip(tmp_path):
+    config = lf.LevitConfig(id2label=("cat", "dog"), drop_path_rate=0.1, output_attentions=True)
+    config.to_json_file(tmp_path / "levit.json")
+    assert lf.LevitConfig.from_json_file(tmp_path / "levit.json") == config
+    assert (tmp_path / "levit.json").read_text() == config.to_json_string()
+    config.save_pretrained(tmp_path / "new" / "sub")
+    loaded = lf.LevitConfig.from_pretrained(
+        tmp_path / "new", subfolder="sub", drop_path_rate=0.2, problem_type="regression"
+    )
+    assert loaded == config.replace(drop_path_rate=0.2, problem_type="regression")
+    with pytest.raises(TypeError, match="nonsense"):
+        lf.LevitConfig.from_pretrained(tmp_path / "new" / "sub", nonsense=1)
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"list\.json is not a config: expected a JSON object, found \[\]"):
+        lf.LevitConfig.from_json_file(tmp_path / "list.json")

@@ -329,3 +329,65 @@ def test_ignored_labels_do_not_count_and_others_out_of_range_raise():
 
 def test_loss_of_narrow_logits_is_float32():
     assert classification_loss(jnp.zeros((2, 3), jnp.bfloat16), jnp.array([0, 1])).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "message"),
+    [
+        (0, ValueError, r"pixel_values is an empty batch: .* found \(0, \d+, \d+, 3\)"),
+        (None, TypeError, "pixel_values must be an array, found list"),
+    ],
+)
+def test_empty_batches_and_lists_raise(size, error, message):
+    model, variables, pixel_values = make()
+    with pytest.raises(error, match=message):
+        model.apply(variables, [[1.0]] if size is None else pixel_values[:size])
+
+
+def test_labels_are_converted_and_their_number_is_checked():
+    logits = jnp.array([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]])
+    assert classification_loss(logits, [2, 0]) == classification_loss(logits, jnp.array([2, 0]))
+    with pytest.raises(ValueError, match=r"expected \[2\] for single_label_classification, found \[3\]"):
+        classification_loss(logits, [2, 0, 1])
+    with pytest.raises(ValueError, match=r"expected \[2, 3\] for multi_label_classification, found \[2\]"):
+        classification_loss(logits, [1.0, 0.0])
+    with pytest.raises(ValueError, match="1 of 2 labels are not class indices"):
+        classification_loss(logits, [2, 3])
+
+
+def test_labels_for_two_heads_raise():
+    model, variables, pixel_values = make(lf.LevitForImageClassificationWithTeacher)
+    with pytest.raises(TypeError, match="A model with two heads takes no labels"):
+        model.apply(variables, pixel_values, jnp.array([0, 1]))
+
+
+def test_config_sets_the_defaults_of_the_outputs():
+    settings = {"output_hidden_states": True, "output_attentions": True}
+    model, variables, pixel_values = make(lf.LevitModel, **settings)
+    out = model.apply(variables, pixel_values)
+    assert out.hidden_states is not None and out.attentions is not None
+    out = model.apply(variables, pixel_values, output_hidden_states=None, output_attentions=False)
+    assert out.hidden_states is not None and out.attentions is None
+    tuples = model.clone(config=model.config.replace(return_dict=False))
+    assert isinstance(tuples.apply(variables, pixel_values), tuple)
+    assert isinstance(tuples.apply(variables, pixel_values, return_dict=None), tuple)
+    assert not isinstance(tuples.apply(variables, pixel_values, return_dict=True), tuple)
+
+
+def test_library_works_with_configs_that_return_tuples():
+    model, variables, pixel_values = make(return_dict=False, output_hidden_states=True)
+    assert lf.make_inference_fn(model, variables)(pixel_values).shape == (2, 5)
+
+
+def test_outputs_are_indexed_like_those_of_transformers():
+    model, variables, pixel_values = make(lf.LevitForImageClassificationWithTeacher)
+    out = model.apply(variables, pixel_values)
+    assert list(out) == list(out.keys()) == ["logits", "cls_logits", "distillation_logits"] and len(out) == 3
+    assert out["logits"] is out.logits is out[0] and out[1:] == out.to_tuple()[1:]
+    assert dict(out.items())["cls_logits"] is out.values()[1] and "logits" in out and "hidden_states" not in out
+    with pytest.raises(KeyError, match="has no hidden_states: it has logits, cls_logits, distillation_logits"):
+        out["hidden_states"]
+    with pytest.raises(IndexError):
+        out[3]
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, out)
+    assert isinstance(doubled, type(out)) and (doubled.logits == 2 * out.logits).all()

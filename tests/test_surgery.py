@@ -257,7 +257,7 @@ def test_quadratic_bias_is_resized_exactly():
 
 
 def test_resizing_to_zero_pixels_raises():
-    with pytest.raises(ValueError, match="image_size must be an integer of at least 1, found 0"):
+    with pytest.raises(ValueError, match="image_size must be an integer from 1 to 4096, found 0"):
         lf.resize_image(*make("tiny"), 0)
 
 
@@ -284,12 +284,58 @@ def test_replaced_heads_are_newly_initialized(model_class):
 
 def test_replacing_the_head_of_an_unsuitable_model_raises():
     model, variables = make("tiny")
-    with pytest.raises(ValueError, match="num_labels must be at least 1, found 0"):
-        lf.replace_head(model, variables, num_labels=0, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="num_labels must be an integer from 0 to 1000000, found -1"):
+        lf.replace_head(model, variables, num_labels=-1)
     with pytest.raises(ValueError, match="found a folded LevitForImageClassificationWithTeacher"):
         lf.replace_head(*lf.fold_batch_norm(model, variables), num_labels=3, key=jax.random.key(0))
     with pytest.raises(ValueError, match="found a LevitModel"):
         lf.replace_head(*make("tiny", lf.LevitModel), num_labels=3, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("model_class", _MODEL_CLASSES[1:])
+def test_replacing_heads_by_none_leaves_the_pooled_features(model_class):
+    model, variables = make("tiny", model_class)
+    headless, rest = lf.replace_head(model, variables, num_labels=0)
+    pixels = np.ones((1, 32, 48, 3), np.float32)
+    backbone = lf.LevitModel(model.config)
+    pooled = compiled(backbone)(rest, pixels).pooler_output
+    np.testing.assert_allclose(compiled(headless)(rest, pixels).logits, pooled, rtol=1e-6)
+
+
+def test_heads_are_replaced_without_a_key():
+    model, variables = make("tiny")
+    _, default = lf.replace_head(model, variables, 3)
+    _, keyed = lf.replace_head(model, variables, 3, jax.random.key(0))
+    np.testing.assert_array_equal(
+        default["params"]["head"]["linear"]["kernel"], keyed["params"]["head"]["linear"]["kernel"]
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+def test_changed_channels_equal_those_of_timm(channels):
+    timm = pytest.importorskip("timm")
+    torch = pytest.importorskip("torch")
+    model, variables = make("tiny")
+    changed, new = lf.change_channels(model, variables, channels)
+    kernel = variables["params"]["stem"]["conv_0"]["conv"]["kernel"]
+    expected = timm.models.adapt_input_conv(channels, torch.from_numpy(np.array(kernel).transpose(3, 2, 0, 1)))
+    found = new["params"]["stem"]["conv_0"]["conv"]["kernel"]
+    np.testing.assert_allclose(found, expected.numpy().transpose(2, 3, 1, 0), rtol=1e-6, atol=1e-7)
+    assert changed.config.num_channels == channels
+    assert compiled(changed)(new, np.ones((1, 32, 48, channels), np.float32)).logits.shape == (1, 5)
+
+
+def test_grey_model_computes_what_the_color_model_does_for_grey_images():
+    model, variables = make("tiny")
+    grey, new = lf.change_channels(model, variables, 1)
+    pixels = np.random.default_rng(0).standard_normal((1, 32, 48, 1)).astype(np.float32)
+    found, expected = compiled(grey)(new, pixels).logits, compiled(model)(variables, pixels.repeat(3, 3)).logits
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_changing_to_no_channels_raises():
+    with pytest.raises(ValueError, match="num_channels must be an integer from 1 to 1024, found 0"):
+        lf.change_channels(*make("tiny"), 0)
 
 
 def test_surgery_keeps_or_derives_shardings():

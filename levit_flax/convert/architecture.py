@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-from levit_flax.configuration import LevitConfig, _imagenet_labels
+from levit_flax.configuration import LevitConfig
+from levit_flax.imagenet import _imagenet_labels
 from levit_flax.modeling import _MODEL_CLASSES, LevitBase
 
 from .errors import ConversionError, _explain_malformed

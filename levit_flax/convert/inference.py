@@ -4,7 +4,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from levit_flax.configuration import DownOp, LevitConfig
+from levit_flax.configuration import LevitConfig
+from levit_flax.down_ops import DownOp
 
 from .errors import ConversionError
 from .layouts import _Shape, _Structure

@@ -13,7 +13,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from levit_flax import hub
-from levit_flax.checkpoint import _CONFIG_FILE, _TORCH_WEIGHT_FILES
+from levit_flax.checkpoint import _TORCH_WEIGHT_FILES
+from levit_flax.configuration import _CONFIG_FILE
 from levit_flax.hub import _HubOptions, _Resolved
 from levit_flax.image_processing import _PROCESSOR_FILE
 

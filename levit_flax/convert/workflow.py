@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from levit_flax import checkpoint, files, loading, surgery
+from levit_flax.configuration import _CONFIG_FILE
 from levit_flax.hub import _DEFAULTS, _HubOptions, _Resolved
 from levit_flax.image_processing import LevitImageProcessor
 from levit_flax.modeling import LevitBase, Variables
@@ -94,7 +95,7 @@ def _convert_to_directory(
         results["surgery"] = _verify_surgery(loaded, model, variables)
     if layout is not None:
         _check_layout(model, layout)
-    with files._staged_directory(out, overwrite, checkpoint._OWN_FILES) as staging:
+    with files._staged_directory(out, overwrite, checkpoint._OWN_FILES, _CONFIG_FILE) as staging:
         if layout is None:
             checkpoint._write_model(staging, model, variables, loaded.processor, provenance)
         else:
@@ -195,11 +196,11 @@ def _write_torch_directory(
     save_torch(directory / _TORCH_FILE, model, variables, layout)
     if layout == "hf":
         values = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-        (directory / checkpoint._CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (directory / _CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         processor.save_pretrained(directory)
     elif layout.startswith("timm"):
         config = _write_timm_config(model.config, model.head_names, processor, convolutional=layout == "timm_conv")
-        (directory / checkpoint._CONFIG_FILE).write_text(config, encoding="utf-8")
+        (directory / _CONFIG_FILE).write_text(config, encoding="utf-8")
 
 
 def _find_limitation(model: LevitBase, layout: str | None) -> str | None:

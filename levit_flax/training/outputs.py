@@ -14,6 +14,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from levit_flax import checkpoint, files
+from levit_flax.configuration import _CONFIG_FILE
 from levit_flax.image_processing import LevitImageProcessor
 from levit_flax.modeling import LevitBase, Variables
 from levit_flax.visualize import draw_curves
@@ -82,7 +83,7 @@ def _write_best(
     provenance: Mapping[str, Any],
 ) -> None:
     """Write the model directory with a model card and the metrics of the evaluation `row`."""
-    with files._staged_directory(directory / _MODEL_DIRECTORY, True, checkpoint._OWN_FILES) as staging:
+    with files._staged_directory(directory / _MODEL_DIRECTORY, True, checkpoint._OWN_FILES, _CONFIG_FILE) as staging:
         checkpoint._write_model(staging, model.clone(dtype=None), variables, processor, {"training": dict(provenance)})
         (staging / "metrics.json").write_text(json.dumps(dict(row), indent=2) + "\n", encoding="utf-8")
         (staging / _CARD_FILE).write_text(_model_card(model, row, provenance), encoding="utf-8")

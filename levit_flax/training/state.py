@@ -224,7 +224,7 @@ class _Task:
         `weights` [1 B] is 1 for an image and 0 for padding.
         """
         pixel_values, targets = self.prepare(jax.tree.map(lambda x: x[0], batch), smoothing=0.0)
-        output: Any = self.model.apply(variables, pixel_values)
+        output: Any = self.model.apply(variables, pixel_values, return_dict=True)
         logits = output.logits.astype(targets.dtype)
         losses = jax.vmap(lambda row, target: _label_loss(row[None], target[None], self.problem_type))(logits, targets)
         hits = _count_correct(logits, targets, self.problem_type, weights[0])

@@ -102,7 +102,7 @@ def _load_teacher(
         if pixel_values.shape[1:3] != size:
             shape = (pixel_values.shape[0], *size, pixel_values.shape[3])
             pixel_values = jax.image.resize(pixel_values, shape, "cubic")
-        output: Any = model.apply(variables, pixel_values)
+        output: Any = model.apply(variables, pixel_values, return_dict=True)
         logits: jax.Array = output.logits[:, jnp.array(order)]
         return logits
 

@@ -17,7 +17,8 @@ from huggingface_hub import HfApi, constants
 
 from hub_requests import FILES, MODEL, PROMPT_SECONDS, REPO, WEIGHTS, load, one_sentence, use_hub
 from hub_server import HubServer
-from levit_flax.hub import HubError, HubUnreachableError, _push, _resolve, _Resolved
+from levit_flax import VARIANTS
+from levit_flax.hub import _PUBLISHED, HubError, HubUnreachableError, _HubOptions, _push, _resolve, _Resolved
 
 SHARDED = {
     "config.json": b"{}",
@@ -32,6 +33,61 @@ SHARDED = {
 
 def names(resolved: _Resolved) -> set[str]:
     return {path.name for path in resolved.directory.iterdir()}
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize("prefix", ["hf-hub:", "hf_hub:"])
+def test_prefixes_of_timm_are_removed(hub: HubServer, prefix: str) -> None:
+    hub.add(REPO, MODEL)
+    assert load(prefix + REPO).repo_id == REPO
+
+
+def test_prefix_of_a_directory_is_removed(directory: Path) -> None:
+    assert load(f"local-dir:{directory}").directory == directory
+
+
+def test_names_of_published_models_are_hub_ids(hub: HubServer) -> None:
+    assert {name: f"facebook/{name}" for name in VARIANTS} == _PUBLISHED
+    hub.add("facebook/levit-128S", MODEL)
+    assert load("levit-128S").repo_id == "facebook/levit-128S"
+
+
+def test_source_of_another_type_raises() -> None:
+    with pytest.raises(TypeError, match="The source of a model must be a str or a path, found NoneType"):
+        load(None)  # type: ignore[arg-type]
+
+
+# --- folders and other names of weights ---
+
+
+def test_subfolder_of_a_directory(directory: Path) -> None:
+    options = _HubOptions(subfolder=directory.name)
+    found = _resolve(directory.parent, weights=WEIGHTS, files=FILES, options=options)
+    assert found.directory == directory and found.weights == directory / "flax_model.safetensors"
+    with pytest.raises(FileNotFoundError, match="nowhere is not a model directory"):
+        _resolve(directory.parent, weights=WEIGHTS, options=_HubOptions(subfolder="nowhere"))
+
+
+def test_subfolder_of_a_repository(hub: HubServer) -> None:
+    hub.add(REPO, {f"best/{name}": content for name, content in SHARDED.items()})
+    found = _resolve(REPO, weights=WEIGHTS, files=FILES, options=_HubOptions(subfolder="best"))
+    assert found.directory.name == "best" and found.revision == found.directory.parent.name
+    assert len(names(found)) == len(SHARDED) - 1  # without the shard that the index does not name
+    cached = _resolve(REPO, weights=WEIGHTS, files=FILES, options=_HubOptions(subfolder="best", local_files_only=True))
+    assert cached == found
+
+
+def test_only_weight_file_of_another_name_is_found(hub: HubServer, tmp_path: Path) -> None:
+    hub.add(REPO, {"config.json": b"{}", "epoch_300.pth": b"weights"})
+    found = load(REPO).weights
+    assert found is not None and found.name == "epoch_300.pth" and found.read_bytes() == b"weights"
+    (tmp_path / "best.ckpt").write_bytes(b"weights")
+    assert load(tmp_path).weights == tmp_path / "best.ckpt"
+    (tmp_path / "last.ckpt").write_bytes(b"weights")
+    with pytest.raises(FileNotFoundError, match=r"is not a model directory: .* found .*best\.ckpt"):
+        load(tmp_path)
 
 
 # --- a local directory ------------------------------------------------------------------------------------------------
