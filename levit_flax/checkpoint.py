@@ -4,7 +4,8 @@ A directory contains `config.json`, `preprocessor_config.json` and `flax_model.s
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from . import files, modeling
@@ -28,6 +29,8 @@ _REPORT_FILE = "conversion_report.json"
 _READABLE_REPORT_FILE = "conversion_report.md"
 
 _OWN_FILES = (_CONFIG_FILE, _PROCESSOR_FILE, _WEIGHTS_FILE, _REPORT_FILE, _READABLE_REPORT_FILE)
+
+_BLOCK = re.compile(r"params/stage_(\d{1,18})/block_(\d{1,18})/")
 
 # The faults of values that need no details.
 _NOT_FINITE = "expected finite values, found NaN or infinity"
@@ -45,19 +48,30 @@ _TORCH_WEIGHT_FILES = (
 def _read_directory(directory: Path) -> tuple[LevitBase, Variables]:
     """Return the module and the variables, as NumPy arrays, of a directory written by `save_pretrained`."""
     path = directory / _CONFIG_FILE
+    values = files._read_json(path)
     try:
-        values = files._read_json(path)
         block, architecture = values.get(_OWN_BLOCK, {}), values["architectures"][0]
         model_class = {model.__name__: model for model in modeling._MODEL_CLASSES}[architecture]
         config, folded = LevitConfig.from_dict(values), bool(block.get("folded", False))
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+    except ValueError as error:
+        raise ValueError(f"{path} is not the config of a LeViT model: {error}") from None
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(
             f"{path} is not the config of a LeViT model: expected a file written by save_pretrained, found {error!r}."
         ) from None
     weights = directory / _WEIGHTS_FILE
+    files._check_regular(weights)
     try:
-        flat = load_file(weights)
-    except (SafetensorError, KeyError, TypeError, AttributeError) as error:  # the last two for dtypes unknown to NumPy
+        with safe_open(weights, framework="np") as file:
+            _check_depths(config, file.keys(), str(weights))  # before a deep model is traced
+        flat = load_file(weights)  # raises TypeError or AttributeError for dtypes unknown to NumPy
+    except (
+        SafetensorError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        MemoryError,
+    ) as error:  # the last two for dtypes unknown to NumPy
         raise ValueError(
             f"{weights} is not a complete safetensors file with dtypes of NumPy ({error!r}). Copy or download it again."
         ) from None
@@ -71,6 +85,17 @@ def _read_directory(directory: Path) -> tuple[LevitBase, Variables]:
             " convert the model again."
         )
     return model, unflatten_dict(flat, sep="/")
+
+
+def _check_depths(config: LevitConfig, names: Iterable[str], where: str) -> None:
+    """Raise ValueError unless the names of the arrays have as many blocks per stage as the config."""
+    blocks = {tuple(map(int, match.groups())) for match in map(_BLOCK.match, names) if match}
+    depths = tuple(sum(stage == i for stage, _ in blocks) for i in range(config.num_stages))
+    if depths != config.depths:
+        raise ValueError(
+            f"{where} does not fit the config: expected depths of {list(config.depths)}, found {list(depths)}. Use the"
+            " config and the weights of the same model."
+        )
 
 
 def _find_fault(path: str, array: np.ndarray) -> str | None:

@@ -7,7 +7,7 @@ import typer
 
 from levit_flax.choices import _WeightDType, _WrittenLayout
 
-from .options import ImageSizeOption, JsonOption, OfflineOption, RevisionOption
+from .options import ImageSizeOption, JsonOption, OfflineOption, RevisionOption, SourceImageSizeOption
 from .output import print_fields, print_json
 
 
@@ -32,7 +32,11 @@ def convert(
     dtype: Annotated[
         _WeightDType | None, typer.Option(help="Dtype of the weights; the default is the checkpoint's.")
     ] = None,
+    source_image_size: SourceImageSizeOption = None,
     image_size: ImageSizeOption = None,
+    prefix: Annotated[
+        str | None, typer.Option(help="Prefix of the model's tensor names, if the checkpoint has several models.")
+    ] = None,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the model in OUT.")] = False,
@@ -47,8 +51,10 @@ def convert(
         out,
         layout=to,
         dtype=dtype,
+        source_image_size=source_image_size,
         image_size=image_size,
         ema=ema,
+        prefix=prefix,
         fold=fold,
         merge=merge_heads,
         verify=verify,

@@ -20,7 +20,9 @@ FLAGS = {
     "model=...": "--model",
     "overwrite=True": "--force",
     "resume=True": "--resume",
+    "prefix=...": "--prefix",
     "skip=...": "--skip",
+    "source_image_size=...": "--source-image-size",
     "teacher=...": "--teacher",
     "verify=False": "--no-verify",
 }

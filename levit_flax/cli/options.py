@@ -23,7 +23,15 @@ ImageSizeOption = Annotated[
     typer.Option(
         parser=_parse_image_size,
         metavar="SIDE|HEIGHTxWIDTH",
-        help="Input size in pixels; the default is the checkpoint's.",
+        help="Input size in pixels, to which the model is resized; the default is the checkpoint's.",
+    ),
+]
+SourceImageSizeOption = Annotated[
+    Any,
+    typer.Option(
+        parser=_parse_image_size,
+        metavar="SIDE|HEIGHTxWIDTH",
+        help="Input size of the checkpoint, if its attention biases fit several sizes and it has no config.",
     ),
 ]
 ImageColumnOption = Annotated[

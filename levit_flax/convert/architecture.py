@@ -103,7 +103,7 @@ def _infer(
         return config, ()
     note = (
         f"The checkpoint does not store its image size. {config.image_size} is the square multiple of 16 that fits"
-        " the attention biases; pass image_size=... to set another."
+        " the attention biases; pass source_image_size=... to set another."
     )
     return config, (note,)
 

@@ -21,6 +21,7 @@ class _Problem(enum.Enum):
     """The kinds of problems, in the order in which they are reported."""
 
     MISSING = "missing"
+    NO_TENSOR = "not tensors"
     UNEXPECTED = "unexpected"
     WRONG_SHAPE = "of the wrong shape"
     WRONG_DTYPE = "of the wrong dtype"

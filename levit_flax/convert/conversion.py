@@ -17,6 +17,7 @@ from levit_flax.checkpoint import _to_device
 from levit_flax.configuration import LevitConfig
 from levit_flax.hub import _HubOptions
 from levit_flax.modeling import LevitBase, Variables
+from levit_flax.surgery import resize_image
 
 from .architecture import _choose_architecture
 from .checks import _check_names, _check_tables, _check_values, _Problem, _Problems
@@ -64,8 +65,10 @@ def from_torch(
     dtype: Any = None,
     *,
     config: LevitConfig | None = None,
+    source_image_size: int | tuple[int, int] | None = None,
     image_size: int | tuple[int, int] | None = None,
     ema: bool = False,
+    prefix: str | None = None,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
@@ -82,9 +85,13 @@ def from_torch(
         dtype: dtype of the floating-point arrays; None keeps the checkpoint's.
         config: the architecture; None for the config.json next to the weights or, if there is none, the architecture
             inferred from the tensor shapes.
-        image_size: input size in pixels, one side or (height, width), which overrides the config's; None for the
-            config's. Without a config it is the square multiple of 16 that fits the attention biases.
+        source_image_size: the checkpoint's input size in pixels, one side or (height, width), if it has no config and
+            its attention biases fit several sizes; None for the config's or, without a config, the square multiple of
+            16 that fits.
+        image_size: input size of the result in pixels; None keeps the checkpoint's. See `levit_flax.resize_image`.
         ema: load the averaged weights (`model_ema`) of a training checkpoint instead of the last ones (`model`).
+        prefix: prefix of the model's tensor names, such as "student", if the checkpoint contains several models; None
+            finds the only one. Entries that do not belong to the model are left out.
         revision: branch, tag or commit of a Hub repository; None for its main branch.
         token: access token for the Hub; None for the one stored by `hf auth login` or in HF_TOKEN.
         cache_dir: directory for downloads; None for huggingface_hub's own cache.
@@ -105,9 +112,13 @@ def from_torch(
         >>> type(model).__name__, model.config.image_size, model.config.depths
         ('LevitForImageClassificationWithTeacher', 144, (2, 3, 1))
     """
-    opened = _open_source(source, ema=ema, options=_HubOptions(revision, token, cache_dir, local_files_only))
-    conversion = _convert(opened, dtype, config=config, image_size=image_size)
-    return conversion.model, _to_device(conversion.variables, opened.where)
+    options = _HubOptions(revision, token, cache_dir, local_files_only)
+    opened = _open_source(source, ema=ema, prefix=prefix, options=options)
+    conversion = _convert(opened, dtype, config=config, source_image_size=source_image_size)
+    model, variables = conversion.model, conversion.variables
+    if image_size is not None:
+        model, variables = resize_image(model, variables, image_size)
+    return model, _to_device(variables, opened.where)
 
 
 def _convert(
@@ -115,13 +126,16 @@ def _convert(
     dtype: Any = None,
     *,
     config: LevitConfig | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    source_image_size: int | tuple[int, int] | None = None,
 ) -> _Conversion:
     """Convert an opened source; the arguments are those of `from_torch`."""
     problems = _Problems()
     layout = _detect_layout(source.shapes, source.where)
-    architecture = _choose_architecture(source, layout, config, image_size)
+    architecture = _choose_architecture(source, layout, config, source_image_size)
     mapped = _check_names(source.shapes, architecture, problems)
+    for row in mapped.rows:
+        if row.torch in source.others:
+            problems.add(_Problem.NO_TENSOR, f"{row.torch} (found an object of type {source.others[row.torch]})")
     orders = _check_tables(source.tensors, architecture, problems)
     leaves = _read_leaves(source.tensors, mapped.readable, dtype, problems)
     name = type(architecture.model).__name__

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from levit_flax.configuration import LevitConfig
 from levit_flax.down_ops import DownOp
 
-from .errors import ConversionError
+from .errors import ConversionError, _explain_malformed
 from .layouts import _Shape, _Structure
 
 # The fields of a config that shapes determine. Labels, drop path and strides do not affect shapes.
@@ -51,20 +51,21 @@ def _infer_config(
             down_op, width = _infer_downsampling(known, index, structure.downsample_mlp[index])
             down_ops.append(down_op)
             widths.append(width)
-    return LevitConfig(
-        image_size=_infer_image_size(stages[0].num_offsets) if image_size is None else image_size,
-        num_channels=num_channels,
-        kernel_size=kernel_size,
-        padding=kernel_size // 2,
-        hidden_sizes=tuple(widths),
-        num_attention_heads=tuple(stage.num_heads for stage in stages),
-        depths=structure.depths,
-        key_dim=tuple(stage.key_dim for stage in stages),
-        mlp_ratio=tuple(stage.mlp_ratio for stage in stages),
-        attention_ratio=tuple(stage.attention_ratio for stage in stages),
-        down_ops=tuple(down_ops),
-        num_labels=known.get("head/linear/kernel", 2)[1] if "head" in structure.heads else 2,
-    )
+    with _explain_malformed("The architecture that the shapes describe"):
+        return LevitConfig(
+            image_size=_infer_image_size(stages[0].num_offsets) if image_size is None else image_size,
+            num_channels=num_channels,
+            kernel_size=kernel_size,
+            padding=kernel_size // 2,
+            hidden_sizes=tuple(widths),
+            num_attention_heads=tuple(stage.num_heads for stage in stages),
+            depths=structure.depths,
+            key_dim=tuple(stage.key_dim for stage in stages),
+            mlp_ratio=tuple(stage.mlp_ratio for stage in stages),
+            attention_ratio=tuple(stage.attention_ratio for stage in stages),
+            down_ops=tuple(down_ops),
+            num_labels=known.get("head/linear/kernel", 2)[1] if "head" in structure.heads else 2,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _infer_image_size(num_offsets: int) -> int:
     if side**2 != num_offsets:
         raise ConversionError(
             f"The image size cannot be inferred: expected a square number of offsets in the first table of attention"
-            f" biases, found {num_offsets}. Pass image_size=..."
+            f" biases, found {num_offsets}. Pass source_image_size=..."
         )
     return 16 * side
 

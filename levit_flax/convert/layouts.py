@@ -243,7 +243,7 @@ def _hf_prefixes(structure: _Structure) -> Iterator[_Prefix]:
         yield _HF_HEADS[head], head, _Part.HEAD
 
 
-_HF_LAYER = re.compile(r"(?:levit\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.(?:module\.)?(\w+)\.")
+_HF_LAYER = re.compile(r"(?:levit\.)?encoder\.stages\.(\d{1,18})\.layers\.(\d{1,18})\.(?:module\.)?(\w+)\.")
 _HF_KINDS = {"queries_keys_values": "a", "keys_values": "d", "linear_up": "m"}
 
 
@@ -282,7 +282,7 @@ def _facebook_prefixes(structure: _Structure) -> Iterator[_Prefix]:
         yield head, head, _Part.HEAD
 
 
-_FACEBOOK_BLOCK = re.compile(r"blocks\.(\d+)\.(m\.qkv|m\.0|kv)\.")
+_FACEBOOK_BLOCK = re.compile(r"blocks\.(\d{1,18})\.(m\.qkv|m\.0|kv)\.")
 _FACEBOOK_KINDS = {"m.qkv": "a", "m.0": "m", "kv": "d"}
 
 
@@ -312,13 +312,16 @@ def _timm_prefixes(structure: _Structure) -> Iterator[_Prefix]:
         yield head, head, _Part.HEAD
 
 
-_TIMM_LAYER = re.compile(r"stages\.(\d+)\.(?:blocks\.(\d+)|downsample)\.(attn|attn_downsample|mlp)\.")
+_TIMM_LAYER = re.compile(r"stages\.(\d{1,18})\.(?:blocks\.(\d{1,18})|downsample)\.(attn|attn_downsample|mlp)\.")
 
 
 def _timm_layers(names: Iterable[str]) -> list[str]:
     """Read each stage's layers from timm's tensor names."""
     layers = {(int(m[1]), int(m[2] or -1), m[3]) for m in map(_TIMM_LAYER.match, names) if m}
-    stages = [""] * (max((stage for stage, _, _ in layers), default=-1) + 1)
+    last = max((stage for stage, _, _ in layers), default=-1)
+    if last > len(layers):  # a number of many digits must not become a list of that length
+        raise ConversionError(f"The layers of stage {last} are not LeViT's: the stages before it have no layers.")
+    stages = [""] * (last + 1)
     for stage, block, kind in sorted(layers):  # downsampling (-1) first, attention before MLP
         if block >= 0:
             stages[stage] += kind[0]

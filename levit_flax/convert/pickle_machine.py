@@ -3,10 +3,10 @@
 A pickle is a program whose instructions import names and call them, so Python's unpicklers are not used. `pickletools`
 splits the pickle into instructions, and `_Machine` executes the few that containers, numbers, strings and tensors need:
 
-- A global is looked up by its exact name in a fixed table and never imported.
-- Values on the stack are data, never callables; a call looks up its target's name in a second table.
-- Objects that training scripts save with the weights (`argparse.Namespace` and the like) stay `_Inert` records.
-- Everything else raises an error that names it.
+- A global is a name and never imported.
+- Values on the stack are data, never callables. A call looks up its target's name in a fixed table of constructors.
+- All other objects that training scripts save with the weights stay `_Inert` records of their names and arguments.
+- Instructions that neither data nor records need raise an error that names them.
 """
 
 import dataclasses
@@ -48,25 +48,10 @@ _DTYPES = frozenset(
         "torch.bool",
     }
 )
-# Types that training checkpoints contain besides weights: arguments, paths, schedules, metrics, random states.
-# Protocol 2, torch.save's default, writes bytes as a call of _codecs.encode.
-_INERT = frozenset(
-    {
-        "_codecs.encode",
-        "argparse.Namespace",
-        "collections.Counter",
-        "numpy._core.multiarray._reconstruct",
-        "numpy._core.multiarray.scalar",
-        "numpy.core.multiarray._reconstruct",
-        "numpy.core.multiarray.scalar",
-        "numpy.dtype",
-        "numpy.ndarray",
-        "pathlib.PosixPath",
-        "pathlib.WindowsPath",
-        "pathlib._local.PosixPath",
-        "pathlib._local.WindowsPath",
-        "torch.device",
-    }
+# Instructions that push their argument.
+_PUSHED = frozenset(
+    "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 NONE BININT BININT1 BININT2"
+    " LONG1 LONG4 BINFLOAT".split()
 )
 _KEY_TYPES = (str, int, float, bool, bytes, type(None))
 # A training checkpoint nests about six containers; the limit protects recursive code that reads the result.
@@ -84,7 +69,8 @@ class _Inert:
     Attributes:
         name: the class or function that would have built it, such as `argparse.Namespace`.
         arguments: its arguments.
-        state: the object's attributes, usually a dict; None if the pickle sets none.
+        state: the object's attributes, usually a dict; None if the pickle sets none. Items that the pickle adds to the
+            object are dropped.
     """
 
     name: str
@@ -101,7 +87,7 @@ class _Storage:
 
 @dataclasses.dataclass(frozen=True)
 class _Global:
-    """Placeholder for a class or function of PyTorch or Python whose name is allowed."""
+    """Placeholder for a class or function, which is never imported."""
 
     name: str
 
@@ -196,9 +182,7 @@ class _Machine:
         match instruction:
             case "PROTO" | "FRAME" | "STOP":
                 pass
-            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8":
-                self._stack.append(argument)
-            case "NONE" | "BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "BINFLOAT":
+            case _ if instruction in _PUSHED:
                 self._stack.append(argument)
             case "NEWTRUE" | "NEWFALSE":
                 self._stack.append(instruction == "NEWTRUE")
@@ -223,7 +207,7 @@ class _Machine:
                 self._stack.append([])
             case "APPEND":
                 self._extend(self._pop(1))
-            case "APPENDS":
+            case "APPENDS" | "ADDITEMS":
                 self._extend(self._pop_to_mark())
             case "EMPTY_DICT":
                 self._stack.append({})
@@ -237,8 +221,16 @@ class _Machine:
                 self._look_up(*self._pop(2))
             case "BINPERSID":
                 self._stack.append(self._load_storage(self._stack.pop()))
+            case "EMPTY_SET":
+                self._stack.append(_Inert("builtins.set", ()))
+            case "FROZENSET":
+                items = self._pop_to_mark()
+                self._stack.append(_Inert("builtins.frozenset", tuple(items)))
             case "REDUCE" | "NEWOBJ":
                 self._call(*self._pop(2))
+            case "NEWOBJ_EX":
+                target, arguments, _ = self._pop(3)
+                self._call(target, arguments)
             case "BUILD":
                 self._set_state(*self._pop(1))
             case _:
@@ -257,18 +249,20 @@ class _Machine:
 
     def _extend(self, items: list[Any]) -> None:
         target = self._stack[-1]
-        if type(target) is not list:
+        if type(target) is list:
+            target.extend(items)
+        elif type(target) is not _Inert:
             raise ValueError("it appends to an object that is not a list")
-        target.extend(items)
 
     def _update(self, items: list[Any]) -> None:
         target = self._stack[-1]
+        if type(target) is _Inert:
+            return
         if type(target) not in (dict, OrderedDict):
             raise ValueError("it assigns items to an object that is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) not in _KEY_TYPES:
-                raise ValueError("a key of a dict is neither a string nor a number")
-            target[key] = value
+            if type(key) in _KEY_TYPES:  # no name of a weight is anything else
+                target[key] = value
 
     def _look_up(self, module: object, name: object) -> None:
         if type(module) is not str or type(name) is not str:
@@ -276,18 +270,14 @@ class _Machine:
         full_name = f"{module}.{name}"
         if full_name in _DTYPES:
             self._stack.append(full_name)
-        elif full_name in _CONSTRUCTORS or full_name in _STORAGES or full_name in _INERT:
-            self._stack.append(_Global(full_name))
         else:
-            raise _refused_global(full_name)
+            self._stack.append(_Global(full_name))
 
     def _call(self, target: object, arguments: object) -> None:
         if type(target) is not _Global or target.name in _STORAGES or type(arguments) is not tuple:
             raise ValueError("it calls an object that is not a constructor")
-        if target.name in _INERT:
-            self._stack.append(_Inert(target.name, arguments))
-        else:
-            self._stack.append(_CONSTRUCTORS[target.name](*arguments))
+        constructor = _CONSTRUCTORS.get(target.name)
+        self._stack.append(_Inert(target.name, arguments) if constructor is None else constructor(*arguments))
 
     def _set_state(self, state: object) -> None:
         target = self._stack[-1]

@@ -43,11 +43,11 @@ def _read_pickle(path: Path) -> object:
     Returns:
         The saved object. Dicts, lists, tuples, numbers and strings keep their type. Tensors and parameters become
         read-only NumPy arrays of the same shape, strides and dtype (`ml_dtypes.bfloat16` for bfloat16), `torch.Size`
-        becomes a tuple, dtypes become strings ("torch.float32"), and objects that are not weights become `_Inert`
-        records. Attributes of an OrderedDict, such as a state dict's `_metadata`, are dropped.
+        becomes a tuple, dtypes become strings ("torch.float32"), and all other objects become `_Inert` records, which
+        are never built. Attributes of an OrderedDict, such as a state dict's `_metadata`, are dropped.
 
     Raises:
-        ConversionError: the file is not such a checkpoint, is damaged, or contains objects that could execute code.
+        ConversionError: the file is not such a checkpoint, is damaged, or has an instruction that data does not need.
         OSError: the file cannot be opened.
 
     Source: torch/serialization.py (file formats), torch/_utils.py (tensor constructors).

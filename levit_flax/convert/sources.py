@@ -1,7 +1,6 @@
 """Open PyTorch checkpoints as mappings whose tensors are read on access."""
 
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, which safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from levit_flax import files as local_files
 from levit_flax import hub
 from levit_flax.checkpoint import _TORCH_WEIGHT_FILES
 from levit_flax.configuration import _CONFIG_FILE
@@ -20,19 +20,24 @@ from levit_flax.image_processing import _PROCESSOR_FILE
 
 from .errors import ConversionError
 from .layouts import _Shape
+from .location import _describe_left_out, _find_prefix
+from .pickle_machine import _Inert
 from .pickles import _as_numpy, _read_pickle
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".json")
 
 # The keys under which training scripts save the weights and their moving average (EMA).
-_WRAPPERS = ("model", "state_dict")
-_EMA_WRAPPERS = ("model_ema", "state_dict_ema")
-# Prefixes that DistributedDataParallel and torch.compile add to every name, and the one that transformers adds to every
-# name outside the heads, which are all names if a classification model has no classes (num_labels=0).
-_NAME_PREFIXES = ("module.", "_orig_mod.", "levit.")
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net", "network", "weights")
+_EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema_state_dict")
+# The prefix that transformers adds to every name outside the heads, which are all names if a classification model has
+# no classes (num_labels=0).
+_BACKBONE = "levit."
 
 # torch.hub's convention: names of published files contain the first eight digits of their SHA-256.
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8})\.[a-z]+")
+
+_MOST_TENSORS = 100_000  # LeViT-384 has 600
+_LARGEST_AXIS = 2**31
 
 _Tensors = Mapping[str, np.ndarray]
 
@@ -46,6 +51,7 @@ class _Source(NamedTuple):
         shapes: shapes by name; accessing them reads no tensor.
         wrappers: the keys and name prefixes that were removed from around the tensors.
         notes: warnings and hints, as sentences for the report.
+        others: the types of entries that are no tensors, by name.
         config: the parsed config.json next to the weights, or None.
         directory: the directory of the weights; None for a mapping.
         files: the files that contain the tensors; empty for a mapping.
@@ -57,6 +63,7 @@ class _Source(NamedTuple):
     shapes: Mapping[str, _Shape]
     wrappers: tuple[str, ...]
     notes: tuple[str, ...]
+    others: Mapping[str, str]
     config: dict[str, Any] | None
     directory: Path | None
     files: tuple[Path, ...]
@@ -81,6 +88,9 @@ class _SafetensorsFile(Mapping[str, np.ndarray]):
             raise ConversionError(
                 f"{path} is truncated or not a safetensors file ({error}): copy or download it again."
             ) from None
+        for name, shape in self.shapes.items():
+            if max(shape, default=0) > _LARGEST_AXIS:
+                raise ConversionError(f"{path} is damaged: its tensor {name} claims the shape {shape}. Copy it again.")
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.shapes:
@@ -120,33 +130,35 @@ def _open_source(
     source: str | Path | Mapping[str, Any],
     *,
     ema: bool = False,
+    prefix: str | None = None,
     options: _HubOptions = hub._DEFAULTS,
 ) -> _Source:
     """Open a weight file, a directory, a Hub repository or a mapping from tensor names to arrays or tensors.
 
     With `ema`, open the averaged weights (`model_ema`) of a training checkpoint instead of the last ones (`model`).
+    `prefix` chooses one of several models.
     """
     if isinstance(source, Mapping):
         weights = _check_tensors(source, "the mapping", ema)
-        return _gather("the mapping", [(weights, None)], (), {"source": "a mapping of tensors"})
+        return _gather("the mapping", [(weights, None)], (), {"source": "a mapping of tensors"}, prefix)
     path = Path(source).expanduser()
     if not path.exists() and path.suffix in _WEIGHT_SUFFIXES:
         raise FileNotFoundError(
             f"The file {path} does not exist: expected a weight file, a directory or a Hub id. Check the path."
         )
     if path.is_file():
-        return _open_weights(path, {"source": str(source)}, ema)
+        return _open_weights(path, {"source": str(source)}, ema, prefix)
     resolved = hub._resolve(source, weights=_TORCH_WEIGHT_FILES, files=(_CONFIG_FILE, _PROCESSOR_FILE), options=options)
-    return _open_resolved(source, resolved, ema)
+    return _open_resolved(source, resolved, ema, prefix)
 
 
-def _open_resolved(source: str | Path, resolved: _Resolved, ema: bool = False) -> _Source:
+def _open_resolved(source: str | Path, resolved: _Resolved, ema: bool = False, prefix: str | None = None) -> _Source:
     """Open the weights found in a directory or a Hub repository; `source` is the user's name for it."""
     provenance = {"source": str(source)} | ({"revision": resolved.revision} if resolved.revision else {})
-    return _open_weights(cast(Path, resolved.weights), provenance, ema)
+    return _open_weights(cast(Path, resolved.weights), provenance, ema, prefix)
 
 
-def _open_weights(path: Path, provenance: dict[str, Any], ema: bool) -> _Source:
+def _open_weights(path: Path, provenance: dict[str, Any], ema: bool, prefix: str | None) -> _Source:
     """Open a weight file, or the shards that an index lists."""
     files = _list_shards(path) if path.suffix == ".json" else {path: None}
     notes = tuple(filter(None, map(_check_hash, files)))
@@ -161,7 +173,7 @@ def _open_weights(path: Path, provenance: dict[str, Any], ema: bool) -> _Source:
         parts.append((weights, names))
     if ema:
         provenance["weights"] = "averaged over the training (EMA)"
-    return _gather(provenance["source"], parts, tuple(files), provenance, notes)
+    return _gather(provenance["source"], parts, tuple(files), provenance, prefix, notes)
 
 
 def _gather(
@@ -169,25 +181,37 @@ def _gather(
     parts: list[tuple["_Weights", list[str] | None]],
     files: tuple[Path, ...],
     provenance: dict[str, Any],
+    prefix: str | None,
     notes: tuple[str, ...] = (),
 ) -> _Source:
-    """Combine the weights of one or several files, and remove the prefixes that all names share."""
+    """Combine the weights of one or several files, and keep those of the LeViT without the prefixes of their names."""
     directory = files[0].parent if files else None
-    origins, shapes = {}, {}
+    origins: dict[str, tuple[_Weights, str]] = {}
+    others: dict[str, str] = {}
     for weights, names in parts:
+        others |= weights.others
         for name in weights.tensors if names is None else names:
-            origins[name], shapes[name] = (weights.tensors, name), weights.shapes[name]
-    wrappers = [wrapper for weights, _ in parts for wrapper in weights.wrappers]
-    while origins and (prefix := next((p for p in _NAME_PREFIXES if all(n.startswith(p) for n in origins)), None)):
-        wrappers.append(prefix)
-        origins = {name.removeprefix(prefix): origin for name, origin in origins.items()}
-        shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
+            origins[name] = (weights, name)
+    found = _find_prefix(origins, where, prefix)
+    left_out = [name for name in (*origins, *others) if not name.startswith(found)]
+    origins = {name.removeprefix(found): origin for name, origin in origins.items() if name.startswith(found)}
+    others = {name.removeprefix(found): kind for name, kind in others.items() if name.startswith(found)}
+    wrappers = [wrapper for weights, _ in parts for wrapper in weights.wrappers] + [found] * bool(found)
+    while origins and all(name.startswith(_BACKBONE) for name in origins):
+        wrappers.append(_BACKBONE)
+        origins = {name.removeprefix(_BACKBONE): origin for name, origin in origins.items()}
+    left_out += [name for name in others if name not in origins]
     return _Source(
         where=where,
-        tensors=_Renamed(origins),
-        shapes=shapes,
+        tensors=_Renamed({name: (weights.tensors, old) for name, (weights, old) in origins.items()}),
+        shapes={name: weights.shapes[old] for name, (weights, old) in origins.items()},
         wrappers=tuple(wrappers),
-        notes=tuple(note for weights, _ in parts for note in weights.notes) + notes,
+        notes=(
+            *(note for weights, _ in parts for note in weights.notes),
+            *notes,
+            *([_describe_left_out(found, left_out)] if left_out else []),
+        ),
+        others=others,
         config=None if directory is None else _read_config(directory),
         directory=directory,
         files=files,
@@ -215,6 +239,11 @@ def _list_shards(index: Path) -> dict[Path, list[str]]:
         raise ConversionError(
             f"{index} has no weight_map: expected the index of a sharded checkpoint. Copy or download it again."
         )
+    if len(entries) > _MOST_TENSORS:
+        raise ConversionError(
+            f"{index} lists too many tensors: expected at most {_MOST_TENSORS}, found {len(entries)}. Check that it is"
+            " the index of a LeViT."
+        )
     files: dict[Path, list[str]] = {}
     for name, file_name in entries.items():
         if Path(str(file_name)).name != file_name:
@@ -222,7 +251,7 @@ def _list_shards(index: Path) -> dict[Path, list[str]]:
                 f"{index} lists a shard outside its directory: expected a file name, found {file_name!r}. Move"
                 " the shard next to the index."
             )
-        if not (index.parent / file_name).is_file():
+        if index.parent / file_name not in files and not (index.parent / file_name).is_file():
             raise ConversionError(f"{index} lists {file_name}, which does not exist: copy or download it too.")
         files.setdefault(index.parent / file_name, []).append(name)
     return files
@@ -235,11 +264,12 @@ class _Weights(NamedTuple):
     shapes: Mapping[str, _Shape]
     wrappers: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    others: Mapping[str, str] = {}
 
 
 def _read_weights(path: Path, ema: bool) -> _Weights:
     """Open one weight file; its content determines its format."""
-    with path.open("rb") as file:
+    with local_files._open_regular(path) as file:
         start = file.read(9)
     if not start:
         raise ConversionError(f"{path} is empty: copy or download it again.")
@@ -266,17 +296,22 @@ def _check_tensors(value: object, where: str, ema: bool = False) -> _Weights:
     if not isinstance(value, Mapping):
         raise ConversionError(
             f"{where} is not a state dict: expected a mapping from names to tensors, found an object of type"
-            f" {type(value).__name__}."
+            f" {_type_name(value)}. Save the state dict of the model with torch.save(model.state_dict(), path)."
         )
-    tensors = {}
-    for name, tensor in value.items():
-        if not isinstance(name, str) or not hasattr(tensor, "shape"):
-            raise ConversionError(
-                f"{where} is not a state dict: expected a tensor under every name, found an object of type"
-                f" {type(tensor).__name__} under {name!r}."
-            )
-        tensors[name] = _as_numpy(tensor)
-    return _Weights(tensors, {name: array.shape for name, array in tensors.items()}, tuple(wrappers), tuple(notes))
+    tensors = {name: entry for name, entry in value.items() if isinstance(name, str) and hasattr(entry, "shape")}
+    others = {str(name): _type_name(entry) for name, entry in value.items() if name not in tensors}
+    if others and not tensors:
+        name, found = next(iter(others.items()))
+        raise ConversionError(
+            f"{where} is not a state dict: expected tensors, found an object of type {found} under {name!r}."
+        )
+    arrays = {name: _as_numpy(tensor) for name, tensor in tensors.items()}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    return _Weights(arrays, shapes, tuple(wrappers), tuple(notes), others)
+
+
+def _type_name(value: object) -> str:
+    return value.name if isinstance(value, _Inert) else type(value).__name__
 
 
 def _unwrap(value: object, where: str, ema: bool) -> tuple[object, list[str], list[str]]:
@@ -311,9 +346,9 @@ def _read_config(directory: Path) -> dict[str, Any] | None:
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, or raise a ConversionError that names the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} is not valid JSON ({error}): copy or download it again.") from None
+        value = local_files._read_json(path)
+    except ValueError as error:
+        raise ConversionError(f"{error} Copy or download it again.") from None
     if not isinstance(value, dict):
         raise ConversionError(
             f"{path} does not contain a JSON object: found a {type(value).__name__}. Copy or download it again."

@@ -60,8 +60,10 @@ def _convert_to_directory(
     *,
     layout: str | None = None,
     dtype: str | None = None,
+    source_image_size: int | tuple[int, int] | None = None,
     image_size: int | tuple[int, int] | None = None,
     ema: bool = False,
+    prefix: str | None = None,
     fold: bool = False,
     merge: bool = False,
     verify: bool = True,
@@ -77,8 +79,10 @@ def _convert_to_directory(
         out: the directory to write.
         layout: the PyTorch layout to write; None for a Flax model directory.
         dtype: dtype of the floating-point arrays; None keeps the source's.
+        source_image_size: as in `from_torch`.
         image_size: as in `from_torch`.
         ema: as in `from_torch`.
+        prefix: as in `from_torch`.
         fold: fold the batch norms.
         merge: merge the two heads.
         verify: compare with PyTorch if it is installed. The round trip to the source's bytes is always checked.
@@ -86,20 +90,25 @@ def _convert_to_directory(
         overwrite: replace an existing model.
     """
     files._check_free(out, overwrite)
-    loaded = _load(source, layout is not None, dtype, image_size, ema, options)
+    loaded = _load(source, layout is not None, dtype, source_image_size, ema, prefix, options)
     results = _verify_conversion(loaded, compare_pytorch=layout is None, verify=verify)
     model, variables, provenance = loaded.model, loaded.variables, loaded.provenance
     if merge or fold:
         model, variables = _apply_surgery(model, variables, fold=fold, merge=merge)
         provenance = {**provenance, "merged_heads": merge, "folded_batch_norm": model.folded}
         results["surgery"] = _verify_surgery(loaded, model, variables)
+    processor = loaded.processor
+    if image_size is not None:
+        model, variables = surgery.resize_image(model, variables, image_size)
+        processor = loading._resize_processor(processor, model.config)
+        provenance = {**provenance, "resized from": list(loaded.model.config.image_height_width)}
     if layout is not None:
         _check_layout(model, layout)
     with files._staged_directory(out, overwrite, checkpoint._OWN_FILES, _CONFIG_FILE) as staging:
         if layout is None:
-            checkpoint._write_model(staging, model, variables, loaded.processor, provenance)
+            checkpoint._write_model(staging, model, variables, processor, provenance)
         else:
-            _write_torch_directory(staging, model, variables, loaded.processor, layout)
+            _write_torch_directory(staging, model, variables, processor, layout)
             results |= _verify_written(staging, model, variables, verify)
         report = _Report(
             source=loaded.provenance,
@@ -118,14 +127,19 @@ def _load(
     source: str,
     prefer_own: bool,
     dtype: str | None,
-    image_size: int | tuple[int, int] | None,
+    source_image_size: int | tuple[int, int] | None,
     ema: bool,
+    prefix: str | None,
     options: _HubOptions,
 ) -> _Loaded:
     """Load a Flax model directory, or convert a PyTorch checkpoint; `prefer_own` decides if there are both."""
     resolved = _find(source, prefer_own, options)
     if resolved is not None and resolved.weights is not None and resolved.weights.name == checkpoint._WEIGHTS_FILE:
-        given = {"image_size=...": image_size is not None, "ema=True": ema}
+        given = {
+            "source_image_size=...": source_image_size is not None,
+            "ema=True": ema,
+            "prefix=...": prefix is not None,
+        }
         unused = " and ".join(name for name, is_given in given.items() if is_given)
         if unused:
             raise ValueError(
@@ -134,14 +148,14 @@ def _load(
             )
         return _load_own(source, resolved, dtype)
     if resolved is None:
-        opened = _open_source(source, ema=ema, options=options)
+        opened = _open_source(source, ema=ema, prefix=prefix, options=options)
     else:
-        opened = _open_resolved(source, resolved, ema)
+        opened = _open_resolved(source, resolved, ema, prefix)
     with ThreadPoolExecutor(1) as pool:  # hashing takes as long as converting, so it runs at the same time
         digests = pool.submit(_hash_files, opened.files)
-        conversion = _convert(opened, dtype, image_size=image_size)
+        conversion = _convert(opened, dtype, source_image_size=source_image_size)
         processor = loading._load_processor(opened.directory, conversion.model.config)
-        if image_size is not None:
+        if source_image_size is not None:
             processor = loading._resize_processor(processor, conversion.model.config)
         provenance = {**conversion.provenance, "files": digests.result()}
     return _Loaded(conversion.model, conversion.variables, processor, provenance, (opened, conversion))

@@ -189,9 +189,7 @@ def test_other_networks_are_refused():
         ConversionError, match=r"does not contain a LeViT in a known layout \(hf, timm, .*found 1 tensors \(layer1"
     ):
         convert.from_torch({"layer1.0.conv1.weight": np.zeros((64, 64, 1, 1), np.float32)})
-    with pytest.raises(
-        ConversionError, match="expected a tensor under every name, found an object of type dict under 'optimizer'"
-    ):
+    with pytest.raises(ConversionError, match="expected tensors, found an object of type dict under 'optimizer'"):
         convert.from_torch({"optimizer": {}})
 
 

@@ -3,6 +3,9 @@
 import argparse
 import hashlib
 import json
+import os
+import re
+import time
 
 import jax
 import numpy as np
@@ -102,9 +105,67 @@ def test_training_checkpoint_of_the_original_repository_is_read(tensors, average
     assert_holds(path, averaged, ema=True)
 
 
-def test_pickled_model_is_refused():
-    with pytest.raises(ConversionError, match="found an object of type float under 'loss'"):
-        convert.from_torch({"epoch": np.zeros(1), "loss": 0.5})
+def test_object_in_the_place_of_a_tensor_is_refused(tensors):
+    with pytest.raises(ConversionError, match=r"1 not tensors: head\.bn\.bias \(found an object of type float\)"):
+        convert.from_torch({**tensors, "head.bn.bias": 0.5})
+
+
+class Wrapper:
+    """Stands for a class of the training script, which the reader does not have."""
+
+    def __init__(self, **fields):
+        vars(self).update(fields)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "wrappers"),
+    [
+        (lambda t: {"state_dict": {f"model.{n}": a for n, a in t.items()}, "epoch": 3}, ("state_dict", "model.")),
+        (lambda t: {f"net.{n}": a for n, a in t.items()}, ("net.",)),
+        (lambda t: {f"a.b.encoder.{n}": a for n, a in t.items()}, ("a.b.encoder.",)),
+        (lambda t: {"module": t, "global_steps": 10}, ("module",)),
+        (lambda t: {"model_state_dict": t, "loss": 0.5}, ("model_state_dict",)),
+        (lambda t: {"n_averaged": np.int64(3), **{f"module.{n}": a for n, a in t.items()}}, ("module.",)),
+    ],
+)
+def test_model_is_found_inside_wrappers(tensors, wrap, wrappers):
+    assert_holds(wrap(tensors), tensors)
+    assert _open_source(wrap(tensors)).wrappers == wrappers
+
+
+def test_entries_outside_the_model_are_left_out_by_name(tensors):
+    beside = {"criterion.weight": np.ones(10), "train_acc.tp": np.zeros(10), "note": "text"}
+    source = {**{f"model.{name}": array for name, array in tensors.items()}, **beside}
+    assert_holds(source, tensors)
+    [note] = _open_source(source).notes
+    assert note == (
+        "3 entries do not belong to the model, whose names begin with 'model.', and were left out: criterion.weight,"
+        " note, train_acc.tp."
+    )
+    with pytest.raises(ConversionError, match=r"1 unexpected: criterion\.weight"):
+        convert.from_torch({**tensors, "criterion.weight": np.ones(10)})  # without a prefix it may be a misspelled name
+
+
+def test_several_models_need_a_prefix(tensors, averaged):
+    both = {f"student.{n}": a for n, a in tensors.items()} | {f"teacher.{n}": a for n, a in averaged.items()}
+    with pytest.raises(
+        ConversionError, match=r"contains 2 LeViT models: expected one, found the prefixes 'student', 'teacher'"
+    ):
+        convert.from_torch(both)
+    assert_holds(both, averaged, prefix="teacher")
+    assert_holds(both, tensors, prefix="student.")
+    with pytest.raises(ConversionError, match="no LeViT under the prefix 'head': expected one of 'student', 'teacher'"):
+        convert.from_torch(both, prefix="head")
+
+
+def test_checkpoint_with_objects_of_unknown_classes_is_read(tensors, tmp_path):
+    torch = pytest.importorskip("torch")
+    state = {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
+    torch.save({"state_dict": state, "config": Wrapper(lr=0.1, seen={1, 2}), "hook": Wrapper}, tmp_path / "last.ckpt")
+    assert_holds(tmp_path / "last.ckpt", tensors)
+    torch.save(Wrapper(weights=state), tmp_path / "object.pt")
+    with pytest.raises(ConversionError, match=r"found an object of type .*Wrapper\. Save the state dict of the model"):
+        convert.from_torch(tmp_path / "object.pt")
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -160,10 +221,10 @@ def test_image_size_is_reported_and_can_be_overridden(tensors):
 
     source = _open_source(tensors)
     assert any("64 is the square multiple of 16" in note for note in conversion._convert(source).notes)
-    assert conversion._convert(source, image_size=(50, 61)).model.config.image_size == (50, 61)
-    assert conversion._convert(source, image_size=50).notes == ()
+    assert conversion._convert(source, source_image_size=(50, 61)).model.config.image_size == (50, 61)
+    assert conversion._convert(source, source_image_size=50).notes == ()
     with pytest.raises(ConversionError, match=r"of the wrong shape: blocks.0.m.attention_biases"):
-        convert.from_torch(tensors, image_size=96)
+        convert.from_torch(tensors, source_image_size=96)
 
 
 def damaged_config(**changes):
@@ -210,7 +271,7 @@ def test_image_size_overrides_the_config(tensors, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(lf.LevitConfig(**SMALL).to_dict()))
     assert convert.from_torch(tmp_path)[0].config.image_size == 64
-    assert convert.from_torch(tmp_path, image_size=60)[0].config.image_size == 60
+    assert convert.from_torch(tmp_path, source_image_size=60)[0].config.image_size == 60
 
 
 @pytest.mark.parametrize("named", ["LevitForImageClassification", "LevitModel"])
@@ -228,9 +289,11 @@ def test_config_with_other_heads_is_refused(tmp_path, named):
 def test_non_square_table_needs_an_image_size():
     model = lf.LevitForImageClassification(lf.LevitConfig(**{**SMALL, "image_size": (64, 96)}))
     tensors = convert.to_torch(model, random_variables(model), "timm")
-    with pytest.raises(ConversionError, match=r"expected a square number of offsets .*, found 24\. Pass image_size="):
+    with pytest.raises(
+        ConversionError, match=r"expected a square number of offsets .*, found 24\. Pass source_image_size="
+    ):
         convert.from_torch(tensors)
-    assert convert.from_torch(tensors, image_size=(64, 96))[0].config == model.config
+    assert convert.from_torch(tensors, source_image_size=(64, 96))[0].config == model.config
 
 
 def test_thousand_classes_get_the_imagenet_names():
@@ -251,3 +314,66 @@ def test_mixed_layouts_and_lone_heads_are_refused(tensors):
         convert.from_torch({**tensors, "stem.conv1.linear.weight": np.zeros((2, 3, 3, 3), np.float32)})
     with pytest.raises(ConversionError, match="has a distillation head but no classifier head"):
         convert.from_torch({name: array for name, array in tensors.items() if not name.startswith("head.")})
+
+
+def test_image_size_resizes_the_result(tensors):
+    model, variables = convert.from_torch(tensors, image_size=96)
+    expected, expected_variables = lf.resize_image(*convert.from_torch(tensors), 96)
+    assert model.config == expected.config
+    jax.tree.map(np.testing.assert_array_equal, variables, expected_variables)
+
+
+# Small files that claim to be giant
+
+
+def save_header(path, tensors):
+    header = json.dumps({name: {"dtype": "F32", "shape": s, "data_offsets": [0, 0]} for name, s in tensors.items()})
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+
+
+def assert_refused_at_once(source, message, **options):
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=message) as caught:
+        convert.from_torch(source, **options)
+    assert time.perf_counter() - start < 2 and len(str(caught.value)) < 2000
+
+
+def test_giant_table_of_biases_is_refused(tensors):
+    giant = np.broadcast_to(np.float32(0), (2, 10**10))
+    tables = {name: giant for name in tensors if name.endswith("attention_biases") and name.startswith("blocks.0.")}
+    without = {name: array for name, array in tensors.items() if not name.endswith("bias_idxs")}
+    assert_refused_at_once({**without, **tables}, "image_size must be an integer from 1 to 4096, found 1600000")
+
+
+@pytest.mark.parametrize("layout", ["timm", "hf", "facebook"])
+def test_layer_with_a_giant_number_is_refused(layout):
+    model = lf.LevitForImageClassification(lf.LevitConfig(**SMALL))
+    tensors = convert.to_torch(model, random_variables(model), layout)
+    [example, *_] = [name for name in tensors if re.search(r"(stages|blocks)\.0\.", name)]
+    name = re.sub(r"(stages|blocks)\.0\.", r"\1.99999999999.", example, count=1)
+    assert_refused_at_once({**tensors, name: tensors[example]}, "stage|unexpected")
+
+
+def test_index_with_too_many_names_is_refused(tmp_path):
+    index = {"weight_map": {f"tensor{i}": "model.safetensors" for i in range(1_000_000)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConversionError, match="too many tensors: expected at most 100000, found 1000000"):
+        convert.from_torch(tmp_path / "model.safetensors.index.json")
+
+
+def test_header_with_a_giant_shape_is_refused(tmp_path):
+    save_header(tmp_path / "model.safetensors", {"stem.conv1.linear.weight": [2**40, 0, 2**40, 1]})
+    assert_refused_at_once(tmp_path / "model.safetensors", "is damaged: its tensor stem.conv1.linear.weight claims")
+
+
+@pytest.mark.parametrize("option", ["image_size", "source_image_size"])
+def test_giant_image_size_is_refused(tensors, option):
+    assert_refused_at_once(tensors, "image_size must be an integer from 1 to 4096, found 100000", **{option: 100_000})
+
+
+def test_special_files_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(OSError, match="expected a regular file, found a named pipe"):
+        convert.from_torch(tmp_path)

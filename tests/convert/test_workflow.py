@@ -271,8 +271,28 @@ def test_processor_follows_the_image_size(own, tmp_path):
     assert lf.LevitImageProcessor.from_pretrained(tmp_path / "as it is").crop_size == {"height": 48, "width": 48}
 
 
+@pytest.mark.parametrize("kind", ["pytorch", "flax"])
+def test_image_size_resizes_the_model(own, tmp_path, kind):
+    source = own
+    if kind == "pytorch":
+        run(own, tmp_path / "hf", layout="hf", verify=False)
+        source = tmp_path / "hf"
+    run(source, tmp_path / "out", image_size=96, verify=False)
+    model, variables = lf.from_pretrained(tmp_path / "out")
+    expected, expected_variables = lf.resize_image(*lf.from_pretrained(own), 96)
+    assert model.config == expected.config
+    jax.tree.map(np.testing.assert_array_equal, variables, expected_variables)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["levit_flax"]["provenance"]["resized from"] == [64, 64]
+    assert lf.LevitImageProcessor.from_pretrained(tmp_path / "out").crop_size == {"height": 96, "width": 96}
+
+
 def test_pytorch_options_for_a_converted_model_are_refused(own, tmp_path):
-    for options, name in (({"image_size": 96}, r"image_size=\.\.\."), ({"ema": True}, "ema=True")):
+    for options, name in (
+        ({"source_image_size": 96}, r"source_image_size=\.\.\."),
+        ({"prefix": "net"}, r"prefix=\.\.\."),
+        ({"ema": True}, "ema=True"),
+    ):
         with pytest.raises(ValueError, match=rf"is already converted: .* with {name}, found .* Leave out {name}\.$"):
             run(own, tmp_path / "out", **options)
 
