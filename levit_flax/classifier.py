@@ -12,7 +12,8 @@ import numpy as np
 
 from .hub import _HubOptions
 from .image_processing import LevitImageProcessor
-from .images import ImageError, _flatten_images
+from .image_settings import _check_choice
+from .images import ImageError, _flatten_images, _is_one_image
 from .inference import _InferenceFunction, _scores
 from .loading import _load_model, _load_processor
 from .modeling import LevitBase, Variables
@@ -41,7 +42,7 @@ class ImageClassifier:
 
     Examples:
         >>> classifier = ImageClassifier.from_pretrained("cifar10")
-        >>> [best] = classifier(np.zeros((32, 32, 3), np.uint8), top_k=1)[0]
+        >>> [best] = classifier(np.zeros((32, 32, 3), np.uint8), top_k=1)
         >>> sorted(best)
         ['label', 'score']
     """
@@ -107,17 +108,19 @@ class ImageClassifier:
         model, variables, processor, _ = _load_model(source, options, dtype=dtype, image_size=image_size)
         return cls(model, variables, processor, batch_size, fast_start=fast_start)
 
-    def __call__(self, images: Any, top_k: int = 5) -> list[list[dict[str, Any]]]:
-        """Classify images.
+    def __call__(self, images: Any, top_k: int = 5, *, function_to_apply: str | None = None) -> list[Any]:
+        """Classify one image or several.
 
         Args:
-            images: a path, a PIL image, an array, or a list of these, as in `LevitImageProcessor.preprocess`.
+            images: a path, a URL, bytes, an open file, a PIL image or an array, or a list or a batch of these, as in
+                `LevitImageProcessor.preprocess`.
             top_k: maximum number of classes to return for each image, at least 1.
+            function_to_apply: "softmax" over the classes, "sigmoid" per class, or "none" for the logits; None chooses
+                the sigmoid for a multi-label model, the logits for a regression model, and the softmax otherwise.
 
         Returns:
-            For each image, a list of {"label": str, "score": float} in descending order of the score. Scores are in
-            [0, 1]: the softmax over the classes, or a sigmoid per class for a multi-label model. For a regression model
-            they are the outputs.
+            For one image, a list of {"label": str, "score": float} in descending order of the score. For a list or a
+            batch, one such list per image.
 
         Raises:
             ImageError: an image cannot be used.
@@ -129,14 +132,18 @@ class ImageClassifier:
             >>> len(answers), len(answers[0]), sorted(answers[0][0])
             (3, 2, ['label', 'score'])
         """
-        return list(self.stream(_flatten_images(images), top_k))
+        answers = list(self.stream(_flatten_images(images), top_k, function_to_apply=function_to_apply))
+        return answers[0] if _is_one_image(images) else answers
 
-    def stream(self, images: Iterable[Any], top_k: int = 5) -> Iterator[list[dict[str, Any]]]:
+    def stream(
+        self, images: Iterable[Any], top_k: int = 5, *, function_to_apply: str | None = None
+    ) -> Iterator[list[dict[str, Any]]]:
         """Classify any number of images in constant memory.
 
         Args:
-            images: an iterable of paths, PIL images or arrays, one image each. It is consumed lazily.
+            images: an iterable of single images, as in `__call__`. It is consumed lazily.
             top_k: maximum number of classes to return for each image, at least 1.
+            function_to_apply: as in `__call__`.
 
         Yields:
             For each image, in order, a list of {"label": str, "score": float} in descending order of the score.
@@ -151,14 +158,15 @@ class ImageClassifier:
             >>> sum(len(answer) for answer in classifier.stream(images, top_k=1))
             256
         """
-        if top_k < 1:
-            raise ValueError(f"top_k must be at least 1, found {top_k}.")
+        if not isinstance(top_k, int) or top_k < 1:
+            raise ValueError(f"top_k must be an integer of at least 1, found {top_k!r}.")
+        _check_choice("function_to_apply", function_to_apply, (None, "softmax", "sigmoid", "none"))
         for i, logits in enumerate(self.stream_logits(images)):
             if isinstance(logits, ImageError):
                 raise ImageError(f"Image {i} (counted from 0): {logits}") from logits
             if isinstance(logits, Exception):
                 raise logits
-            yield self.name(logits, top_k)
+            yield self.name(logits, top_k, function_to_apply=function_to_apply)
 
     def stream_logits(self, images: Iterable[Any]) -> Iterator[np.ndarray | ImageError | OSError]:
         """Compute the logits of any number of images, in constant memory.
@@ -186,12 +194,13 @@ class ImageClassifier:
         if waiting:
             yield from self._finish(*waiting)
 
-    def name(self, logits: np.ndarray, top_k: int) -> list[dict[str, Any]]:
+    def name(self, logits: np.ndarray, top_k: int, *, function_to_apply: str | None = None) -> list[dict[str, Any]]:
         """Return the classes with the highest scores for the logits of one image.
 
         Args:
             logits: float [num_labels].
             top_k: maximum number of classes to return.
+            function_to_apply: as in `__call__`.
 
         Returns:
             A list of {"label": str, "score": float} in descending order of the score.
@@ -201,7 +210,7 @@ class ImageClassifier:
             >>> classifier.name(np.eye(10)[3] * 100, top_k=1)
             [{'label': 'cat', 'score': 1.0}]
         """
-        row = _scores(logits, self.model.config)
+        row = _scores(logits, self.model.config, function_to_apply)
         labels = self.model.config.id2label
         return [{"label": labels[i], "score": float(row[i])} for i in np.argsort(-row, kind="stable")[:top_k]]
 
@@ -228,7 +237,8 @@ class ImageClassifier:
             if pixels.shape != expected:
                 raise ImageError(
                     f"The processed image does not fit the model: expected [H W C] = {list(expected)}, found"
-                    f" {list(pixels.shape)}. Set the processor's crop_size to the model's image size."
+                    f" {list(pixels.shape)}. Set the processor's crop_size to the model's image size, and image_mean to"
+                    " one number per channel."
                 )
         except (ImageError, OSError) as error:
             return error

@@ -60,7 +60,7 @@ def _run_demo() -> None:
         classifier = ImageClassifier.from_pretrained(directory, batch_size=_SPEED_BATCH)
     print(f"3. Save, load and classify photographs. The classes are {', '.join(classifier.model.config.id2label)}")
     for name, expected in _PHOTOGRAPHS:
-        [[first, second, *_]] = classifier(getattr(data, name)())
+        first, second, *_ = classifier(getattr(data, name)())
         if expected is None:
             verdict = "not one of its classes"
         else:

@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,21 +14,22 @@ from PIL import Image
 from . import files
 from .hub import _HubOptions, _resolve
 from .image_settings import (
+    _FIXED_KEYS,
+    _HOUSEKEEPING_KEYS,
     _check_choice,
+    _check_fixed,
     _parse_flag,
     _parse_number,
     _parse_numbers,
     _parse_resample,
     _parse_size,
 )
-from .images import ImageError, _exceeds_pixel_limit, _flatten_images, _read_image
+from .image_transforms import _crop, _per_channel, _rescale, _resize, _to_tensors
+from .images import ImageError, _flatten_images, _read_image
 
 _PROCESSOR_FILE = "preprocessor_config.json"
 
 _TIMM_CROP_PCT = 0.9  # used for the accuracies that timm reports for LeViT
-
-# LeViT is evaluated on images resized to 256 pixels and cropped to 224. Source: facebookresearch/LeViT datasets.py.
-_RESIZE_RATIO = 256 / 224
 
 _RETURN_TYPES = (None, "np", "jax", "pt")
 _DATA_FORMATS = ("channels_last", "channels_first")
@@ -35,14 +37,29 @@ _DATA_FORMATS = ("channels_last", "channels_first")
 # The names of this processor in the files of different transformers versions.
 _PROCESSOR_TYPES = ("LevitImageProcessor", "LevitImageProcessorFast", "LevitImageProcessorPil", "LevitFeatureExtractor")
 
-# Keys that transformers writes. They do not affect the pixels of a single image and are ignored without a warning.
-_HOUSEKEEPING_KEYS = frozenset(
-    "_processor_class _valid_processor_keys auto_map data_format device disable_grouping feature_extractor_type"
-    " image_processor_type image_seq_length input_data_format pad_size processor_class return_tensors use_fast".split()
-)
+# The default number of each setting; None in a call or a file means this value.
+_DEFAULTS: dict[str, Any] = {
+    "do_resize": True,
+    "size": 224,
+    "resample": Image.Resampling.BICUBIC,
+    "do_center_crop": True,
+    "crop_size": 224,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": (0.485, 0.456, 0.406),
+    "image_std": (0.229, 0.224, 0.225),
+    "do_convert_rgb": True,
+}
 
-# Keys that would change the pixels: only these values, which are LeViT's, are accepted.
-_FIXED_KEYS = {"do_pad": False, "default_to_square": False}
+
+class _Inputs(dict[str, Any]):
+    """The result of a processor: a dictionary whose entries are also attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(f"The result has no {name}: it has {', '.join(self)}.")
+        return self[name]
 
 
 class LevitImageProcessor:
@@ -57,14 +74,15 @@ class LevitImageProcessor:
     - 16-bit images (modes "I" and "I;16") and floating-point images (mode "F") are scaled to 8 bits, by the range of
       their values: [0, 1], [0, 255] or [0, 65535]. Pillow's conversion would clip them. Boolean images have the levels
       0 and 255.
-    - An error is raised for pixel values that are not finite, for settings that are None, and for images that have
-      more than `PIL.Image.MAX_IMAGE_PIXELS` pixels before or after resizing.
+    - An error is raised for pixel values that are not finite, and for images that have more than
+      `PIL.Image.MAX_IMAGE_PIXELS` pixels before or after resizing.
 
     Args:
-        do_resize: whether to resize.
+        do_resize: whether to resize. For this and all other settings, None means the default.
         size: n or {"shortest_edge": n} resizes the shorter edge to int(256 / 224 * n) pixels and keeps the aspect
             ratio. (height, width) or {"height": h, "width": w} resizes to exactly this size in pixels.
-        resample: the resampling filter, a `PIL.Image.Resampling` value. LeViT is evaluated with bicubic resampling.
+        resample: the resampling filter, a `PIL.Image.Resampling` value or its name. LeViT is evaluated with bicubic
+            resampling, the default.
         do_center_crop: whether to crop the center. Images smaller than the crop are padded with black.
         crop_size: n, (height, width) or {"height": h, "width": w}, in pixels.
         do_rescale: whether to multiply pixel values by `rescale_factor`.
@@ -72,10 +90,14 @@ class LevitImageProcessor:
         do_normalize: whether to subtract `image_mean` and divide by `image_std`.
         image_mean: one number, or one per channel. The default is ImageNet's.
         image_std: one number, or one per channel. The default is ImageNet's.
-        do_convert_rgb: whether to convert all images to RGB.
+        do_convert_rgb: whether to convert all images to RGB, or to gray or RGBA if `image_mean` has one or four
+            numbers.
+        **ignored: settings of transformers' processors that do not affect the pixels of a single image, such as
+            `device` and `disable_grouping`, and `do_pad=False` and `default_to_square=False`.
 
     Raises:
-        ValueError: a setting is invalid.
+        ValueError: a setting is invalid or not supported.
+        TypeError: there is no such setting.
 
     Examples:
         >>> processor = LevitImageProcessor(size=160, crop_size=160)
@@ -88,30 +110,39 @@ class LevitImageProcessor:
     def __init__(
         self,
         *,
-        do_resize: bool = True,
-        size: int | Sequence[int] | Mapping[str, int] = 224,
-        resample: int = Image.Resampling.BICUBIC,
-        do_center_crop: bool = True,
-        crop_size: int | Sequence[int] | Mapping[str, int] = 224,
-        do_rescale: bool = True,
-        rescale_factor: float = 1 / 255,
-        do_normalize: bool = True,
-        image_mean: float | Sequence[float] = (0.485, 0.456, 0.406),
-        image_std: float | Sequence[float] = (0.229, 0.224, 0.225),
-        do_convert_rgb: bool = True,
+        do_resize: bool | None = None,
+        size: int | Sequence[int] | Mapping[str, int] | None = None,
+        resample: int | str | None = None,
+        do_center_crop: bool | None = None,
+        crop_size: int | Sequence[int] | Mapping[str, int] | None = None,
+        do_rescale: bool | None = None,
+        rescale_factor: float | None = None,
+        do_normalize: bool | None = None,
+        image_mean: float | Sequence[float] | None = None,
+        image_std: float | Sequence[float] | None = None,
+        do_convert_rgb: bool | None = None,
+        **ignored: Any,
     ) -> None:
+        _check_fixed(ignored)
+        unknown = sorted(ignored.keys() - _HOUSEKEEPING_KEYS - _FIXED_KEYS.keys())
+        if unknown:
+            raise TypeError(f"LevitImageProcessor has no setting {', '.join(unknown)}. It has {', '.join(_DEFAULTS)}.")
+
+        def given(name: str, value: Any) -> Any:
+            return _DEFAULTS[name] if value is None else value
+
         # `preprocess`, `to_dict` and `from_dict` rely on the attributes being exactly the parameters.
-        self.do_resize = _parse_flag("do_resize", do_resize)
-        self.size = _parse_size("size", size, shortest_edge=True)
-        self.resample = _parse_resample(resample)
-        self.do_center_crop = _parse_flag("do_center_crop", do_center_crop)
-        self.crop_size = _parse_size("crop_size", crop_size, shortest_edge=False)
-        self.do_rescale = _parse_flag("do_rescale", do_rescale)
-        self.rescale_factor = _parse_number("rescale_factor", rescale_factor)
-        self.do_normalize = _parse_flag("do_normalize", do_normalize)
-        self.image_mean = _parse_numbers("image_mean", image_mean)
-        self.image_std = _parse_numbers("image_std", image_std)
-        self.do_convert_rgb = _parse_flag("do_convert_rgb", do_convert_rgb)
+        self.do_resize = _parse_flag("do_resize", given("do_resize", do_resize))
+        self.size = _parse_size("size", given("size", size), shortest_edge=True)
+        self.resample = _parse_resample(given("resample", resample))
+        self.do_center_crop = _parse_flag("do_center_crop", given("do_center_crop", do_center_crop))
+        self.crop_size = _parse_size("crop_size", given("crop_size", crop_size), shortest_edge=False)
+        self.do_rescale = _parse_flag("do_rescale", given("do_rescale", do_rescale))
+        self.rescale_factor = _parse_number("rescale_factor", given("rescale_factor", rescale_factor))
+        self.do_normalize = _parse_flag("do_normalize", given("do_normalize", do_normalize))
+        self.image_mean = _parse_numbers("image_mean", given("image_mean", image_mean))
+        self.image_std = _parse_numbers("image_std", given("image_std", image_std))
+        self.do_convert_rgb = _parse_flag("do_convert_rgb", given("do_convert_rgb", do_convert_rgb))
         if 0 in np.atleast_1d(self.image_std):
             raise ValueError(f"image_std must not be zero, because pixels are divided by it, found {image_std!r}.")
 
@@ -124,25 +155,26 @@ class LevitImageProcessor:
         images: Any,
         *,
         return_tensors: str | None = None,
-        data_format: str = "channels_last",
+        data_format: str | None = "channels_last",
         input_data_format: str | None = None,
         **overrides: Any,
     ) -> dict[str, Any]:
         """Convert one image or several to pixel values for the model.
 
         Args:
-            images: a path, a PIL image, an array [H W], [H W C] or [C H W] (NumPy, JAX or PyTorch), a batch of these
-                with 4 axes, or a list of any of them. Float arrays contain values in [0, 1] or integers from 0 to 255.
+            images: a path, an http or https URL, bytes, an open binary file, a PIL image, an array [H W], [H W C] or
+                [C H W] (NumPy, JAX or PyTorch), a batch of these with 4 axes, or a list of any of them. Float arrays
+                contain values in [0, 1] or integers from 0 to 255.
                 Image files are rotated by their EXIF orientation, and the first frame of an animation is used.
             return_tensors: "np", "jax" or "pt" (PyTorch) returns one array for the batch; None returns a list of NumPy
                 arrays, one per image, whose sizes may differ.
-            data_format: "channels_last" for [B H W C], "channels_first" for [B C H W].
+            data_format: "channels_last" or None for [B H W C], "channels_first" for [B C H W].
             input_data_format: channel order of the arrays in `images`, "channels_last" or "channels_first"; None infers
-                it from the shapes.
-            **overrides: parameters of the class, for this call only.
+                it from the shapes. "none" is for arrays [H W] without a channel axis.
+            **overrides: parameters of the class, for this call only; None keeps the setting.
 
         Returns:
-            {"pixel_values": ...}, float32 if images are rescaled or normalized.
+            {"pixel_values": ...}, whose entry is also an attribute, float32 if images are rescaled or normalized.
 
         Raises:
             ImageError: an image cannot be used, or images of different sizes cannot be stacked.
@@ -157,9 +189,10 @@ class LevitImageProcessor:
             (2, 224, 224, 3)
         """
         _check_choice("return_tensors", return_tensors, _RETURN_TYPES)
-        _check_choice("data_format", data_format, _DATA_FORMATS)
+        _check_choice("data_format", data_format, (None, *_DATA_FORMATS))
         # Constructed even without overrides, to validate attributes that were assigned since construction.
-        processor = type(self)(**{**vars(self), **overrides})
+        given = {name: value for name, value in overrides.items() if value is not None}
+        processor = type(self)(**{**vars(self), **given})
         images = list(_flatten_images(images))
         if not images:
             raise ImageError("There are no images: expected at least one, found an empty list or batch.")
@@ -174,7 +207,7 @@ class LevitImageProcessor:
             if data_format == "channels_first":
                 pixels = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
             results.append(pixels)
-        return {"pixel_values": _to_tensors(results, return_tensors)}
+        return _Inputs(pixel_values=_to_tensors(results, return_tensors))
 
     __call__ = preprocess
 
@@ -182,9 +215,10 @@ class LevitImageProcessor:
         """Read, resize and crop one image: the first half of `preprocess`.
 
         Args:
-            image: a path, a PIL image, or an array [H W], [H W C] or [C H W].
-            input_data_format: channel order of an array, "channels_last" or "channels_first"; None infers it from the
-                shape.
+            image: a path, an http or https URL, bytes, an open binary file, a PIL image, or an array [H W], [H W C] or
+                [C H W].
+            input_data_format: channel order of an array, "channels_last", "channels_first" or "none" for [H W]; None
+                infers it from the shape.
 
         Returns:
             An array [H W C] of uint8 levels, or of float32 in [0, 1] if the image is a float array in that range. It
@@ -200,16 +234,24 @@ class LevitImageProcessor:
             >>> pixels.shape, pixels.dtype.name, pixels[0, 0].tolist()
             ((224, 224, 3), 'uint8', [255, 0, 0])
         """
-        _check_choice("input_data_format", input_data_format, (None, *_DATA_FORMATS))
-        image = _read_image(image, input_data_format, self.do_convert_rgb)
-        if self.do_resize:
-            image = _resize(image, self.size, self.resample)
-        pixels = np.asarray(image)
+        _check_choice("input_data_format", input_data_format, (None, "none", *_DATA_FORMATS))
+        with ExitStack() as held:
+            image = _read_image(image, input_data_format, self._channels if self.do_convert_rgb else None, held)
+            if self.do_resize:
+                image = _resize(image, self.size, self.resample)
+            pixels = np.asarray(image)
+            if pixels.ndim == 2:
+                pixels = pixels[:, :, None]
         if self.do_center_crop:
             height, width = self.crop_size["height"], self.crop_size["width"]
             top, left = self.crop_offset(pixels.shape[0] - height), self.crop_offset(pixels.shape[1] - width)
             pixels = _crop(pixels, top, left, height, width)
         return pixels
+
+    @property
+    def _channels(self) -> int:
+        """The number of channels of the result: 1, 3 or 4."""
+        return len(self.image_mean) if isinstance(self.image_mean, tuple) and len(self.image_mean) in (1, 4) else 3
 
     def crop_offset(self, margin: int) -> int:
         """Return the offset of the center crop, in pixels.
@@ -295,11 +337,7 @@ class LevitImageProcessor:
             raise ValueError(f"The settings belong to another processor: expected LevitImageProcessor, found {name}.")
         known = vars(cls())
         given = {name: value for name, value in settings.items() if value is not None}
-        for name, value in _FIXED_KEYS.items():
-            if given.get(name, value) != value:
-                raise ValueError(
-                    f"LevitImageProcessor does not support {name}: expected {value}, found {given[name]!r}."
-                )
+        _check_fixed(given)
         unknown = sorted(given.keys() - known.keys() - _HOUSEKEEPING_KEYS - _FIXED_KEYS.keys())
         if unknown:
             warnings.warn(f"LevitImageProcessor ignores unknown settings: {unknown}.", stacklevel=2)
@@ -315,6 +353,51 @@ class LevitImageProcessor:
         """
         return {"image_processor_type": _PROCESSOR_TYPES[0], **json.loads(json.dumps(vars(self)))}
 
+    def to_json_string(self) -> str:
+        """Return the settings as the text of a `preprocessor_config.json`.
+
+        Examples:
+            >>> json.loads(LevitImageProcessor(size=96).to_json_string())["size"]
+            {'shortest_edge': 96}
+        """
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, path: str | os.PathLike[str]) -> None:
+        """Write the settings as JSON.
+
+        Args:
+            path: the file to write.
+
+        Raises:
+            OSError: the file cannot be written.
+
+        Examples:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     LevitImageProcessor(size=96).to_json_file(f"{folder}/processor.json")
+            ...     LevitImageProcessor.from_json_file(f"{folder}/processor.json").size
+            {'shortest_edge': 96}
+        """
+        files._write_text(Path(path), self.to_json_string())
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str]) -> Self:
+        """Read the settings from a JSON file, as `from_dict` does from its content.
+
+        Args:
+            path: the file.
+
+        Raises:
+            ValueError: the file does not contain the settings of a LeViT image processor.
+            OSError: the file cannot be read.
+
+        Examples:
+            >>> from levit_flax.hub import _EMBEDDED_DIRECTORY
+            >>> LevitImageProcessor.from_json_file(_EMBEDDED_DIRECTORY / "preprocessor_config.json").crop_size
+            {'height': 144, 'width': 144}
+        """
+        return cls.from_dict(_read_settings(Path(path)))
+
     @classmethod
     def from_pretrained(
         cls,
@@ -324,6 +407,7 @@ class LevitImageProcessor:
         token: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        subfolder: str = "",
         **overrides: Any,
     ) -> Self:
         """Load a processor from a directory or a Hub repository.
@@ -335,6 +419,7 @@ class LevitImageProcessor:
             token: access token for the Hub; None for the one stored by `hf auth login` or in HF_TOKEN.
             cache_dir: directory for downloads; None for huggingface_hub's own cache.
             local_files_only: do not access the network.
+            subfolder: folder of the directory or repository that contains the file.
             **overrides: parameters of the class that replace those in the file.
 
         Returns:
@@ -350,20 +435,19 @@ class LevitImageProcessor:
             >>> LevitImageProcessor.from_pretrained("cifar10").crop_size
             {'height': 144, 'width': 144}
         """
-        options = _HubOptions(revision, token, cache_dir, local_files_only)
+        options = _HubOptions(revision, token, cache_dir, local_files_only, subfolder)
         directory = _resolve(source, files=(_PROCESSOR_FILE,), options=options).directory
-        path = directory / _PROCESSOR_FILE
-        settings = files._read_json(path)
-        if not isinstance(settings, dict):
-            raise ValueError(f"{path} is malformed: expected a JSON object, found a {type(settings).__name__}.")
-        return cls.from_dict(settings, **overrides)
+        return cls.from_dict(_read_settings(directory / _PROCESSOR_FILE), **overrides)
 
-    def save_pretrained(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    def save_pretrained(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> list[str]:
         """Write a `preprocessor_config.json`, which transformers can also read.
 
         Args:
             directory: the directory to write to; created if it does not exist.
             overwrite: replace an existing file.
+
+        Returns:
+            The path of the written file, as the only entry of a list.
 
         Raises:
             FileExistsError: the file exists and `overwrite` is False.
@@ -372,7 +456,7 @@ class LevitImageProcessor:
         Examples:
             >>> import tempfile
             >>> with tempfile.TemporaryDirectory() as folder:
-            ...     LevitImageProcessor(size=160, crop_size=160).save_pretrained(folder)
+            ...     [path] = LevitImageProcessor(size=160, crop_size=160).save_pretrained(folder)
             ...     LevitImageProcessor.from_pretrained(folder).size
             {'shortest_edge': 160}
         """
@@ -382,7 +466,8 @@ class LevitImageProcessor:
         path = directory / _PROCESSOR_FILE
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} already exists. Pass overwrite=True to replace it.")
-        files._write_text(path, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        self.to_json_file(path)
+        return [str(path)]
 
 
 # Other names of the same processor in transformers.
@@ -398,97 +483,9 @@ def _size_for_edge(edge: int) -> int:
     return (7 * edge + 6) // 8
 
 
-def _resize(image: Image.Image | np.ndarray, size: Mapping[str, int], resample: int) -> np.ndarray:
-    """Resize with Pillow and return [H W C]; float values in [0, 1] are quantized to 8 bits and scaled back."""
-    scaled = False
-    if not isinstance(image, Image.Image):
-        if image.shape[-1] > 4:
-            raise ImageError(
-                f"The image cannot be resized: expected at most 4 channels, found [H W C] shape {image.shape}."
-            )
-        levels, scaled = _to_levels(image)
-        image = Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
-    width, height = _resized_dimensions(*image.size, size)
-    if _exceeds_pixel_limit(width, height):
-        raise ImageError(
-            f"The image of {image.width} x {image.height} pixels would be too large after resizing: expected at most"
-            f" {Image.MAX_IMAGE_PIXELS:,} pixels, found {width} x {height}. Crop it first, or set size to (height,"
-            " width)."
-        )
-    resized = np.asarray(image.resize((width, height), Image.Resampling(resample)))
-    if resized.ndim == 2:
-        resized = resized[:, :, None]
-    return _rescale(resized, 1 / 255) if scaled else resized
-
-
-def _to_levels(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Return pixel values as uint8 levels, and whether they were in [0, 1]."""
-    if pixels.dtype == np.uint8:
-        return pixels, False
-    low, high = pixels.min(), pixels.max()
-    if low >= 0 and high <= 255:
-        if pixels.dtype.kind != "f" or np.allclose(pixels, pixels.astype(int)):
-            return pixels.astype(np.uint8), False
-        if high <= 1:
-            return _rescale(pixels, 255).astype(np.uint8), True
-    raise ImageError(
-        "The pixel values are out of range: expected integers from 0 to 255 or values in [0, 1], found"
-        f" {low} to {high}. Scale them to one of these ranges."
-    )
-
-
-def _resized_dimensions(width: int, height: int, size: Mapping[str, int]) -> tuple[int, int]:
-    if "height" in size:
-        return size["width"], size["height"]
-    short = int(_RESIZE_RATIO * size["shortest_edge"])
-    if width <= height:
-        return short, int(short * height / width)
-    return int(short * width / height), short
-
-
-def _crop(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
-    """Crop [height width C] from an image, padding with black outside of it."""
-    inside = pixels[max(top, 0) : max(top, 0) + height, max(left, 0) : max(left, 0) + width]
-    if inside.shape[:2] == (height, width):
-        return inside
-    canvas = np.zeros((height, width, pixels.shape[2]), pixels.dtype)
-    top, left = max(-top, 0), max(-left, 0)
-    canvas[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
-    return canvas
-
-
-def _rescale(pixels: np.ndarray, factor: float) -> np.ndarray:
-    return (pixels.astype(np.float64) * factor).astype(np.float32)  # via float64, as in transformers
-
-
-def _per_channel(name: str, value: float | tuple[float, ...], channels: int) -> tuple[float, ...]:
-    if isinstance(value, float):
-        return (value,) * channels
-    if len(value) != channels:
-        raise ValueError(f"{name} must be one number, or one for each of the {channels} channels, found {len(value)}.")
-    return value
-
-
-def _to_tensors(images: list[np.ndarray], return_tensors: str | None) -> Any:
-    if return_tensors is None:
-        return images
-    shapes = sorted({image.shape for image in images})
-    if len(shapes) > 1:
-        raise ImageError(
-            f"The images cannot be stacked: expected equal shapes, found {shapes}. Crop them with do_center_crop=True,"
-            " or pass return_tensors=None for a list."
-        )
-    batch = np.stack(images)
-    if return_tensors == "jax":
-        import jax.numpy as jnp
-
-        return jnp.asarray(batch)
-    if return_tensors == "pt":
-        try:
-            import torch
-        except ImportError as error:
-            raise ImportError(
-                'return_tensors="pt" requires PyTorch, which is not installed. Install torch, or use "jax" or "np".'
-            ) from error
-        return torch.from_numpy(batch)
-    return batch
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file."""
+    settings = files._read_json(path)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is malformed: expected a JSON object, found a {type(settings).__name__}.")
+    return settings

@@ -7,6 +7,26 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+_MOST_PIXELS = 16384  # of an edge
+
+# Settings of transformers' processors that do not affect the pixels of a single image. They are accepted and ignored.
+_HOUSEKEEPING_KEYS = frozenset(
+    "_processor_class _valid_processor_keys auto_map data_format device disable_grouping feature_extractor_type"
+    " image_processor_type image_seq_length input_data_format pad_size processor_class return_tensors use_fast".split()
+)
+
+# Settings that would change the pixels: only these values, which are LeViT's, are accepted.
+_FIXED_KEYS = {"do_pad": False, "default_to_square": False}
+
+
+def _check_fixed(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError if a setting has another value than LeViT's."""
+    for name, value in _FIXED_KEYS.items():
+        if settings.get(name, value) not in (value, None):
+            raise ValueError(
+                f"LevitImageProcessor does not support {name}: expected {value}, found {settings[name]!r}."
+            )
+
 
 def _check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:
     """Raise ValueError if the value is not one of the choices."""
@@ -39,9 +59,11 @@ def _parse_numbers(name: str, value: float | Sequence[float]) -> float | tuple[f
     return _parse_number(name, value)
 
 
-def _parse_resample(value: int) -> int:
-    """Return a Pillow resampling filter as an integer."""
+def _parse_resample(value: int | str) -> int:
+    """Return a Pillow resampling filter as an integer, from its number or its name."""
     filters = {filter.value: filter.name.lower() for filter in sorted(Image.Resampling)}
+    if isinstance(value, str):
+        value = next((number for number, name in filters.items() if name == value.lower()), value)
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value not in filters:
         raise ValueError(f"resample must be one of Pillow's filters {filters}, found {value!r}.")
     return int(value)
@@ -60,6 +82,8 @@ def _parse_size(name: str, value: int | Sequence[int] | Mapping[str, int], *, sh
     if not (by_edge or edges.keys() == {"height", "width"}) or not all(map(_is_positive_integer, edges.values())):
         forms = '(height, width), {"height": h, "width": w}' + (' or {"shortest_edge": n}' if shortest_edge else "")
         raise ValueError(f"{name} must be a positive integer, {forms}, found {value!r}.")
+    if max(edges.values()) > _MOST_PIXELS:
+        raise ValueError(f"{name} must be at most {_MOST_PIXELS} pixels, found {value!r}.")
     return {edge: int(pixels) for edge, pixels in edges.items()}
 
 

@@ -1,15 +1,18 @@
 """Decode image files, PIL images and arrays to RGB."""
 
-import os
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .image_sources import _DECODING, ImageError, _is_encoded, _opened_source
+
+__all__ = ["ImageError"]
 
 _CHANNEL_COUNTS = (1, 3, 4)  # gray, RGB, RGBA
 
@@ -24,52 +27,44 @@ _DECODER_ERRORS = (
 _FORMATS = frozenset("AVIF BMP DIB GIF ICNS ICO JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP XBM".split())
 
 
-class ImageError(ValueError):
-    """Raised when an image cannot be used.
+def _load_image(source: Any, channels: int = 3, held: ExitStack | None = None) -> Image.Image:
+    """Read the first frame of an encoded image, rotated by its EXIF orientation, as transformers does.
 
-    Examples:
-        >>> from levit_flax import LevitImageProcessor
-        >>> try:
-        ...     LevitImageProcessor()(np.full((8, 8, 3), np.nan))
-        ... except ImageError as error:
-        ...     print(error)
-        The image is not valid: expected finite pixel values, found NaN or infinity.
-    """
+    The format is detected from the content. 16-bit images are scaled to 8 bits.
 
-
-def _load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read the first frame of an image file as RGB, rotated by its EXIF orientation, as transformers does.
-
-    The format is detected from the content. The alpha channel is dropped without blending. 16-bit images are scaled
-    to 8 bits.
+    Args:
+        source: a path, an http or https URL, bytes, or an open binary file.
+        channels: 1 for gray, 3 for RGB without the alpha channel, 4 for RGBA.
+        held: keeps the memory of the decoded image reserved until it is closed; None releases it on return.
 
     Source: transformers image_utils.py (`_load_image`).
     """
-    with _opened(path) as image:
+    with _opened(source) as image, ExitStack() as released:
+        (released if held is None else held).enter_context(_DECODING.reserve(_decoded_bytes(image)))
         ImageOps.exif_transpose(image, in_place=True)
-        return _opaque_rgb(image)
+        return _with_channels(image, channels)
 
 
-def _check_header(path: str | os.PathLike[str]) -> None:
+def _check_header(source: Any) -> None:
     """Raise the errors of `_load_image` that can be detected without decoding the pixels."""
-    with _opened(path):
+    with _opened(source):
         pass
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """Open an image file without decoding its pixels."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"The image {path} does not exist.")
-    if not os.path.isfile(path):
-        raise ImageError(f"{path} is not a regular file: expected an image file, found a directory or a device.")
-    if os.path.getsize(path) == 0:
-        raise ImageError(f"{path} is empty: expected an image file, found 0 bytes.")
-    with open(path, "rb") as file, _decoding(str(path)):
+def _opened(source: Any) -> Iterator[Image.Image]:
+    """Open an encoded image without decoding its pixels."""
+    with _opened_source(source) as (file, name), _decoding(name):
         image = Image.open(file, formats=_installed_formats())
         if _exceeds_pixel_limit(*image.size):
             raise Image.DecompressionBombError
         yield image
+
+
+def _decoded_bytes(image: Image.Image) -> int:
+    """Return an upper estimate of the memory in bytes for decoding an image and converting it to RGB."""
+    per_pixel = 20 if image.format == "JPEG2000" else 11  # its decoder has four bytes per channel
+    return image.width * image.height * per_pixel
 
 
 @contextmanager
@@ -88,6 +83,10 @@ def _decoding(name: str) -> Iterator[None]:
         raise ImageError(
             f"{name} is not an image: expected one of the formats {', '.join(sorted(_installed_formats()))}."
         ) from error
+    except AssertionError as error:  # Pillow's answer to an image whose file is closed
+        raise ImageError(
+            f"{name} is closed: expected an open image. Call its load() before closing its file."
+        ) from error
     except _DECODER_ERRORS as error:
         raise ImageError(f"{name} cannot be decoded and is probably damaged ({error}).") from error
 
@@ -95,6 +94,14 @@ def _decoding(name: str) -> Iterator[None]:
 def _exceeds_pixel_limit(width: int, height: int) -> bool:
     """Return whether an image has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`."""
     return Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS
+
+
+def _with_channels(image: Image.Image, channels: int) -> Image.Image:
+    """Convert to gray (1 channel), RGB (3) or RGBA (4), scaling 16 bits to 8."""
+    if channels == 4 and image.mode in ("RGBA", "LA", "PA", "P"):
+        return image.convert("RGBA")
+    rgb = _opaque_rgb(image)
+    return rgb if channels == 3 else rgb.convert("L" if channels == 1 else "RGBA")
 
 
 def _opaque_rgb(image: Image.Image) -> Image.Image:
@@ -146,12 +153,19 @@ def _image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
+def _is_one_image(images: Any) -> bool:
+    """Return whether an argument is one image and not a list or a batch."""
+    if isinstance(images, list | tuple):
+        return False
+    return _is_encoded(images) or isinstance(images, Image.Image) or images is None or _as_array(images).ndim < 4
+
+
 def _flatten_images(images: Any) -> Iterator[Any]:
     """Yield the single images of nested lists and batches; `images` is as in `LevitImageProcessor.preprocess`."""
     if isinstance(images, list | tuple):
         for item in images:
             yield from _flatten_images(item)
-    elif isinstance(images, str | os.PathLike | Image.Image):
+    elif images is None or _is_encoded(images) or isinstance(images, Image.Image):
         yield images
     else:
         array = _as_array(images)
@@ -161,35 +175,47 @@ def _flatten_images(images: Any) -> Iterator[Any]:
             yield array
 
 
-def _read_image(image: Any, input_data_format: str | None, do_convert_rgb: bool) -> Image.Image | np.ndarray:
-    """Return an image as a PIL image of mode "RGB" or as an array [H W C]."""
-    if isinstance(image, str | os.PathLike):
-        return _load_image(image)
+def _read_image(
+    image: Any, input_data_format: str | None, channels: int | None, held: ExitStack
+) -> Image.Image | np.ndarray:
+    """Return an image as a PIL image or as an array [H W C].
+
+    `channels` is the number of channels to convert to; None converts files to RGB and nothing else. `held` is as in
+    `_load_image`.
+    """
+    if image is None:
+        raise ImageError("The image is missing: expected an image, found None.")
+    if _is_encoded(image):
+        return _load_image(image, channels or 3, held)
     if isinstance(image, Image.Image):
         if image.format == "EPS":  # Pillow would start Ghostscript
             raise ImageError("The PIL image is not decoded: expected pixels, found an EPS file. Convert it to PNG.")
         if 0 in image.size:
             raise ImageError(f"The PIL image is empty: expected at least one pixel, found size {image.size}.")
         with _decoding("The PIL image"):  # PIL images can be lazy
-            if do_convert_rgb:
-                return _rgb_over_white(image)
+            if channels is not None:
+                return _rgb_over_white(image) if channels == 3 else _with_channels(image, channels)
             image, input_data_format = np.asarray(image), "channels_last"
     pixels = _channels_last(_as_array(image), input_data_format)
-    return _array_to_rgb(pixels) if do_convert_rgb else pixels
+    return pixels if channels is None else _array_with_channels(pixels, channels)
 
 
 def _as_array(image: Any) -> np.ndarray:
     if not hasattr(image, "__array__"):
         raise TypeError(
-            "An image has the wrong type: expected a path, a PIL image, an array or a list of these, found"
-            f" {type(image).__name__}."
+            "An image has the wrong type: expected a path, a URL, bytes, an open file, a PIL image, an array or a list"
+            f" of these, found {type(image).__name__}."
         )
     try:
+        if str(getattr(image, "dtype", "")) == "torch.bfloat16":  # unknown to NumPy
+            image = image.float()
         array = np.asarray(image)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"The {type(image).__name__} cannot be converted to a NumPy array ({error}).") from error
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * 255
+    if array.dtype.name == "bfloat16":  # from JAX; Pillow and most of NumPy do not compute with it
+        return array.astype(np.float32)
     if array.dtype.kind not in "iuf":
         raise TypeError(f"An image array has the wrong dtype: expected uint8 or float32, found {array.dtype}.")
     return array
@@ -230,6 +256,21 @@ def _infer_format(shape: tuple[int, ...]) -> str:
 def _require_finite(array: np.ndarray) -> None:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ImageError("The image is not valid: expected finite pixel values, found NaN or infinity.")
+
+
+def _array_with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """Convert [H W C] to the number of channels."""
+    if pixels.shape[-1] == channels:
+        return pixels
+    rgb = _array_to_rgb(pixels)
+    if channels == 3:
+        return rgb
+    if channels == 1:
+        gray: np.ndarray = rgb @ np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow converts
+        integer = rgb.dtype.kind in "iu"
+        return (np.round(gray) if integer else gray).astype(rgb.dtype)[..., None]
+    opaque = 255 if rgb.dtype.kind in "iu" or rgb.max() > 1 else 1
+    return np.concatenate([rgb, np.full((*rgb.shape[:2], 1), opaque, rgb.dtype)], axis=-1)
 
 
 def _array_to_rgb(pixels: np.ndarray) -> np.ndarray:

@@ -233,11 +233,14 @@ def make_inference_fn(
     return _InferenceFunction(model, variables, batch_size, processor, devices, fast_start)
 
 
-def _scores(logits: np.ndarray, config: LevitConfig) -> np.ndarray:
-    """Return the scores for logits [... L]: softmax, sigmoid for multi-label, the logits for regression."""
-    if config.problem_type == _REGRESSION or config.num_labels == 1:
+def _scores(logits: np.ndarray, config: LevitConfig, function: str | None = None) -> np.ndarray:
+    """Return the scores for logits [... L]; `function` is `function_to_apply` of `ImageClassifier`."""
+    if function is None:
+        regression = config.problem_type == _REGRESSION or config.num_labels == 1
+        function = "none" if regression else "sigmoid" if config.problem_type == _MULTI_LABEL else "softmax"
+    if function == "none":
         return logits
-    if config.problem_type == _MULTI_LABEL:
+    if function == "sigmoid":
         return np.asarray(1 / (1 + np.exp(-logits)))
     exponentials = np.exp(logits - logits.max(-1, keepdims=True))
     return np.asarray(exponentials / exponentials.sum(-1, keepdims=True))

@@ -164,7 +164,9 @@ def _load_processor(directory: Path | None, config: LevitConfig) -> LevitImagePr
 
             return _read_timm_processor(values, str(directory / _CONFIG_FILE))
     height, width = config.image_height_width
-    return LevitImageProcessor(size=max(height, width), crop_size=(height, width))
+    # A gray image gets the mean of ImageNet's channels.
+    gray: dict[str, Any] = {"image_mean": (0.449,), "image_std": (0.226,)} if config.num_channels == 1 else {}
+    return LevitImageProcessor(size=max(height, width), crop_size=(height, width), **gray)
 
 
 def _resize_processor(processor: LevitImageProcessor, config: LevitConfig) -> LevitImageProcessor:

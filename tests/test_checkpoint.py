@@ -141,7 +141,7 @@ def test_damaged_directories_raise(tmp_path):
         lf.from_pretrained(tmp_path / "model")
     for broken in ("{", "[]", "[" * 100_000, json.dumps({**settings, "architectures": ["ResNet"]})):
         config.write_text(broken)
-        with pytest.raises(ValueError, match=r"config\.json is not the config of a LeViT model"):
+        with pytest.raises(ValueError, match=r"config\.json is not (the config of a LeViT model|valid JSON)"):
             lf.from_pretrained(tmp_path / "model")
     for change in ({"down_ops": 5}, {"id2label": 5}, {"stride": float("inf")}, {"levit_flax": 5}, {"depths": "x"}):
         config.write_text(json.dumps({**settings, **change}))
@@ -224,7 +224,7 @@ def test_image_size_resizes_model_and_processor(two_heads):
     _check_variables(model, variables, "it")
     classifier = lf.ImageClassifier.from_pretrained(two_heads, image_size=96)
     assert classifier.processor.size == {"shortest_edge": 96}
-    assert len(classifier(np.zeros((50, 60, 3), np.uint8))[0]) == 5
+    assert len(classifier(np.zeros((50, 60, 3), np.uint8))) == 5
 
 
 def test_push_to_hub_uploads_the_model_directory(two_heads, tmp_path, monkeypatch):

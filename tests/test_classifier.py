@@ -1,5 +1,6 @@
 """Classify images with the embedded model and with tiny ones."""
 
+import io
 import itertools
 import json
 import os
@@ -71,14 +72,14 @@ def test_answers_are_sorted_labels_and_scores(classifier):
         assert len(scores) == 10 and scores == sorted(scores, reverse=True)
         assert sum(scores) == pytest.approx(1, abs=1e-5)
         assert {entry["label"] for entry in answer} == set(classifier.model.config.id2label)
-    [single] = classifier(images(1)[0], top_k=1)
+    single = classifier(images(1)[0], top_k=1)
     assert type(single[0]["score"]) is float and type(single[0]["label"]) is str
 
 
 def test_batches_do_not_change_answers(classifier):
     many = classifier(images(7), top_k=10)
     for i, image in enumerate(images(7)):
-        [alone] = classifier(image, top_k=10)
+        alone = classifier(image, top_k=10)
         for entry, other in zip(alone, many[i], strict=True):
             assert entry["label"] == other["label"] and entry["score"] == pytest.approx(other["score"], abs=1e-5)
 
@@ -86,7 +87,7 @@ def test_batches_do_not_change_answers(classifier):
 def test_scores_follow_the_problem_type():
     image = images(1)[0]
     softmax, sigmoid, raw = (
-        make(problem_type=kind)(image)[0]
+        make(problem_type=kind)(image)
         for kind in ("single_label_classification", "multi_label_classification", "regression")
     )
     assert [entry["label"] for entry in softmax] == [entry["label"] for entry in sigmoid] == [e["label"] for e in raw]
@@ -105,7 +106,7 @@ def test_images_are_normalized_on_the_device_as_by_the_processor(classifier):
 
 def test_arrays_of_floats_and_bytes_agree(classifier):
     levels = images(1)[0]
-    [as_bytes], [as_floats] = classifier(levels), classifier(levels.astype(np.float32))
+    as_bytes, as_floats = classifier(levels), classifier(levels.astype(np.float32))
     assert [e["label"] for e in as_bytes] == [e["label"] for e in as_floats]
     np.testing.assert_allclose([e["score"] for e in as_bytes], [e["score"] for e in as_floats], atol=1e-4)
 
@@ -208,9 +209,53 @@ def test_eight_devices_classify_like_one():
 
 
 def test_wrong_arguments_raise(classifier):
-    with pytest.raises(ValueError, match="top_k must be at least 1"):
+    with pytest.raises(ValueError, match="top_k must be an integer of at least 1, found 0"):
         classifier(images(1), top_k=0)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         lf.ImageClassifier(classifier.model, classifier.variables, batch_size=0)
     with pytest.raises(ValueError, match="The model has no classifier"):
         lf.ImageClassifier(lf.LevitModel(classifier.model.config), {})
+
+
+def test_one_image_gives_one_answer(classifier, tmp_path):
+    image = images(1)[0]
+    Image.fromarray(image).save(tmp_path / "image.png")
+    path = tmp_path / "image.png"
+    for one in (image, path, str(path), path.read_bytes(), io.BytesIO(path.read_bytes()), Image.fromarray(image)):
+        answer = classifier(one, top_k=2)
+        assert [set(entry) for entry in answer] == [{"label", "score"}] * 2
+    for several in ([image], image[None], [[image]], (image,)):
+        [answer] = classifier(several, top_k=2)
+        assert len(answer) == 2
+    assert classifier([]) == []
+
+
+def test_function_is_applied_to_the_logits(classifier):
+    image = images(1)[0]
+    raw, softmax, sigmoid = (
+        {entry["label"]: entry["score"] for entry in classifier(image, top_k=10, function_to_apply=function)}
+        for function in ("none", "softmax", "sigmoid")
+    )
+    total = sum(np.exp(list(raw.values())))
+    for label, logit in raw.items():
+        assert softmax[label] == pytest.approx(np.exp(logit) / total, abs=1e-5)
+        assert sigmoid[label] == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-5)
+    with pytest.raises(ValueError, match=r"function_to_apply must be one of .*, found 'tanh'"):
+        classifier(image, function_to_apply="tanh")
+
+
+def test_gray_model_classifies_files(tmp_path):
+    model = lf.LevitForImageClassification(lf.LevitConfig(**{**TINY, "num_channels": 1, "image_size": 32}))
+    classifier = lf.ImageClassifier(model, random_variables(model))
+    color = Image.fromarray(images(1)[0])
+    color.save(tmp_path / "color.png")
+    color.convert("L").save(tmp_path / "gray.png")
+    paths = [tmp_path / "color.png", tmp_path / "gray.png"]
+    first, second = classifier(paths, function_to_apply="none")
+    third, fourth = classifier([color, np.asarray(color.convert("L"))], function_to_apply="none")
+    assert first == second == third == fourth
+
+
+def test_missing_images_do_not_end_a_stream(classifier):
+    results = list(classifier.stream_logits([images(1)[0], None, images(1)[0]]))
+    assert [type(result).__name__ for result in results] == ["ndarray", "ImageError", "ndarray"]

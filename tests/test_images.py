@@ -292,20 +292,16 @@ def test_a_strip_that_would_become_huge(monkeypatch):
             ImageError,
             "There are no images: expected at least one, found an empty list or batch.",
         ),
-        (
-            None,
-            TypeError,
-            "An image has the wrong type: expected a path, a PIL image, an array or a list of these, found NoneType.",
-        ),
+        (None, ImageError, "The image is missing: expected an image, found None."),
         (
             {"a": FINE},
             TypeError,
-            "An image has the wrong type: expected a path, a PIL image, an array or a list of these, found dict.",
+            "An image has the wrong type: expected a path, a URL, bytes, an open file, a PIL image, an array or a list",
         ),
         (
             [FINE, 3],
             TypeError,
-            "An image has the wrong type: expected a path, a PIL image, an array or a list of these, found int.",
+            "An image has the wrong type: expected a path, a URL, bytes, an open file, a PIL image, an array or a list",
         ),
         (np.array(["a.jpg"]), TypeError, "An image array has the wrong dtype: expected uint8 or float32, found <U5."),
         (

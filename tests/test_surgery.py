@@ -173,7 +173,7 @@ def test_folded_and_merged_models_are_saved_and_loaded(tmp_path):
     assert loaded.folded and type(loaded) is lf.LevitForImageClassification
     jax.tree.map(np.testing.assert_array_equal, loaded_variables, variables)
     classifier = lf.ImageClassifier.from_pretrained(tmp_path / "model")
-    assert len(classifier(np.zeros((64, 64, 3), np.uint8))[0]) == 5
+    assert len(classifier(np.zeros((64, 64, 3), np.uint8))) == 5
 
 
 # Other image sizes.

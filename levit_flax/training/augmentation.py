@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from levit_flax.image_processing import LevitImageProcessor
+from levit_flax.images import _with_channels
 
 from .recipe import Recipe
 
@@ -26,7 +27,7 @@ _RESAMPLINGS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resamplin
 def _augment(
     image: Image.Image, rng: np.random.Generator, recipe: Recipe, processor: LevitImageProcessor
 ) -> np.ndarray:
-    """Return a randomly cropped, flipped and altered RGB image as uint8 [H W 3] of the processor's crop size.
+    """Return a randomly cropped, flipped and altered RGB image as uint8 [H W C] of the processor's crop size.
 
     The processor resizes and crops if the recipe has no random crop.
     """
@@ -41,7 +42,10 @@ def _augment(
         image = _rand_augment(image, rng, recipe, fill)
     if recipe.color_jitter:
         image = _color_jitter(image, rng, recipe.color_jitter)
-    return np.asarray(image) if recipe.crop_scale else processor.resize_and_crop(image)
+    if not recipe.crop_scale:
+        return processor.resize_and_crop(image)
+    pixels = np.asarray(_with_channels(image, processor._channels))
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
 def _crop_with_border(image: Image.Image, rng: np.random.Generator, border: int) -> Image.Image:
