@@ -18,6 +18,7 @@ from .configuration import (
     _SINGLE_LABEL,
 )
 from .image_processing import LevitImageProcessor
+from .image_sources import _is_encoded
 from .imagenet import _imagenet_labels, _imagenet_wordnet_ids
 from .images import _image_suffixes, _load_image
 
@@ -125,7 +126,7 @@ class LabeledImages:
         """
         try:
             image = self.images[index]
-            if isinstance(image, str | Path):
+            if _is_encoded(image):
                 return _load_image(image)
             return Image.fromarray(_READER.resize_and_crop(image))
         except Exception as error:  # the decoder of a dataset may raise any exception
@@ -168,7 +169,10 @@ class _SelectedRows:
 
 @dataclass(frozen=True)
 class _DatasetImages:
-    """The image column of a split of a Hugging Face dataset, decoded on access."""
+    """The images of a split of a Hugging Face dataset, still encoded: bytes or paths, or None if there is no image.
+
+    `datasets` would end an iteration at the first damaged image.
+    """
 
     dataset: Any
     column: str
@@ -178,10 +182,16 @@ class _DatasetImages:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        return self.dataset[int(index)][self.column]
+        return self._encoded(self.dataset[int(index)])
 
     def __iter__(self) -> Iterator[Any]:
-        return (row[self.column] for row in self.dataset)  # prefetches, unlike access by index
+        return map(self._encoded, self.dataset)  # prefetches, unlike access by index
+
+    def _encoded(self, row: Any) -> Any:
+        image = row[self.column]
+        if image is None:
+            return None
+        return image["path"] if image["bytes"] is None else image["bytes"]
 
     def key(self, index: int) -> str:
         """Return the name of an image in a skip list."""
@@ -230,22 +240,15 @@ def _walk(
             skipped[suffix] += 1
 
 
-def _read_folder(
-    directory: Path, root: Path | None = None, skip: Collection[str] = (), allow_empty: bool = False
-) -> LabeledImages:
+def _read_folder(directory: Path, allow_empty: bool = False) -> LabeledImages:
     """List the images of a directory with one folder per class, sorted by name, without opening them.
 
-    The paths in `skip` are relative to `root`, by default the directory. Classes without images raise DataError unless
-    `allow_empty` is True.
+    Classes without images raise DataError unless `allow_empty` is True.
     """
-    root = directory if root is None else root
     folders = sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise DataError(f"{directory} has no folders: expected one folder of images per class.")
-    classes = {
-        folder.name: [path for path in _image_files(folder) if path.relative_to(root).as_posix() not in skip]
-        for folder in folders
-    }
+    classes = {folder.name: _image_files(folder) for folder in folders}
     empty = [name for name, paths in classes.items() if not paths]
     if empty and not allow_empty:
         raise DataError(
@@ -277,13 +280,17 @@ def _read_split(
     """
     data = _read_columns(dataset, f"{name}, {split}", split, problem_types, columns)
     if data.problem_type == _SINGLE_LABEL:
-        known = (data.targets >= 0) & (data.targets < len(data.labels))
-        if not known.all():
-            raise DataError(
-                f"{data.where} has unlabeled rows: expected one of {len(data.labels)} classes for each of {len(known)}"
-                f" rows, found {(~known).sum()} rows without a class, first row {np.argmin(known)}."
-            )
+        missing = np.flatnonzero((data.targets < 0) | (data.targets >= len(data.labels)))
+        if len(missing):
+            raise _unlabeled(data.where, len(data), missing)
     return data
+
+
+def _unlabeled(where: str, count: int, missing: Any) -> DataError:
+    return DataError(
+        f"{where} has unlabeled rows: expected a label for each of {count} rows, found {len(missing)} rows without one,"
+        f" first row {missing[0]}. Remove these rows."
+    )
 
 
 def _match_classes(names: Sequence[str], labels: Sequence[str], where: str) -> list[int]:
@@ -351,10 +358,14 @@ def _read_columns(
     image = _choose_column(images, columns.image, _IMAGE_COLUMNS, "image_column", f"images, {where}", features)
     candidates = targets if columns.label is None else accepted
     target = _choose_column(candidates, columns.label, _LABEL_COLUMNS, "label_column", f"{kinds}, {where}", features)
-    rows, values, feature = _DatasetImages(dataset, image, split), dataset[target], features[target]
+    encoded = dataset.cast_column(image, datasets.Image(decode=False))
+    rows, values, feature = _DatasetImages(encoded, image, split), dataset[target], features[target]
     if types[target] == _SINGLE_LABEL:
         classes = [-1 if index is None else index for index in values]
         return LabeledImages(rows, np.asarray(classes, np.int32), tuple(feature.names), where)
+    missing = [i for i, value in enumerate(values) if value is None]
+    if missing:
+        raise _unlabeled(where, len(values), missing)
     if types[target] == _REGRESSION:
         numbers = np.asarray(values, np.float32).reshape(len(dataset), -1)
         return LabeledImages(rows, numbers, (), where, _REGRESSION)

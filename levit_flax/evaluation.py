@@ -118,9 +118,10 @@ def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
     confusion = np.zeros((len(labels), len(labels)), np.int64)
     in_top5, losses, broken = 0, 0.0, []
     start = time.perf_counter()
-    for label, logits in zip(data.targets, classifier.stream_logits(data.images), strict=True):
+    for i, (label, logits) in enumerate(zip(data.targets, classifier.stream_logits(data.images), strict=True)):
         if isinstance(logits, Exception):
-            broken.append(str(logits))
+            text, name = str(logits), data.name(i)
+            broken.append(text if name in text else f"{name}: {text}")
             continue
         order = np.argsort(-logits, kind="stable")
         confusion[label, order[0]] += 1

@@ -223,13 +223,13 @@ def explain(classifier: ImageClassifier, image: Any, label: str | None = None) -
     figure, axes = _new_figure(-(-count // columns), columns)
     panels = iter(axes.flat)
     _draw_image(next(panels), shown, "input image")
-    overlay(next(panels), shown, activation, f"class activation: {_shorten(names[index], 16)}")
+    overlay(next(panels), shown, activation, f"class activation: {_literal(names[index], 16)}")
     brightness = gradients / max(np.quantile(gradients, 0.995), np.finfo(np.float32).tiny)
     _draw_image(next(panels), np.clip(brightness, 0, 1), "gradient saliency")
     _draw_scores(next(panels), row, names)
     for ax, (name, maps) in zip(panels, attention.items(), strict=False):
         overlay(ax, shown, maps.mean(0), f"attention: {_title(name)}")
-    figure.suptitle(f"{_shorten(names[index], 60)}: {row[index]:.1%}", fontsize=11)
+    figure.suptitle(f"{_literal(names[index], 60)}: {row[index]:.1%}", fontsize=11)
     return figure
 
 
@@ -242,8 +242,10 @@ def _title(path: str) -> str:
     return path.replace("_", " ").replace("/", ", ")
 
 
-def _shorten(name: str, length: int) -> str:
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+def _literal(name: str, length: int) -> str:
+    """Return a class name for a figure, shortened, in which Matplotlib finds no formulas."""
+    shown = name if len(name) <= length else f"{name[: length - 1]}…"
+    return shown.replace("$", r"\$")
 
 
 def _draw_image(ax: Any, image: np.ndarray, title: str) -> None:
@@ -279,7 +281,7 @@ def _draw_scores(ax: Any, row: np.ndarray, names: Sequence[str], count: int = 5)
     ax.set_box_aspect(1)
     ax.barh(range(len(order)), row[order], color="tab:blue", alpha=0.4)
     for place, i in enumerate(order):
-        ax.text(0.03, place, f"{_shorten(names[i], 20)} {row[i]:.0%}", va="center", fontsize=8)
+        ax.text(0.03, place, f"{_literal(names[i], 20)} {row[i]:.0%}", va="center", fontsize=8)
     ax.set(xlim=(0, 1), xticks=[], yticks=[])
     ax.invert_yaxis()
     ax.spines[["top", "right", "bottom"]].set_visible(False)
@@ -346,7 +348,7 @@ def draw_confusion(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
     ax.set_xlabel("predicted class")
     ax.set_ylabel("true class")
     if len(labels) <= 40:
-        names = [_shorten(label, 24) for label in labels]
+        names = [_literal(label, 24) for label in labels]
         ax.set_xticks(range(len(labels)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
         ax.set_yticks(range(len(labels)), names, fontsize=8)
     if len(labels) <= 20:

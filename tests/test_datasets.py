@@ -1,8 +1,13 @@
 """Hugging Face datasets, by the real package."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
+
+import levit_flax as lf
+from configs import TINY, random_variables
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("grain")
@@ -10,6 +15,7 @@ pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tensorboardX")
 
 from levit_flax.datasets import DataError, _Columns, _read_split  # noqa: E402
+from levit_flax.evaluation import evaluate  # noqa: E402
 from levit_flax.training import data  # noqa: E402
 
 NAMES = ["ant", "bee", "cat"]
@@ -99,8 +105,8 @@ def test_rows_without_a_class_raise():
 def test_rows_are_left_out_by_name(monkeypatch, tmp_path):
     parts = {"train": make("label", CLASS, [0, 1, 2, 0]), "test": make("label", CLASS, [1, 2])}
     monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(parts))
-    found = data._read_dataset("zoo", {"train/1", "test/0"})
-    assert [shade(found["train"], i) for i in range(3)] == [0, 2, 3] and [shade(found["test"], 0)] == [1]
+    found = data._without_skipped(data._read_dataset("zoo"), tmp_path, {"train/0", "test/0"})
+    assert [shade(found["train"], i) for i in range(3)] == [1, 2, 3] and [shade(found["test"], 0)] == [1]
     assert found["train"].name(1) == "image train/2 of zoo, train"
 
     whole = data._read_dataset("zoo")
@@ -121,3 +127,39 @@ def test_undecodable_row_raises_with_its_name(monkeypatch):
 
 def shade(images, index):
     return images.load(index).getpixel((0, 0))[0]
+
+
+def damaged_rows(labels=(0, 1, 2)):
+    good = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(good, "PNG")
+    images = [{"bytes": good.getvalue(), "path": None}, {"bytes": b"no image", "path": None}, None]
+    features = datasets.Features({"image": datasets.Image(), "label": CLASS})
+    return datasets.Dataset.from_dict({"image": images, "label": list(labels)}, features=features)
+
+
+def test_damaged_and_missing_images_are_named_and_left_out_of_an_evaluation():
+    config = lf.LevitConfig(**TINY).replace(id2label=NAMES)
+    model = lf.LevitForImageClassification(config)
+    classifier = lf.ImageClassifier(model, random_variables(model), fast_start=True)
+    result = evaluate(classifier, _read_split(damaged_rows(), "zoo", "test"))
+    assert result.images == 1
+    first, second = result.broken
+    assert first.startswith("image test/1 of zoo, test: ") and "is not an image" in first
+    assert second == "image test/2 of zoo, test: The image is missing: expected an image, found None."
+
+
+def test_damaged_rows_raise_before_training():
+    rows = _read_split(damaged_rows(), "zoo", "train")
+    with pytest.raises(DataError, match=r"2 of the 3 images of zoo, train .* image train/1 .*; image train/2"):
+        data._check_images(rows, decode=True)
+
+
+@pytest.mark.parametrize(
+    "feature", [CLASS, datasets.Sequence(CLASS), datasets.Value("float32")], ids=["class", "classes", "number"]
+)
+def test_unlabeled_rows_raise(feature):
+    value = [0] if feature == datasets.Sequence(CLASS) else 0
+    features = datasets.Features({"image": datasets.Image(), "label": feature})
+    rows = datasets.Dataset.from_dict({"image": IMAGES[:3], "label": [value, None, value]}, features=features)
+    with pytest.raises(DataError, match=r"zoo, test has unlabeled rows: .* found 1 rows .* first row 1\."):
+        _read_split(rows, "zoo", "test")

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 import levit_flax as lf
-from configs import SMALL, compiled, random_variables
+from configs import SMALL, TINY, compiled, random_variables
 from levit_flax.cli import main
 
 pytest.importorskip("matplotlib")
@@ -147,3 +147,12 @@ def test_confusion_leaves_empty_cells_blank():
 @pytest.mark.parametrize(("panels", "columns"), [(12, 4), (15, 5), (18, 6)])  # of the embedded and published models
 def test_explain_leaves_no_cell_empty(panels, columns):
     assert visualize._columns(panels) == columns and panels % columns == 0
+
+
+def test_dollar_signs_in_names_are_drawn_literally(tmp_path):
+    names = ("$10 bill", "a_$b", r"$\frac$")
+    figure = visualize.draw_confusion(np.eye(3, dtype=np.int64), names)
+    figure.savefig(tmp_path / "confusion.png")
+    model = lf.LevitForImageClassification(lf.LevitConfig(**TINY).replace(id2label=names))
+    classifier = lf.ImageClassifier(model, random_variables(model), fast_start=True)
+    visualize.explain(classifier, Image.new("RGB", (40, 40)), names[2]).savefig(tmp_path / "explain.png")

@@ -68,23 +68,31 @@ def evaluate(
     result = evaluation.evaluate(classifier, labeled)
     numbers = {"model": model, "data": data, "crop": crop, **result.to_dict()}
     if output is not None:
-        _write_results(output, numbers, result)
+        _write_numbers(output, numbers, result)
     if as_json:
         print_json(numbers)
     else:
         print_fields({**numbers, "broken": len(result.broken) or None})
     for error in result.broken:
         print_error(error)
+    if output is not None:
+        _write_figure(output, result)
     if result.broken:
         raise typer.Exit(1)
 
 
-def _write_results(output: Path, numbers: dict[str, Any], result: "Evaluation") -> None:
-    """Write the numbers and the confusion matrix, as CSV and as a figure."""
+def _write_numbers(output: Path, numbers: dict[str, Any], result: "Evaluation") -> None:
+    """Write the numbers and the confusion matrix."""
     from levit_flax import files
-    from levit_flax.visualize import draw_confusion
 
     files._write_text(output / "metrics.json", json.dumps(numbers, indent=2) + "\n")
     files._write_text(output / "confusion.csv", result.confusion_csv())
+
+
+def _write_figure(output: Path, result: "Evaluation") -> None:
+    """Write the confusion matrix as a figure, after everything that a failure must not lose."""
+    from levit_flax import files
+    from levit_flax.visualize import draw_confusion
+
     figure = draw_confusion(result.confusion, result.labels)
     files._write_atomically(output / "confusion.png", lambda file: figure.savefig(file, format="png"))

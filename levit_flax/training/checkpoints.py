@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +14,6 @@ import jax
 import orbax.checkpoint as ocp
 
 from .state import _State
-
-_GOODNESS = "goodness"
 
 
 class _Restored(NamedTuple):
@@ -30,6 +28,20 @@ class _Restored(NamedTuple):
     progress: dict[str, Any]
 
 
+class _BestAndLast:
+    """Orbax's policy that keeps the checkpoints of the best and of the last step.
+
+    Orbax's own policy for the best checkpoint forgets the metrics if the process is restarted.
+    """
+
+    best_step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Return for each checkpoint, in the order of the steps, whether to keep it."""
+        last = max(info.step for info in checkpoints)
+        return [info.step in (self.best_step, last) for info in checkpoints]
+
+
 class _Checkpoints:
     """Save the training state in the background, keep the best and the last checkpoint, and restore it.
 
@@ -37,14 +49,8 @@ class _Checkpoints:
     """
 
     def __init__(self, directory: Path) -> None:
-        policies = ocp.checkpoint_managers.preservation_policy
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics[_GOODNESS], n=1, keep_checkpoints_without_metrics=False
-        )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
-            cleanup_tmp_directories=True,
-        )
+        self._policy = _BestAndLast()
+        options = ocp.CheckpointManagerOptions(preservation_policy=self._policy, cleanup_tmp_directories=True)
         self.directory = directory
         self._quiet = ExitStack()
         self._quiet.enter_context(_quiet())
@@ -56,14 +62,15 @@ class _Checkpoints:
         step: int | None = self._manager.latest_step()
         return step
 
-    def save(self, step: int, state: _State, progress: dict[str, Any], goodness: float | None) -> None:
+    def save(self, step: int, state: _State, progress: dict[str, Any], best_step: int | None) -> None:
         """Start saving a checkpoint in the background.
 
-        The checkpoint with the highest `goodness` is the best; None if this state was not evaluated.
+        `best_step` is the step of the best evaluation so far, whose checkpoint is kept; None before the first one.
         """
+        self._policy.best_step = best_step
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         with self.writing():
-            self._manager.save(step, args=args, metrics=None if goodness is None else {_GOODNESS: goodness}, force=True)
+            self._manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
         """Wait until all checkpoints are written."""

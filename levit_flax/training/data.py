@@ -6,13 +6,14 @@ processes or hosts does not change the images of a step.
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import grain
@@ -35,6 +36,7 @@ from .recipe import Recipe
 
 _TRAIN_FOLDER = "train"
 _VALIDATION_FOLDERS = ("validation", "val", "valid", "test")
+_PRINTED_ROW = re.compile(r"image (\S+/\d+) of .*")  # as `LabeledImages.name` prints it
 _LISTED = 5  # maximum number of images or classes in an error message
 
 
@@ -54,7 +56,8 @@ def read_images(
             `val`, `valid`, `test`) that each have a folder for each class; or the name of a Hugging Face dataset
             (requires `datasets`).
         recipe: its `validation_share` and `seed` select the validation images if the source has no validation part.
-        skip: images to leave out: paths relative to the source, or rows of a dataset such as "train/17".
+        skip: images to leave out: paths relative to the source, or rows of a dataset such as "train/17", or either as
+            errors print them.
         check: decode every image. By default only the headers of image files are read.
         image_column: image column of a Hugging Face dataset; None for the only one, or the one called image or img.
         label_column: column of targets of a Hugging Face dataset; None for the only column of classes, or the one
@@ -79,7 +82,7 @@ def read_images(
         >>> len(train), len(validation), train.labels
         (18, 2, ('cat', 'dog'))
     """
-    parts = _find_images(source, recipe, skip, _Columns(image_column, label_column))
+    parts = _find_images(source, recipe, _skip_keys(skip, source), _Columns(image_column, label_column))
     for part in parts:
         _check_images(part, decode=check)
     return parts
@@ -90,7 +93,9 @@ def _find_images(
 ) -> tuple[LabeledImages, LabeledImages]:
     """Like `read_images`, but does not open the files."""
     directory = Path(source).expanduser()
-    parts = _read_folders(directory, skip) if directory.is_dir() else _read_dataset(str(source), skip, columns)
+    parts = _read_folders(directory) if directory.is_dir() else _read_dataset(str(source), columns)
+    if skip:
+        parts = _without_skipped(parts, directory, skip)
     train = parts[_TRAIN_FOLDER]
     if train.labels and len(train.labels) < 2:
         raise DataError(f"{train.where} has a single class, {train.labels[0]!r}: expected two or more.")
@@ -111,29 +116,68 @@ def _find_images(
     return train, validation
 
 
-def _read_folders(directory: Path, skip: Collection[str]) -> dict[str, LabeledImages]:
+def _read_folders(directory: Path) -> dict[str, LabeledImages]:
     """Return the training part of a directory, under the name "train", and its validation part if there is one."""
     if not (directory / _TRAIN_FOLDER).is_dir():
-        return {_TRAIN_FOLDER: _read_folder(directory, skip=skip)}
+        return {_TRAIN_FOLDER: _read_folder(directory)}
     other = next((name for name in _VALIDATION_FOLDERS if (directory / name).is_dir()), None)
     names = (_TRAIN_FOLDER, other) if other else (_TRAIN_FOLDER,)
-    return {name: _read_folder(directory / name, directory, skip) for name in names}
+    return {name: _read_folder(directory / name) for name in names}
 
 
-def _read_dataset(name: str, skip: Collection[str] = (), columns: _Columns = _ANY_COLUMNS) -> dict[str, LabeledImages]:
+def _read_dataset(name: str, columns: _Columns = _ANY_COLUMNS) -> dict[str, LabeledImages]:
     """Like `_read_folders`, for a Hugging Face dataset."""
     splits = _load_dataset(name)
     if _TRAIN_FOLDER not in splits:
         raise DataError(f"The dataset {name} has the splits {', '.join(splits)}: expected one named {_TRAIN_FOLDER}.")
     other = next((part for part in _VALIDATION_FOLDERS if part in splits), None)
     names = (_TRAIN_FOLDER, other) if other else (_TRAIN_FOLDER,)
-    parts = {part: _read_split(splits[part], name, part, columns=columns) for part in names}
-    if not skip:
-        return parts
-    return {
-        part: rows.select([i for i in range(len(rows)) if rows.key(i) not in skip], rows.where)
-        for part, rows in parts.items()
+    return {part: _read_split(splits[part], name, part, columns=columns) for part in names}
+
+
+def _without_skipped(parts: dict[str, LabeledImages], root: Path, skip: Collection[str]) -> dict[str, LabeledImages]:
+    """Return the parts without the skipped images; each class must keep an image."""
+    keys = {name: [part.key(i, root) for i in range(len(part))] for name, part in parts.items()}
+    _check_skipped(skip, set().union(*keys.values()), root)
+    kept = {
+        name: part.select([i for i, key in enumerate(keys[name]) if key not in skip], part.where)
+        for name, part in parts.items()
     }
+    for name, part in kept.items():
+        if part.targets.ndim == 1 and part.labels:
+            gone = set(parts[name].targets.tolist()) - set(part.targets.tolist())
+            if gone:
+                raise DataError(
+                    f"{part.where} would have no image of the class {part.labels[min(gone)]} left. Skip fewer images."
+                )
+    return kept
+
+
+def _check_skipped(skip: Collection[str], known: Collection[str], source: Path) -> None:
+    """Raise DataError if an entry of a skip list matches no image."""
+    unknown = sorted(set(skip) - set(known))
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} entries of skip=... match no image of {source}: expected paths or rows as the errors print"
+            f" them, found {', '.join(unknown[:_LISTED])}. Correct or remove them."
+        )
+
+
+def _skip_keys(skip: Collection[Any], source: str | Path) -> frozenset[str]:
+    """Return the keys of skipped images, from paths relative to the source or as the errors print them."""
+    directory = Path(source).expanduser()
+    keys = set()
+    for entry in map(str, skip):
+        row = _PRINTED_ROW.fullmatch(entry)
+        path = Path(entry).expanduser()
+        if row:
+            keys.add(row[1])
+        elif directory in path.parents or directory.absolute() in path.parents:
+            below = directory if directory in path.parents else directory.absolute()
+            keys.add(path.relative_to(below).as_posix())
+        else:
+            keys.add(PurePath(entry).as_posix())
+    return frozenset(keys)
 
 
 def _split(data: LabeledImages, recipe: Recipe) -> tuple[LabeledImages, LabeledImages]:
@@ -164,15 +208,16 @@ def _split(data: LabeledImages, recipe: Recipe) -> tuple[LabeledImages, LabeledI
 
 
 def _leave_out(
-    train: LabeledImages, validation: LabeledImages, root: Path, skip: Collection[str]
+    train: LabeledImages, validation: LabeledImages, root: Path, skip: Collection[str], before: Collection[str] = ()
 ) -> tuple[LabeledImages, LabeledImages]:
     """Leave images out of a run that has started, without moving the others to different steps.
 
-    Each skipped training image is replaced by another image of its class. Skipped validation images are removed.
+    The images in `before` were left out when the run was started. Each skipped training image is replaced by another
+    image of its class. Skipped validation images are removed.
     """
-    kept, kept_validation = (
-        np.array([part.key(i, root) not in skip for i in range(len(part))]) for part in (train, validation)
-    )
+    keys = [[part.key(i, root) for i in range(len(part))] for part in (train, validation)]
+    _check_skipped(skip, {*keys[0], *keys[1], *before}, root)
+    kept, kept_validation = (np.array([key not in skip for key in part]) for part in keys)
     rows = np.arange(len(train))
     for index in np.flatnonzero(~kept):
         single = train.targets.ndim == 1
@@ -211,7 +256,7 @@ def _check_images(data: LabeledImages, decode: bool) -> None:
 
 
 def _read_skip_list(path: Path) -> frozenset[str]:
-    """Return the paths in a skip list: one path per line, relative to the data directory."""
+    """Return the entries of a skip list: one path or row per line."""
     lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
     return frozenset(line.strip() for line in lines if line.strip())
 

@@ -25,7 +25,7 @@ from levit_flax.datasets import DataError
 from .checkpoints import _Checkpoints
 from .data import _evaluation_batches, _Shard, _training_batches, _TrainingRows
 from .optimizer import _learning_rate_schedule
-from .outputs import _REPORT_FILE, _best_row, _goodness, _History, _TensorBoard, _write_best, _write_history
+from .outputs import _REPORT_FILE, _best_row, _History, _TensorBoard, _write_best, _write_curves, _write_history
 from .plan import _TrainingPlan
 from .run_directory import _CHECKPOINT_DIRECTORY
 from .signals import _stop_signals, _StopSignal
@@ -224,8 +224,8 @@ class _Session:
         if self.checkpoints.latest == self.step:
             return
         progress = {"history": self.history, "totals": dataclasses.asdict(self.totals)}
-        evaluated = bool(self.history) and self.history[-1]["step"] == self.step
-        self.checkpoints.save(self.step, self.state, progress, _goodness(self.history[-1]) if evaluated else None)
+        best_step = int(_best_row(self.history)["step"]) if self.history else None
+        self.checkpoints.save(self.step, self.state, progress, best_step)
 
     def next_batch(self) -> _Batch:
         """Read the next batch and send it to the devices."""
@@ -309,6 +309,7 @@ class _Session:
         self.tensorboard.log(row)
         if _best_row(self.history) is row:
             _write_best(output, student.model, variables, student.processor, row, self.plan.settings.provenance())
+        _write_curves(output, self.history)
 
     def evaluate(self, variables: Any) -> _Totals:
         """Return the totals over the validation images."""

@@ -24,6 +24,8 @@ _CURVES_FILE = "curves.png"
 _REPORT_FILE = "report.json"
 _CARD_FILE = "README.md"
 _MODEL_DIRECTORY = "model"
+_MODEL_METRICS_FILE = "metrics.json"
+_MODEL_FILES = (*checkpoint._OWN_FILES, _MODEL_METRICS_FILE, _CARD_FILE)
 _TORCH_DIRECTORY = "torch"
 _TENSORBOARD_DIRECTORY = "tensorboard"
 
@@ -31,12 +33,16 @@ _History = list[dict[str, float]]  # one row per evaluation: epoch, step, ...
 
 
 def _write_history(directory: Path, history: _History) -> None:
-    """Write the metrics of all evaluations so far, as a CSV file and as a plot."""
+    """Write the metrics of all evaluations so far as a CSV file."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     files._write_text(directory / _METRICS_FILE, text.getvalue())
+
+
+def _write_curves(directory: Path, history: _History) -> None:
+    """Write a plot of the metrics of all evaluations so far."""
     figure = draw_curves(history)
     files._write_atomically(directory / _CURVES_FILE, lambda file: figure.savefig(file, format="png"))
 
@@ -83,9 +89,9 @@ def _write_best(
     provenance: Mapping[str, Any],
 ) -> None:
     """Write the model directory with a model card and the metrics of the evaluation `row`."""
-    with files._staged_directory(directory / _MODEL_DIRECTORY, True, checkpoint._OWN_FILES, _CONFIG_FILE) as staging:
+    with files._staged_directory(directory / _MODEL_DIRECTORY, True, _MODEL_FILES, _CONFIG_FILE) as staging:
         checkpoint._write_model(staging, model.clone(dtype=None), variables, processor, {"training": dict(provenance)})
-        (staging / "metrics.json").write_text(json.dumps(dict(row), indent=2) + "\n", encoding="utf-8")
+        (staging / _MODEL_METRICS_FILE).write_text(json.dumps(dict(row), indent=2) + "\n", encoding="utf-8")
         (staging / _CARD_FILE).write_text(_model_card(model, row, provenance), encoding="utf-8")
 
 
@@ -132,10 +138,5 @@ Training settings:
 
 
 def _best_row(history: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
-    """Return the evaluation with the highest accuracy or, for regression, the lowest loss."""
-    return max(history, key=_goodness)
-
-
-def _goodness(row: Mapping[str, float]) -> float:
-    """Return the number that evaluations are compared by; higher is better."""
-    return row["validation_accuracy"] if "validation_accuracy" in row else -row["validation_loss"]
+    """Return the evaluation with the highest accuracy; among equals, and for regression, that with the lowest loss."""
+    return max(history, key=lambda row: (row.get("validation_accuracy", 0), -row["validation_loss"]))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from levit_flax.datasets import LabeledImages, _Columns
 from levit_flax.hub import _HubOptions
 from levit_flax.visualize import _new_figure
 
-from .data import _check_images, _find_images, _leave_out
+from .data import _check_images, _find_images, _leave_out, _skip_keys
 from .hosts import _check_hosts_agree, _run_on_hosts
 from .optimizer import _match_patterns
 from .recipe import Recipe, RecipeError, read_recipe
@@ -74,7 +74,7 @@ def _make_plan(
     """
     output = Path(output).expanduser().absolute()
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
-    skipped = frozenset(PurePath(entry).as_posix() for entry in skip)
+    skipped = _skip_keys(skip, source)
     _new_figure(1, 1)  # raises now, not after the first epoch, if Matplotlib is missing
     _run_on_hosts(lambda: _check_output(output, resume, overwrite), only_first=True)
 
@@ -101,7 +101,7 @@ def _make_plan(
         _check_batch(recipe, train)
         _check_teacher(teacher, recipe, train)
         root = Path(source).expanduser()
-        parts = _leave_out(train, validation, root, skipped) if previous else (train, validation)
+        parts = _leave_out(train, validation, root, skipped, previous.skip) if previous else (train, validation)
         for part in parts:
             _check_images(part, decode=check_data)
         student = _load_student(model, recipe, parts[0], export_torch, options)

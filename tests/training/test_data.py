@@ -1,5 +1,7 @@
 """Data of a training run: which images it uses, and which rows each step sees."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,8 +22,10 @@ from levit_flax.training import DataError, LabeledImages
 from levit_flax.training.data import (
     _evaluation_batches,
     _find_images,
+    _read_folders,
     _read_skip_list,
     _Shard,
+    _skip_keys,
     _training_batches,
     _TrainingRows,
 )
@@ -104,16 +108,27 @@ def test_listed_images_are_skipped(tmp_path):
     names = [f"{part}/{name}/{i} x.png" for part in ("train", "val") for name in CLASSES for i in range(3)]
     touch(tmp_path, *names)
     path = tmp_path / "skip.txt"
-    path.write_bytes(b"\xef\xbb\xbftrain/ant/1 x.png\n\n  \t\r\nval/cat/0 x.png \r\nnowhere/1.png\ntrain/bee\n1 x.png")
+    path.write_bytes(b"\xef\xbb\xbftrain/ant/1 x.png\n\n  \t\r\nval/cat/0 x.png \r\n")
     skip = _read_skip_list(path)
-    assert skip == {"train/ant/1 x.png", "val/cat/0 x.png", "nowhere/1.png", "train/bee", "1 x.png"}
+    assert skip == {"train/ant/1 x.png", "val/cat/0 x.png"}
     found = [name for part in _find_images(tmp_path, tiny_recipe(), skip) for name, _ in listed(part, tmp_path)]
-    assert found == [name for name in names if name not in ("train/ant/1 x.png", "val/cat/0 x.png")]
+    assert found == [name for name in names if name not in skip]
     everything = {name for name in names if name.startswith("train/bee")}
-    with pytest.raises(
-        DataError, match=r"train/bee has no images: expected at least one per class\. Add images, or remove the folder"
-    ):
+    with pytest.raises(DataError, match=r"train would have no image of the class bee left\. Skip fewer images"):
         _find_images(tmp_path, tiny_recipe(), everything)
+    with pytest.raises(DataError, match=r"^2 entries of skip=.* match no image .* nowhere/1\.png, train/bee\."):
+        _find_images(tmp_path, tiny_recipe(), {*skip, "nowhere/1.png", "train/bee"})
+
+
+def test_skipped_images_may_be_named_as_errors_print_them(tmp_path, monkeypatch):
+    touch(tmp_path, *(f"data/{name}/{i}.png" for name in CLASSES for i in range(3)))
+    monkeypatch.chdir(tmp_path)
+    expected = {f"{name}/1.png" for name in CLASSES[:2]}
+    for source in ("data", "./data", tmp_path / "data"):
+        printed = {_read_folders(Path(source))["train"].name(i) for i in (1, 4)}
+        assert _skip_keys(printed, source) == expected
+        assert _skip_keys({tmp_path / "data" / name for name in expected}, source) == expected
+    assert _skip_keys({"image train/17 of zoo/animals, train", "test/3"}, "zoo/animals") == {"train/17", "test/3"}
 
 
 # Rows of a step

@@ -29,7 +29,9 @@ from training_runs import (
 import levit_flax as lf
 from levit_flax import evaluation
 from levit_flax.training import DataError, LabeledImages, NotFiniteError, RecipeError, finetune, loop, plan
+from levit_flax.training.checkpoints import _Checkpoints
 from levit_flax.training.data import _find_images, _leave_out
+from levit_flax.training.outputs import _best_row
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
@@ -226,3 +228,26 @@ def test_batch_of_one_needs_frozen_batch_norm(folder):
     plan._check_batch(tiny_recipe(batch_size=1, batch_norm="freeze"), images)
     with pytest.raises(RecipeError, match="of at least 2, or batch_norm"):
         plan._check_batch(tiny_recipe(batch_size=1, batch_norm="freeze_with_parameters"), images)
+
+
+def test_equal_accuracies_are_ranked_by_the_loss():
+    rows = [
+        {"step": step, "validation_accuracy": accuracy, "validation_loss": loss}
+        for step, accuracy, loss in ((1, 0.5, 0.1), (2, 0.9, 0.4), (3, 0.9, 0.3), (4, 0.9, 0.35))
+    ]
+    assert _best_row(rows)["step"] == 3
+    assert _best_row([{"step": 1, "validation_loss": 0.4}, {"step": 2, "validation_loss": 0.2}])["step"] == 2
+
+
+def test_best_checkpoint_survives_a_restart(tmp_path):
+    state = {"weights": np.ones(2)}
+    for steps in ((1, 2), (3,), (4,)):
+        checkpoints = _Checkpoints(tmp_path / "checkpoints")
+        for step in steps:
+            checkpoints.save(step, state, {}, best_step=1)
+        checkpoints.close()
+    assert checkpoint_steps(tmp_path) == [1, 4]
+    checkpoints = _Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(5, state, {}, best_step=5)
+    checkpoints.close()
+    assert checkpoint_steps(tmp_path) == [5]
