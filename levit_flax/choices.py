@@ -3,8 +3,22 @@
 This module does not import JAX, so that the command line can list the values in its help without waiting for it.
 """
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
+
+
+class _CallError(ValueError):
+    """The base class of errors that only a changed call can avoid. The command line exits with 2."""
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean X?" for the known name that is most similar, or an empty string."""
+    by_lower = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.7)
+    return f" Did you mean {by_lower[close[0]]}?" if close else ""
+
 
 # Layouts of PyTorch checkpoints that can be written.
 _WrittenLayout = Literal["hf", "timm", "timm_conv", "facebook"]

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .choices import _suggest
 from .files import _read_json
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ _EMBEDDED_DIRECTORY = Path(__file__).parent / "embedded"
 
 # The published models by the names that the paper and timm use.
 _PUBLISHED = {name: f"facebook/{name}" for name in ("levit-128S", "levit-128", "levit-192", "levit-256", "levit-384")}
+
+_SHORT_NAMES = (_EMBEDDED_NAME, *_PUBLISHED)
 
 # Prefixes of timm: the first two for the Hub, the last for a directory.
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
@@ -129,12 +132,15 @@ def _resolve(
         if _choose(weights or files, present, bool(weights)) is None:
             raise FileNotFoundError(f"{path} is not a model directory: {_expected(weights or files, present)}")
         return _resolved(path, weights, None)
+    meant = _suggest(str(source), _SHORT_NAMES)
+    if meant and str(source).lower() in map(str.lower, _SHORT_NAMES):  # only the case differs
+        raise FileNotFoundError(f"There is no model {source}.{meant}")
     if path.exists():
         raise NotADirectoryError(f"The model {path} is a file: expected a model directory or a Hub repository.")
     if isinstance(source, Path) or not _is_repo_id(source):
         raise FileNotFoundError(
             f"The model {path} does not exist: expected a directory, or a Hub repository as owner/name, such as"
-            " facebook/levit-128S."
+            f" facebook/levit-128S.{meant}"
         )
 
     from huggingface_hub import constants
@@ -268,7 +274,8 @@ class _Request:
             snapshot = self._find_cached()
             if snapshot is None:
                 raise HubUnreachableError(
-                    f"{error} {self._not_cached}. Check the network, or pass a local model directory."
+                    f"{error} {self._not_cached}. Check the network, or pass a local model directory or"
+                    f" {_EMBEDDED_NAME}, the small model in the package."
                 ) from error
             _logger.warning("%s Loading %s from the cache, commit %s.", error, self.repo_id, snapshot.name)
             return snapshot

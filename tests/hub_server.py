@@ -253,7 +253,7 @@ class _Handler(BaseHTTPRequestHandler):
 def run_with_hub(hub: "HubServer", directory: Path, *arguments: str) -> str:
     """Run `levit-flax` in a new process that connects to this Hub only, and return its output."""
     done = subprocess.run(
-        [sys.executable, "-m", "levit_flax.cli", *arguments],
+        [sys.executable, "-m", "levit_flax", *arguments],
         cwd=directory,
         capture_output=True,
         text=True,

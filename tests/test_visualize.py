@@ -108,7 +108,7 @@ def test_command_writes_figures(name, extra, small, capsys, tmp_path):
         assert min(image.size) > 400 and np.asarray(image.convert("L")).std() > 10
     assert main(["explain", str(tmp_path / "noise.png"), "-m", model, "-o", "x.png", "--label", "yak"]) == 1
     assert "error: The model has no class 'yak': its classes are airplane" in capsys.readouterr().err
-    assert main(["explain", str(tmp_path / "none.png"), "-m", model, "-o", "x.png"]) == 1
+    assert main(["explain", str(tmp_path / "none.png"), "-m", model, "-o", "x.png"]) == 2
 
 
 @pytest.mark.parametrize(

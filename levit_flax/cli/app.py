@@ -4,8 +4,10 @@ Results are printed to stdout, progress, warnings and errors to stderr. Heavy mo
 so that `--help` is fast.
 """
 
+import io
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -19,6 +21,7 @@ from .classify import classify
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
+from .exit_status import FAILED, exit_status
 from .explain import explain
 from .export import export
 from .finetune import finetune
@@ -28,7 +31,6 @@ from .output import print_error, print_notice, print_warning
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -97,6 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if cache is not None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "compiled"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files and classes may not be encodable
     warnings.showwarning = lambda message, *_, **__: print_warning(message)
     try:
         app(args=arguments, prog_name="levit-flax")
@@ -106,13 +111,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return end.code if isinstance(end.code, int) else 0
     except (ValueError, OSError, ImportError) as error:
         print_error(error)
-        return 1
+        return exit_status(error)
     except (RuntimeError, AssertionError):  # JAX raises either if a platform is missing
         message = _find_backend_error()
         if message is None:
             raise
         print_error(message)
-        return 1
+        return FAILED
     except KeyboardInterrupt:
         print_notice("interrupted")
         return 130

@@ -1,44 +1,72 @@
 """The command `levit-flax classify`."""
 
+import csv
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from .options import DEFAULT_MODEL, JsonOption, ModelOption, OfflineOption, RevisionOption
+from .exit_status import FAILED, WRONG_CALL
+from .options import DEFAULT_MODEL, JsonOption, MaxPixelsOption, ModelOption, OfflineOption, RevisionOption
 from .output import print_error, with_progress
+
+_STANDARD_INPUT = "-"
 
 
 def classify(
-    paths: Annotated[list[Path], typer.Argument(help="Images, and directories to search for images.")],
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(help="Images, directories to search for images, URLs, or - for an image in standard input."),
+    ] = None,
+    files_from: Annotated[
+        str | None, typer.Option(help="File with one more path per line, or - for standard input.")
+    ] = None,
     model: ModelOption = DEFAULT_MODEL,
     top_k: Annotated[int, typer.Option(min=1, help="Number of classes to print for each image.")] = 5,
+    function_to_apply: Annotated[
+        Literal["softmax", "sigmoid", "none"] | None,
+        typer.Option(help="Compute the scores from the logits in this way; the default follows the model."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
+    max_image_pixels: MaxPixelsOption = None,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print the results as CSV.")] = False,
 ) -> None:
     """Classify images."""
+    if as_json and as_csv:
+        raise typer.BadParameter("expected --json or --csv, found both")
+    files, errors = _list_images(_all_paths(paths or [], files_from))
+    if not files:
+        _exit_with(errors, WRONG_CALL)
     from levit_flax.classifier import _FEW_IMAGES, ImageClassifier
     from levit_flax.memory import keep_freed_memory
 
     keep_freed_memory()
-    files, errors = _list_images(paths)
     classifier = ImageClassifier.from_pretrained(
-        model, fast_start=len(files) <= _FEW_IMAGES, revision=revision, local_files_only=offline
+        model, batch_size=batch_size, fast_start=len(files) <= _FEW_IMAGES, revision=revision, local_files_only=offline
     )
-    printer = _JsonPrinter() if as_json else _TablePrinter()
-    for path, logits in zip(files, with_progress(classifier.stream_logits(files), len(files)), strict=True):
+    printer = _JsonPrinter() if as_json else _CsvPrinter() if as_csv else _TablePrinter()
+    images = (sys.stdin.buffer.read() if file == _STANDARD_INPUT else file for file in files)
+    for path, logits in zip(files, with_progress(classifier.stream_logits(images), len(files)), strict=True):
         if isinstance(logits, Exception):
-            errors[str(path)] = str(logits)
+            errors[path] = str(logits)
         else:
-            printer.add(str(path), classifier.name(logits, top_k))
+            printer.add(path, classifier.name(logits, top_k, function_to_apply=function_to_apply))
     printer.end()
+    _exit_with(errors, FAILED)
+
+
+def _exit_with(errors: dict[str, str], status: int) -> None:
+    """Print the errors and exit with the status, if there are any."""
     for error in errors.values():
         print_error(error)
     if errors:
-        raise typer.Exit(1)
+        raise typer.Exit(status)
 
 
 class _JsonPrinter:
@@ -57,6 +85,22 @@ class _JsonPrinter:
         print("[]" if self.separator == "[" else "\n]")
 
 
+class _CsvPrinter:
+    """Print a header, and a row for each class of each image."""
+
+    def __init__(self) -> None:
+        self.writer = csv.writer(sys.stdout, lineterminator="\n")
+        self.writer.writerow(["file", "rank", "label", "score"])
+
+    def add(self, file: str, predictions: list[dict[str, Any]]) -> None:
+        """Print the rows of one image."""
+        for rank, prediction in enumerate(predictions, 1):
+            self.writer.writerow([file, rank, prediction["label"], prediction["score"]])
+
+    def end(self) -> None:
+        """Print nothing."""
+
+
 class _TablePrinter:
     """Print the name of each image, followed by one line per class."""
 
@@ -70,17 +114,33 @@ class _TablePrinter:
         """Print nothing."""
 
 
-def _list_images(paths: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
-    """Return the files to classify, and an error for each directory without images."""
+def _all_paths(paths: Sequence[str], files_from: str | None) -> list[str]:
+    """Return the paths of the command line and those that a file lists."""
+    if files_from is None:
+        if not paths:
+            raise typer.BadParameter("expected paths of images, or --files-from")
+        return list(paths)
+    listed = sys.stdin.read() if files_from == _STANDARD_INPUT else Path(files_from).read_text(encoding="utf-8-sig")
+    return [*paths, *(line for line in listed.splitlines() if line)]
+
+
+def _list_images(paths: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the images to classify, and an error for each path without images."""
     from levit_flax.datasets import _image_files
+    from levit_flax.image_sources import _URL_SCHEMES
 
     files, errors = [], {}
     for path in paths:
-        if not path.is_dir():
+        local = Path(path)
+        if path == _STANDARD_INPUT or path.lower().startswith(_URL_SCHEMES) or local.is_file():
             files.append(path)  # the classifier reports files that are not images
-            continue
-        images = _image_files(path)
-        files += images
-        if not images:
-            errors[str(path)] = f"The directory {path} contains no images."
+        elif local.is_dir():
+            images = _image_files(local)
+            files += map(str, images)
+            if not images:
+                errors[path] = f"The directory {path} contains no images."
+        elif local.exists():
+            files.append(path)
+        else:
+            errors[path] = f"The image {path} does not exist."
     return files, errors

@@ -15,6 +15,7 @@ from .options import (
     ImageSizeOption,
     JsonOption,
     LabelColumnOption,
+    MaxPixelsOption,
     ModelOption,
     OfflineOption,
     RevisionOption,
@@ -37,6 +38,7 @@ def evaluate(
     image_column: ImageColumnOption = None,
     label_column: LabelColumnOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 64,
+    max_image_pixels: MaxPixelsOption = None,
     output: Annotated[
         Path | None, typer.Option(help="Directory to write metrics.json, confusion.csv and confusion.png to.")
     ] = None,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import DEFAULT_MODEL, ModelOption, OfflineOption, RevisionOption
+from .options import DEFAULT_MODEL, MaxPixelsOption, ModelOption, OfflineOption, RevisionOption
 
 _FORMATS = ("png", "jpg", "pdf", "svg")
 
@@ -18,6 +18,7 @@ def explain(
     model: ModelOption = DEFAULT_MODEL,
     label: Annotated[str | None, typer.Option(help="Class to explain; the default is the most likely class.")] = None,
     biases: Annotated[bool, typer.Option("--biases", help="Draw the model's attention biases instead.")] = False,
+    max_image_pixels: MaxPixelsOption = None,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
 ) -> None:
@@ -28,6 +29,10 @@ def explain(
     if biases == (image is not None):
         raise typer.BadParameter("expected an image, or --biases without an image")
     from levit_flax import visualize
+
+    visualize._new_figure(1, 1)  # fails before the work if Matplotlib is missing
+    if image is not None and not image.is_file():
+        raise FileNotFoundError(f"The image {image} does not exist.")
     from levit_flax.classifier import ImageClassifier
     from levit_flax.files import _write_atomically
 

@@ -7,7 +7,14 @@ import typer
 
 from levit_flax.choices import _RECIPE_NAMES, _WrittenLayout
 
-from .options import ImageColumnOption, JsonOption, LabelColumnOption, OfflineOption, RevisionOption
+from .options import (
+    ImageColumnOption,
+    JsonOption,
+    LabelColumnOption,
+    MaxPixelsOption,
+    OfflineOption,
+    RevisionOption,
+)
 from .output import print_fields, print_json, print_notice, training_progress
 
 
@@ -47,8 +54,8 @@ def finetune(  # long: its parameters are the options, with their help
     skip: Annotated[
         Path | None,
         typer.Option(
-            help="File that lists images to skip, one per line: paths relative to DATA, or dataset rows such as"
-            " train/17."
+            help="File that lists images to skip, one per line: paths, or dataset rows such as train/17, as errors"
+            " print them."
         ),
     ] = None,
     check_data: Annotated[bool, typer.Option("--check-data", help="Decode every image before the first step.")] = False,
@@ -70,6 +77,7 @@ def finetune(  # long: its parameters are the options, with their help
         int | None, typer.Option(min=0, envvar="LEVIT_FLAX_PROCESS_ID", help="Index of this process, from 0.")
     ] = None,
     image_column: ImageColumnOption = None,
+    max_image_pixels: MaxPixelsOption = None,
     label_column: LabelColumnOption = None,
     revision: RevisionOption = None,
     offline: OfflineOption = False,

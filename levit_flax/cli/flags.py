@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection
 
 FLAGS = {
+    "PIL.Image.MAX_IMAGE_PIXELS": "--max-image-pixels",
     "batch_size=...": "--batch-size",
     "dtype=...": "--dtype",
     "ema=True": "--ema",

@@ -42,4 +42,24 @@ LabelColumnOption = Annotated[
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Use cached files only, without network access.")]
+
+
+def _set_max_pixels(value: int | None) -> int | None:
+    """Set the limit of image sizes in this process."""
+    if value is not None:
+        from PIL import Image
+
+        Image.MAX_IMAGE_PIXELS = value
+    return value
+
+
+MaxPixelsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-image-pixels",
+        min=1,
+        callback=_set_max_pixels,
+        help="Pixels of the largest image that is decoded; the default is Pillow's limit, 89 million.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -12,12 +12,13 @@ import threading
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePath
 from typing import Any
 
 import grain
 import numpy as np
+from PIL import Image
 
 from levit_flax.datasets import (
     _ANY_COLUMNS,
@@ -143,13 +144,13 @@ def _without_skipped(parts: dict[str, LabeledImages], root: Path, skip: Collecti
         name: part.select([i for i, key in enumerate(keys[name]) if key not in skip], part.where)
         for name, part in parts.items()
     }
-    for name, part in kept.items():
-        if part.targets.ndim == 1 and part.labels:
-            gone = set(parts[name].targets.tolist()) - set(part.targets.tolist())
-            if gone:
-                raise DataError(
-                    f"{part.where} would have no image of the class {part.labels[min(gone)]} left. Skip fewer images."
-                )
+    train = kept[_TRAIN_FOLDER]
+    if train.targets.ndim == 1 and train.labels:
+        gone = set(parts[_TRAIN_FOLDER].targets.tolist()) - set(train.targets.tolist())
+        if gone:
+            raise DataError(
+                f"{train.where} would have no image of the class {train.labels[min(gone)]} left. Skip fewer images."
+            )
     return kept
 
 
@@ -342,12 +343,14 @@ def _training_batches(rows: _TrainingRows, threads: int, processes: int = 0, fir
 
         if not flags.FLAGS.is_parsed():  # Grain's workers read an absl flag, and this program does not use absl
             flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=processes), _follow_parent)
+        start = partial(_start_worker, Image.MAX_IMAGE_PIXELS)
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=processes), start)
     return iter(batches)
 
 
-def _follow_parent(*_: int) -> None:
-    """Exit when the parent process exits, and ignore the signals that the parent handles."""
+def _start_worker(max_pixels: int | None, *_: int) -> None:
+    """Set the limit of image sizes, exit when the parent process exits, and ignore the signals that it handles."""
+    Image.MAX_IMAGE_PIXELS = max_pixels
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 

@@ -11,6 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from levit_flax.choices import _CallError, _suggest
+
 _RECIPES = resources.files(__package__) / "recipes"
 
 _CHOICES = {
@@ -43,7 +45,7 @@ _SHARES = (
 _BELOW_ONE = ("label_smoothing", "drop_path_rate", "ema_decay", "beta1", "beta2", "validation_share")
 
 
-class RecipeError(ValueError):
+class RecipeError(_CallError):
     """Raised when a recipe is invalid or does not fit the data, model or devices.
 
     Examples:
@@ -265,7 +267,10 @@ def read_recipe(name: str | Path = "finetune", **changes: Any) -> Recipe:
     elif path.is_file():
         text = path.read_text(encoding="utf-8")
     else:
-        raise RecipeError(f"There is no recipe {name}: expected {', '.join(known)}, or the path of a TOML file.")
+        raise RecipeError(
+            f"There is no recipe {name}: expected {', '.join(known)}, or the path of a TOML file."
+            + _suggest(str(name), known)
+        )
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -283,7 +288,9 @@ def _make_recipe(values: Mapping[str, Any], where: str) -> Recipe:
     known = [entry.name for entry in dataclasses.fields(Recipe)]
     unknown = [key for key in values if key not in known]
     if unknown:
-        raise RecipeError(f"{where} has the unknown key {unknown[0]}: expected {', '.join(known)}.")
+        raise RecipeError(
+            f"{where} has the unknown key {unknown[0]}: expected {', '.join(known)}.{_suggest(unknown[0], known)}"
+        )
     return Recipe(**values)
 
 

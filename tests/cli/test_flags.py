@@ -68,5 +68,5 @@ def test_flags_of_an_earlier_command_are_forgotten(capsys, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
     assert main(["export", str(tmp_path / "out"), "-m", "cifar10"]) == 1
-    assert main(["info", str(tmp_path / "nowhere")]) == 1
+    assert main(["info", str(tmp_path / "nowhere")]) == 2
     assert with_flags("Pass overwrite=True or local_files_only=True.") == "Pass overwrite=True or --offline."

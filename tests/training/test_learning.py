@@ -32,7 +32,7 @@ def test_digits_are_learned_in_three_minutes(tmp_path):
     arguments = "finetune digits --model cifar10 --output run --export-torch hf"
     changes = "--set epochs=12 --set image_size=96 --set flip=0 --set crop_scale=[0.6,1]"
     subprocess.run(
-        [sys.executable, "-m", "levit_flax.cli", *arguments.split(), *changes.split()],
+        [sys.executable, "-m", "levit_flax", *arguments.split(), *changes.split()],
         cwd=tmp_path,
         check=True,
         capture_output=True,

@@ -208,7 +208,7 @@ BAD_RECIPES = {
 def test_unusable_recipes_are_refused(capsys, arguments, folder, tmp_path, change):
     settings = [part for setting in change.split("; ") for part in ("--set", setting)]
     said = refused(capsys, tmp_path / "run", "finetune", folder, *arguments, *settings)
-    assert re.search(BAD_RECIPES[change], said) and said.endswith("."), said
+    assert re.search(BAD_RECIPES[change], said) and said.endswith((".", "?")), said
 
 
 def test_unreadable_recipes_are_refused(capsys, folder, tmp_path):
@@ -219,7 +219,7 @@ def test_unreadable_recipes_are_refused(capsys, folder, tmp_path):
     said = refused(capsys, output, "finetune", folder, "--recipe", "finetone")
     assert said == (
         "There is no recipe finetone: expected finetune, paper, small_images, small_images_finish, or the path of a"
-        " TOML file."
+        " TOML file. Did you mean finetune?"
     )
     said = refused(capsys, output, "finetune", folder, "--set", "batch_size=8")
     assert said.startswith(
