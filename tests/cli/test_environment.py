@@ -52,9 +52,7 @@ def test_closed_stdout_ends_the_command_quietly():
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["info"], ["info", "cifar10"], ["classify", "image.png", "-m", "cifar10"]]
-)
+@pytest.mark.parametrize("arguments", ["--help", "info", "info cifar10", "classify image.png -m cifar10"])
 def test_user_without_home_and_name(tmp_path, arguments):
     """As in a container that runs with `docker run --user 1234`."""
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
