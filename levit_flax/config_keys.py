@@ -50,13 +50,6 @@ def _sort_keys(
     values = {key: value for key, value in values.items() if value is not None or key not in _NULL_IS_DEFAULT}
     if "id2label" in values:
         values.pop("label2id", None)  # follows from id2label, also if two classes have the same name
-        count = values.pop("num_labels", None)
-        if count is not None and count != len(values["id2label"]):
-            warnings.warn(
-                f"The config has num_labels={count!r}, but id2label names {len(values['id2label'])} classes. The"
-                " classes of id2label are used.",
-                stacklevel=3,
-            )
     if "torch_dtype" in values:
         values.setdefault("dtype", values.pop("torch_dtype"))
     if drop_path_rate is not None:

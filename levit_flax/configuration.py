@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import operator
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -82,7 +83,8 @@ class LevitConfig:
         initializer_range: has no effect, because weights are initialized as in the original code; kept so that
             transformers' configs convert back unchanged.
         down_ops: the downsamplings between the stages; None derives them from `key_dim[0]` and `hidden_sizes`.
-        num_labels: number of classes, 0 for no classifier; None uses the length of `id2label`, or 2 without it.
+        num_labels: number of classes, 0 for no classifier; None uses the length of `id2label`, or 2 without it. If it
+            differs from that length, a warning is issued and the classes are named LABEL_0, LABEL_1, ...
         id2label: class names by index, as a sequence or a mapping {index: name}; None for those of `label2id`, or
             `LABEL_0`, `LABEL_1`, ... A tuple with the methods `keys`, `values` and `items` of the mapping.
         label2id: class indices by name; None for those that follow from `id2label`. If two classes have the same name,
@@ -230,10 +232,12 @@ class LevitConfig:
         elif not isinstance(labels, _Derived):
             labels = _Labels(str(label) for label in labels)
         if len(labels) != count:
-            raise ValueError(
-                f"LevitConfig.num_labels and id2label differ: expected {count} class names, found {len(labels)}. Use"
-                " config.replace(num_labels=...) or config.replace(id2label=...) to change both."
+            warnings.warn(
+                f"LevitConfig.num_labels is {count}, but id2label names {len(labels)} classes. The classes are named"
+                " LABEL_0, LABEL_1, ... instead. Use config.replace(num_labels=...) to change both.",
+                stacklevel=4,
             )
+            labels = _DerivedLabels(f"LABEL_{i}" for i in range(count))
         indices = _DerivedIndices((label, i) for i, label in enumerate(labels))
         given = self.label2id
         if given is not None and not isinstance(given, _Derived) and given != indices and len(indices) == count:

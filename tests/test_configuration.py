@@ -58,7 +58,6 @@ def test_configs_are_frozen_hashable_and_hold_tuples():
         ({"drop_path_rate": 1.0}, r"drop_path_rate must be a number in \[0, 1\), found 1.0"),
         ({"image_size": (1, 2, 3)}, r"image_size must be an integer or \(height, width\)"),
         ({"patch_size": 8}, "patch_size 8 does not fit the stem: .* reduce 224 pixels to 14 tokens, expected 28"),
-        ({"num_labels": 3, "id2label": ("a", "b")}, "num_labels and id2label differ: expected 3 class names, found 2"),
         (
             {"id2label": {0: "a", 2: "b"}},
             r"id2label must name the classes 0 to 1 once each, found the indices \[0, 2\]",
@@ -205,10 +204,13 @@ def test_null_class_names_follow_the_number_of_classes():
     assert lf.LevitConfig.from_dict({"id2label": None, "label2id": None, "num_labels": None}).num_labels == 2
 
 
-def test_class_names_win_over_another_number_of_classes():
-    with pytest.warns(UserWarning, match="num_labels=7, but id2label names 2 classes"):
-        config = lf.LevitConfig.from_dict({"id2label": {"0": "cat", "1": "dog"}, "num_labels": 7})
-    assert config.num_labels == 2
+def test_number_of_classes_wins_over_other_class_names():
+    """As in transformers."""
+    values = {"id2label": {"0": "cat", "1": "dog"}, "num_labels": 3}
+    with pytest.warns(UserWarning, match="num_labels is 3, but id2label names 2 classes"):
+        assert lf.LevitConfig.from_dict(values).id2label == ("LABEL_0", "LABEL_1", "LABEL_2")
+    with pytest.warns(UserWarning, match="num_labels is 1, but id2label names 2 classes"):
+        assert lf.LevitConfig(id2label=("cat", "dog"), num_labels=1).label2id == {"LABEL_0": 0}
 
 
 def test_json_files_round_trip(tmp_path):
