@@ -141,6 +141,7 @@ def export_model(
                 about=_ABOUT_FILE,
             ),
             encoding="utf-8",
+            errors="backslashreplace",
         )
 
 

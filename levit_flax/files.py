@@ -251,5 +251,5 @@ def _permissions(mode: int) -> int:
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically."""
-    _write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+    """Write a UTF-8 text file atomically; bytes of file names that are not text are escaped."""
+    _write_atomically(path, lambda file: file.write_text(text, encoding="utf-8", errors="backslashreplace"))

@@ -243,7 +243,8 @@ def _title(path: str) -> str:
 
 
 def _literal(name: str, length: int) -> str:
-    """Return a class name for a figure, shortened, in which Matplotlib finds no formulas."""
+    """Return a class name for a figure, shortened, in which Matplotlib finds no formulas and only text."""
+    name = name.encode("utf-8", "backslashreplace").decode()
     shown = name if len(name) <= length else f"{name[: length - 1]}…"
     return shown.replace("$", r"\$")
 

@@ -139,8 +139,8 @@ def test_classes_follow_in_replace():
     assert named.replace(id2label=("ant",)).num_labels == 1
     assert named.replace(num_labels=3).id2label[2] == "LABEL_2"
     assert named.replace(num_labels=2).id2label == ("cat", "dog")
-    with pytest.raises(ValueError, match=r"expected 3 class names, found 2\. Use config\.replace"):
-        dataclasses.replace(named, num_labels=3)
+    with pytest.warns(UserWarning, match=r"num_labels is 3, but id2label names 2 classes\. .* Use config\.replace"):
+        assert dataclasses.replace(named, num_labels=3).id2label[2] == "LABEL_2"
 
 
 @pytest.mark.parametrize(

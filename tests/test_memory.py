@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from levit_flax import memory
 from levit_flax.cli import main
@@ -35,6 +36,7 @@ def test_the_commands_keep_freed_memory(command, monkeypatch, tmp_path, capsys):
         raise ValueError("keep_freed_memory was called")
 
     monkeypatch.setattr(memory, "keep_freed_memory", keep)
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     output = [] if command == "classify" else ["--output", str(tmp_path / "out")]
     assert main([command, str(tmp_path), *output]) == 1
     assert "keep_freed_memory was called" in capsys.readouterr().err

@@ -119,7 +119,7 @@ def _convert_to_directory(
         report.check()
         text = json.dumps(report.to_dict(), indent=2) + "\n"
         (staging / checkpoint._REPORT_FILE).write_text(text, encoding="utf-8")
-        (staging / checkpoint._READABLE_REPORT_FILE).write_text(report.to_markdown(), encoding="utf-8")
+        files._write_text(staging / checkpoint._READABLE_REPORT_FILE, report.to_markdown())
     return report
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from levit_flax.checkpoint import _check_variables, _save_tensors
-from levit_flax.choices import WRITTEN_LAYOUTS
+from levit_flax.choices import WRITTEN_LAYOUTS, _suggest
 from levit_flax.configuration import LevitConfig
 from levit_flax.files import _write_atomically
 from levit_flax.modeling import LevitBase
@@ -62,7 +62,10 @@ def _state_dict(model: LevitBase, variables: Mapping[str, Any], layout: str) -> 
 def _check_layout(model: LevitBase, layout: str) -> None:
     """Raise ValueError unless a layout can be written and can represent the model."""
     if layout not in WRITTEN_LAYOUTS:
-        raise ValueError(f"Unknown layout: expected one of {', '.join(WRITTEN_LAYOUTS)}, found {layout!r}.")
+        raise ValueError(
+            f"Unknown layout: expected one of {', '.join(WRITTEN_LAYOUTS)}, found"
+            f" {layout!r}.{_suggest(str(layout), WRITTEN_LAYOUTS)}"
+        )
     if model.folded and _LAYOUTS[layout].folded_marker is None:
         fused = ", ".join(name for name in WRITTEN_LAYOUTS if _LAYOUTS[name].folded_marker)
         raise ValueError(

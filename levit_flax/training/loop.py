@@ -15,10 +15,12 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from levit_flax import files
+from levit_flax.checkpoint import _find_fault
 from levit_flax.configuration import _REGRESSION
 from levit_flax.datasets import DataError
 
@@ -199,9 +201,22 @@ class _Session:
         if self.checkpoints.latest is not None:
             self.state, progress = self.checkpoints.restore(self.state)
             self.history, self.totals = progress["history"], _Totals(**progress["totals"])
+            self.check_restored()
         self.step = int(self.state.step)
         if self.step < self.total:
             self.batches = _training_batches(self.rows, self.plan.threads, self.plan.processes, first=self.step)
+
+    def check_restored(self) -> None:
+        """Raise ValueError if the restored variables hold values that no training step leaves."""
+        flat = flatten_dict(self.state.variables, sep="/")
+        faults = {path: _find_fault(path, np.asarray(leaf)) for path, leaf in flat.items()}
+        found = [f"{path} ({fault})" for path, fault in faults.items() if fault]
+        if found:
+            raise ValueError(
+                f"The checkpoint of step {self.checkpoints.latest} in {self.plan.output} is damaged:"
+                f" {', '.join(found[:3])}. Remove its directory to resume from an earlier one, or start again with"
+                " overwrite=True."
+            )
 
     def close(self) -> None:
         """Stop the threads and processes that read images."""

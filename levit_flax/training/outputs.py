@@ -92,7 +92,7 @@ def _write_best(
     with files._staged_directory(directory / _MODEL_DIRECTORY, True, _MODEL_FILES, _CONFIG_FILE) as staging:
         checkpoint._write_model(staging, model.clone(dtype=None), variables, processor, {"training": dict(provenance)})
         (staging / _MODEL_METRICS_FILE).write_text(json.dumps(dict(row), indent=2) + "\n", encoding="utf-8")
-        (staging / _CARD_FILE).write_text(_model_card(model, row, provenance), encoding="utf-8")
+        files._write_text(staging / _CARD_FILE, _model_card(model, row, provenance))
 
 
 def _model_card(model: LevitBase, row: Mapping[str, float], provenance: Mapping[str, Any]) -> str:

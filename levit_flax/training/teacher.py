@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from levit_flax import loading
+from levit_flax.checkpoint import _find_fault
 from levit_flax.classifier import ImageClassifier
 from levit_flax.configuration import _SINGLE_LABEL, LevitConfig
 from levit_flax.datasets import LabeledImages, _match_names
-from levit_flax.files import _write_atomically
+from levit_flax.files import _check_regular, _write_atomically
 from levit_flax.hub import _DEFAULTS, _HubOptions
 from levit_flax.image_processing import LevitImageProcessor
 from levit_flax.inference import _prepare
@@ -170,11 +171,15 @@ def _read_logits(path: Path, train: LabeledImages, root: Path, config: LevitConf
         raise ValueError(
             f"{path} stores logits by image path, but the images of {train.where} are not files: expected a directory."
         )
+    _check_regular(path)
     try:
         with np.load(path) as stored:
             files, labels, logits = (stored[name] for name in ("files", "labels", "logits"))
         if logits.shape != (len(files), len(labels)):
             raise ValueError(f"{len(files)} files and {len(labels)} labels, but logits of the shape {logits.shape}")
+        fault = _find_fault("logits", logits)
+        if fault:
+            raise ValueError(f"the logits are invalid, {fault}")
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 - the reader of a damaged archive may raise any error

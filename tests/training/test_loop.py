@@ -18,6 +18,7 @@ from training_runs import (
     CLASSES,
     STEPS,
     STEPS_PER_EPOCH,
+    VALUES,
     assert_same_run,
     checkpoint_steps,
     run,
@@ -27,11 +28,13 @@ from training_runs import (
 )
 
 import levit_flax as lf
+from configs import TINY, random_variables
 from levit_flax import evaluation
 from levit_flax.training import DataError, LabeledImages, NotFiniteError, RecipeError, finetune, loop, plan
 from levit_flax.training.checkpoints import _Checkpoints
 from levit_flax.training.data import _find_images, _leave_out
-from levit_flax.training.outputs import _best_row
+from levit_flax.training.outputs import _best_row, _write_best
+from levit_flax.training.recipe import _make_recipe
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
@@ -251,3 +254,47 @@ def test_best_checkpoint_survives_a_restart(tmp_path):
     checkpoints.save(5, state, {}, best_step=5)
     checkpoints.close()
     assert checkpoint_steps(tmp_path) == [5]
+
+
+def test_damaged_checkpoint_raises(whole, folder, tmp_path, monkeypatch):
+    shutil.copytree(whole[0], tmp_path / "run")
+    restore = _Checkpoints.restore
+
+    def restore_damaged(self, example):
+        restored = restore(self, example)
+        broken = jax.tree.map(lambda leaf: leaf * np.nan if leaf.dtype == np.float32 else leaf, restored.state)
+        return restored._replace(state=broken)
+
+    monkeypatch.setattr(_Checkpoints, "restore", restore_damaged)
+    with pytest.raises(ValueError, match=r"The checkpoint of step 18 in .*run is damaged: .*expected finite values"):
+        finetune(folder, tmp_path / "run", recipe=tiny_recipe(), resume=True)
+
+
+def test_gray_model_is_trained_and_evaluated_from_files(folder, tmp_path):
+    model = lf.LevitForImageClassification(lf.LevitConfig(**{**TINY, "image_size": 32, "num_channels": 1}))
+    lf.save_pretrained(tmp_path / "gray", model, random_variables(model))
+    values = {name: value for name, value in VALUES.items() if name != "architecture"}
+    recipe = _make_recipe({**values, "epochs": 2}, "The gray recipe")
+    with pytest.warns(UserWarning, match="newly initialized"):
+        report = finetune(folder, tmp_path / "run", model=tmp_path / "gray", recipe=recipe)
+    assert np.isfinite(report["last"]["train_loss"])
+    trained = lf.ImageClassifier.from_pretrained(tmp_path / "run" / "model", fast_start=True)
+    assert trained.model.config.num_channels == 1 and len(trained.processor.image_mean) == 1
+    data = evaluation.read_data(folder, trained.model.config.id2label)
+    assert evaluation.evaluate(trained, data).images == len(data)
+
+
+def test_class_names_that_are_not_text_are_escaped(folder, tmp_path):
+    strange = os.fsdecode(b"caf\xe9 $x_$")
+    row = {"epoch": 1, "step": 1, "validation_loss": 0.5}
+    model = lf.LevitForImageClassification(lf.LevitConfig(**TINY).replace(id2label=("a", strange)))
+    _write_best(tmp_path, model, random_variables(model), lf.LevitImageProcessor(), row, {"recipe": {}})
+    assert lf.from_pretrained(tmp_path / "model")[0].config.id2label[1] == strange
+    assert "caf\\udce9" in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("change", [{"image_size": 100_000}, {"image_size": 0}])
+def test_recipe_with_absurd_sizes_raises_before_training(folder, tmp_path, change):
+    with pytest.raises(ValueError, match="image_size"):
+        finetune(folder, tmp_path / "run", recipe=tiny_recipe(**change))
+    assert not (tmp_path / "run" / "run.json").exists()

@@ -22,7 +22,7 @@ from levit_flax.training import finetune
 from levit_flax.training.data import (
     _find_images,
 )
-from levit_flax.training.teacher import _make_teacher
+from levit_flax.training.teacher import _make_teacher, _read_logits
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -100,3 +100,18 @@ def test_stored_logits_are_matched_by_path(teacher, stored, folder):
         recipe = tiny_recipe(distillation="soft")
         found = _make_teacher(stored, recipe, random_config(), PROCESSOR, images, folder).logits
         np.testing.assert_allclose(found, wanted, rtol=ROUNDING, atol=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        (np.full((2, 3), np.nan, np.float32), "the logits are invalid, expected finite values"),
+        (np.ones((2, 3), np.int32), "the logits are invalid, expected floating point, found int32"),
+        (np.ones((2, 4), np.float32), "2 files and 3 labels, but logits of the shape"),
+    ],
+)
+def test_damaged_logits_raise(folder, tmp_path, logits, message):
+    train, _ = _find_images(folder, tiny_recipe(), ())
+    np.savez(tmp_path / "logits.npz", files=np.array(["a", "b"]), labels=np.array(["x", "y", "z"]), logits=logits)
+    with pytest.raises(ValueError, match=message):
+        _read_logits(tmp_path / "logits.npz", train, folder, random_config())
