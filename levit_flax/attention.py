@@ -85,19 +85,31 @@ class _BiasedAttention(_Layer, kw_only=True):
         )
         bias = table[_offset_index(self.grid, self.stride)].transpose(2, 0, 1)  # [H Q K]
         dtype = _at_least_float32(self.dtype)
-        # Two choices make a model 6% faster on CPU (benchmarks/README.md): the heads axis comes first, so that the
-        # products are plain matrix products, and the second product is divided, which has fewer entries than the
-        # weights.
+        # The heads axis comes first, so that the products are plain matrix products (benchmarks/README.md).
         query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))  # [B H N D]
         products = jnp.matmul(query * self.key_dim**-0.5, key.swapaxes(2, 3), precision=self.precision)
         logits = products.astype(dtype) + bias.astype(dtype)[None]
+        mixed, weights = self.mix(logits, value)
+        mixed = mixed.astype(self.dtype).transpose(0, 2, 1, 3)
+        return mixed.reshape(*mixed.shape[:2], -1), weights.astype(self.dtype)
+
+    def mix(self, logits: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Compute softmax(logits) value.
+
+        Args:
+            logits: [B H Q K], float32 or float64.
+            value: [B H K D'].
+
+        Returns:
+            The mixed values [B H Q D'] and the attention weights [B H Q K], in the dtype of the logits.
+        """
+        # The second product is divided, which has fewer entries than the weights (benchmarks/README.md).
         weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
         total = weights.sum(-1, keepdims=True)
         mixed = jnp.matmul(
-            weights.astype(self.dtype), value, precision=self.precision, preferred_element_type=dtype
+            weights.astype(self.dtype), value, precision=self.precision, preferred_element_type=logits.dtype
         )  # not yet divided by `total`, and therefore too large for float16
-        mixed = (mixed / total).astype(self.dtype).transpose(0, 2, 1, 3)
-        return mixed.reshape(*mixed.shape[:2], -1), (weights / total).astype(self.dtype)
+        return mixed / total, weights / total
 
 
 class _Attention(_BiasedAttention):

@@ -32,7 +32,11 @@ _CropRule = Literal["model", "hf", "torchvision", "timm"]
 _CROP_RULES: tuple[_CropRule, ...] = get_args(_CropRule)
 
 # Formats of exported artifacts.
-_ExportFormat = Literal["stablehlo", "onnx"]
+_ExportFormat = Literal["stablehlo", "onnx", "openvino"]
+
+# Libraries that compute the logits of `ImageClassifier`.
+_Runtime = Literal["jax", "openvino", "onnxruntime"]
+_RUNTIMES: tuple[_Runtime, ...] = get_args(_Runtime)
 
 # Platforms of a StableHLO artifact: the defaults, and all that are supported.
 _PLATFORMS = ("cpu", "cuda", "tpu")

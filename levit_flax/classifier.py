@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .choices import _RUNTIMES
 from .hub import _HubOptions
 from .image_processing import LevitImageProcessor
 from .image_settings import _check_choice
@@ -35,9 +36,12 @@ class ImageClassifier:
         processor: image processor; None for the default one with the model's image size.
         batch_size: maximum number of images per batch, rounded up to a multiple of the number of devices.
         devices: devices to compute on; None for all local devices.
-        fast_start: start sooner and compute more slowly, as described for `make_inference_fn`.
+        runtime: the library that computes: "jax", or on CPUs "openvino" or "onnxruntime", for which the model is
+            exported in memory. They require the extras `openvino` and `onnx`.
+        fast_start: start sooner and compute more slowly, as described for `make_inference_fn`; for "jax" only.
 
     Raises:
+        ImportError: the runtime is not installed.
         ValueError: the model has no classifier.
 
     Examples:
@@ -55,12 +59,19 @@ class ImageClassifier:
         batch_size: int = 32,
         devices: Sequence[jax.Device] | None = None,
         *,
+        runtime: str = "jax",
         fast_start: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, found {batch_size}.")
         processor = processor or _load_processor(None, model.config)
-        self._function = _InferenceFunction(model, variables, batch_size, processor, devices, fast_start)
+        _check_choice("runtime", runtime, _RUNTIMES)
+        if runtime == "jax":
+            self._function = _InferenceFunction(model, variables, batch_size, processor, devices, fast_start)
+        else:
+            from .runtimes import _RuntimeFunction
+
+            self._function = _RuntimeFunction(model, variables, batch_size, processor, runtime)
         self.model, self.variables, self.processor = self._function.model, self._function.variables, processor
         self.batch_size: int = self._function.batch_size or 1
 
@@ -70,6 +81,7 @@ class ImageClassifier:
         source: str | Path,
         *,
         batch_size: int = 32,
+        runtime: str = "jax",
         fast_start: bool = False,
         dtype: Any = None,
         image_size: int | tuple[int, int] | None = None,
@@ -83,6 +95,7 @@ class ImageClassifier:
         Args:
             source: a directory, a Hub id such as "facebook/levit-128S", or "cifar10", the small model in the package.
             batch_size: maximum number of images per batch, rounded up to a multiple of the number of devices.
+            runtime: the library that computes: "jax", "openvino" or "onnxruntime".
             fast_start: start sooner and compute more slowly, as described for `make_inference_fn`.
             dtype: dtype of the weights; None keeps the checkpoint's.
             image_size: input size in pixels, one side or (height, width), for both the model and the processor; None
@@ -106,7 +119,7 @@ class ImageClassifier:
         """
         options = _HubOptions(revision, token, cache_dir, local_files_only)
         model, variables, processor, _ = _load_model(source, options, dtype=dtype, image_size=image_size)
-        return cls(model, variables, processor, batch_size, fast_start=fast_start)
+        return cls(model, variables, processor, batch_size, runtime=runtime, fast_start=fast_start)
 
     def __call__(self, images: Any, top_k: int = 5, *, function_to_apply: str | None = None) -> list[Any]:
         """Classify one image or several.

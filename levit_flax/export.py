@@ -14,12 +14,18 @@ from .files import _staged_directory
 from .image_processing import LevitImageProcessor
 from .inference import _prepare
 from .modeling import LevitBase, Variables
+from .onnx_export import to_onnx
 
 _STABLEHLO_FILE = "model.stablehlo"
 _ONNX_FILE = "model.onnx"
+_OPENVINO_FILE = "model.xml"
+_OPENVINO_WEIGHTS_FILE = "model.bin"
 _ABOUT_FILE = "model.json"
 _README_FILE = "README.md"
-_OWN_FILES = (_STABLEHLO_FILE, _ONNX_FILE, _ABOUT_FILE, _README_FILE)
+_OWN_FILES = (
+    *(_STABLEHLO_FILE, _ONNX_FILE, _OPENVINO_FILE, _OPENVINO_WEIGHTS_FILE),
+    *(_ABOUT_FILE, _README_FILE),
+)
 
 _RUN_STABLEHLO = """\
 # {name}
@@ -53,11 +59,28 @@ session = onnxruntime.InferenceSession("{file}")
 `{about}` contains the class names (`labels`) and the preprocessing of images (`preprocessing`, as in transformers).
 """
 
+_RUN_OPENVINO = """\
+# {name}
+
+A LeViT classifier for OpenVINO. It requires only `openvino`:
+
+```python
+import openvino
+
+model = openvino.Core().compile_model("{file}", "CPU")
+logits = model(pixel_values)[0]  # float32 {shape} -> float32 [B {classes}]
+```
+
+OpenVINO is faster if it is compiled for one batch size: read the model with `openvino.Core().read_model`, call its
+`reshape` and compile the result. `{about}` contains the class names (`labels`) and the preprocessing of images
+(`preprocessing`, as in transformers).
+"""
 
 # For each format, the name of the artifact and the text of its README.
 _FORMATS: dict[_ExportFormat, tuple[str, str]] = {
     "stablehlo": (_STABLEHLO_FILE, _RUN_STABLEHLO),
     "onnx": (_ONNX_FILE, _RUN_ONNX),
+    "openvino": (_OPENVINO_FILE, _RUN_OPENVINO),
 }
 
 
@@ -81,7 +104,8 @@ def export_model(
         model: a model with a classifier.
         variables: the variables of the model, which become constants of the artifact.
         processor: the processor whose settings are written to `model.json`.
-        format: "stablehlo" (requires the extra `export`) or "onnx" (requires the extra `onnx`).
+        format: "stablehlo" (requires the extra `export`), "onnx" (requires the extra `onnx`) or "openvino" (requires
+            the extra `openvino`).
         platforms: the platforms of a StableHLO artifact, from "cpu", "cuda", "tpu" and "rocm".
         overwrite: replace an artifact in a directory that is not empty.
 
@@ -116,6 +140,8 @@ def export_model(
         logits: jax.Array = output.logits.astype(jnp.float32)
         return logits
 
+    if format == "openvino":
+        _import_openvino()  # before the graph is built
     artifact = to_stablehlo(classify, shape, platforms) if format == "stablehlo" else to_onnx(classify, shape)
     file, text = _FORMATS[format]
     about = {
@@ -129,7 +155,11 @@ def export_model(
         "versions": {name: version(name) for name in ("levit-flax", "jax")},
     }
     with _staged_directory(Path(directory), overwrite, _OWN_FILES, _ABOUT_FILE) as staging:
-        (staging / file).write_bytes(artifact)
+        if format == "openvino":
+            openvino = _import_openvino()
+            openvino.save_model(openvino.Core().read_model(artifact), staging / file, compress_to_fp16=False)
+        else:
+            (staging / file).write_bytes(artifact)
         (staging / _ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         (staging / _README_FILE).write_text(
             text.format(
@@ -143,6 +173,16 @@ def export_model(
             encoding="utf-8",
             errors="backslashreplace",
         )
+
+
+def _import_openvino() -> Any:
+    try:
+        import openvino
+    except ImportError:
+        raise ImportError(
+            "Exporting for OpenVINO requires openvino, which is not installed. Run: pip install 'levit-flax[openvino]'"
+        ) from None
+    return openvino
 
 
 def to_stablehlo(classify: Any, shape: Sequence[int], platforms: Sequence[str]) -> bytes:
@@ -178,36 +218,3 @@ def to_stablehlo(classify: Any, shape: Sequence[int], platforms: Sequence[str]) 
         jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
     )
     return bytes(exported.serialize())
-
-
-def to_onnx(classify: Any, shape: Sequence[int]) -> bytes:
-    """Serialize a function of pixel values as an ONNX model, for any batch size.
-
-    Args:
-        classify: a function of float32 [B H W C] that JAX can trace.
-        shape: (H, W, C).
-
-    Returns:
-        The serialized model, with the input `pixel_values` and the output `logits`.
-
-    Raises:
-        ImportError: jax2onnx is not installed.
-
-    Examples:
-        >>> import onnxruntime
-        >>> artifact = to_onnx(lambda pixel_values: pixel_values.mean((1, 2)), shape=(8, 8, 3))
-        >>> session = onnxruntime.InferenceSession(artifact)
-        >>> [means] = session.run(None, {"pixel_values": jax.device_get(jnp.ones((5, 8, 8, 3)))})
-        >>> means.shape
-        (5, 3)
-    """
-    try:
-        import jax2onnx
-    except ImportError:
-        raise ImportError(
-            "Exporting ONNX requires jax2onnx, which is not installed. Run: pip install 'levit-flax[onnx]'"
-        ) from None
-    exported = jax2onnx.to_onnx(
-        classify, [("B", *shape)], model_name="levit", input_names=["pixel_values"], output_names=["logits"]
-    )
-    return bytes(exported.SerializeToString())

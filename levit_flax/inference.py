@@ -171,9 +171,12 @@ class _InferenceFunction:
         key = len(pixels), pixels.dtype
         with self._lock:
             if key not in self._programs:
-                batch = jax.ShapeDtypeStruct(pixels.shape, pixels.dtype, sharding=self._sharding)
-                self._programs[key] = _compile(self._apply, self.variables, batch, self._options(len(pixels)))
+                self._programs[key] = self._build(pixels)
             return self._programs[key]
+
+    def _build(self, pixels: Any) -> _Program:
+        batch = jax.ShapeDtypeStruct(pixels.shape, pixels.dtype, sharding=self._sharding)
+        return _compile(self._apply, self.variables, batch, self._options(len(pixels)))
 
     def _options(self, size: int) -> _Options:
         if self._fast_start:

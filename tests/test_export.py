@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ import levit_flax as lf
 from configs import TINY, random_variables
 from levit_flax.cli import main
 from levit_flax.export import export_model
+from levit_flax.onnx_export import to_onnx
 
 LIMIT = 1e-5  # of the largest logit, in float32 on the same machine; ONNX runs other kernels
 PROGRAMS = Path(__file__).parent / "programs"
@@ -72,6 +74,49 @@ def test_onnx_runs_without_this_library(tmp_path):
         assert found.dtype == np.float32 and np.abs(found - wanted).max() < LIMIT * np.abs(wanted).max()
 
 
+@needs("openvino")
+@needs("jax2onnx")
+def test_openvino_runs_without_this_library(tmp_path):
+    _, pairs = exported_and_original("openvino", "run_openvino.py", tmp_path / "out")
+    for found, wanted in pairs:
+        assert found.dtype == np.float32 and np.abs(found - wanted).max() < LIMIT * np.abs(wanted).max()
+    assert {"model.xml", "model.bin", "model.json", "README.md"} <= set(os.listdir(tmp_path / "out"))
+
+
+@needs("jax2onnx")
+def test_onnx_graph_has_one_softmax_per_attention_and_no_shape_arithmetic():
+    import onnx
+
+    model = lf.LevitForImageClassification(lf.LevitConfig(**TINY))
+    model, variables = lf.fold_batch_norm(model, random_variables(model))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        artifact = to_onnx(lambda pixels: model.apply(variables, pixels).logits, (32, 48, 3))
+    operations = Counter(node.op_type for node in onnx.load_from_string(artifact).graph.node)
+    attentions = sum(model.config.depths) + model.config.num_stages - 1
+    assert operations["Softmax"] == attentions and operations["Conv"] == 4
+    assert not operations.keys() & {"Shape", "Gather", "Concat", "Exp", "ReduceMax", "Expand", "Where", "Cast"}
+
+
+@needs("jax2onnx")
+def test_wrong_onnx_graphs_are_refused(monkeypatch):
+    """The batch is freed by changing the graph, so the result is compared with JAX."""
+
+    def without_softmax(layer, args, kwargs, context):
+        if context.method_name == "mix":
+            logits, value = args
+            return jax.numpy.matmul(logits, value), logits
+        return layer(*args, **kwargs)
+
+    monkeypatch.setattr("levit_flax.onnx_export._with_plain_softmax", without_softmax)
+    model = lf.LevitForImageClassification(lf.LevitConfig(**TINY))
+    model, variables = lf.fold_batch_norm(model, random_variables(model))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(RuntimeError, match="The ONNX graph is wrong: expected the logits of JAX for 1 images"):
+            to_onnx(lambda pixels: model.apply(variables, pixels).logits, (32, 48, 3))
+
+
 @needs("flatbuffers")
 @pytest.mark.slow
 def test_export_command_writes_and_replaces_a_directory(capsys, tmp_path):
@@ -102,11 +147,11 @@ def test_unknown_platforms_raise(capsys, tmp_path, monkeypatch):
 def test_missing_packages_and_unknown_formats_raise(tmp_path, monkeypatch):
     model = lf.LevitForImageClassification(lf.LevitConfig(**TINY))
     arguments = model, random_variables(model), lf.LevitImageProcessor()
-    for format, package in (("stablehlo", "flatbuffers"), ("onnx", "jax2onnx")):
+    for format, package in (("stablehlo", "flatbuffers"), ("onnx", "jax2onnx"), ("openvino", "openvino")):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ImportError, match=rf"requires {package}, which is not installed. Run: pip install"):
             export_model(tmp_path / "out", *arguments, format=format)
-    with pytest.raises(ValueError, match="Unknown format: expected one of stablehlo, onnx, found 'tflite'"):
+    with pytest.raises(ValueError, match="Unknown format: expected one of stablehlo, onnx, openvino, found 'tflite'"):
         export_model(tmp_path / "out", *arguments, format="tflite")
     features = lf.LevitModel(model.config)
     with pytest.raises(ValueError, match="The model has no classifier"):

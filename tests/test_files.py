@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -156,14 +155,20 @@ def test_next_write_repairs_a_killed_replacement(tmp_path, stop, monkeypatch):
 @pytest.mark.slow
 def test_kills_never_leave_a_directory_without_a_complete_set(tmp_path):
     out = old_directory(tmp_path / "out")
-    for i in range(20):
-        child = os.fork()
-        if not child:
-            while True:
-                write(out, "new")
-        time.sleep(0.002 * i)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    program = (
+        "import sys; sys.path[:0] = sys.argv[2:]\n"
+        "from pathlib import Path\n"
+        "from test_files import write\n"
+        "print(flush=True)\n"
+        "while True: write(Path(sys.argv[1]), 'new')\n"
+    )
+    paths = [Path(__file__).parent, Path(files.__file__).parents[1]]
+    for i in range(10):
+        command = [sys.executable, "-c", program, out, *paths]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
+            writer.stdout.readline()
+            time.sleep(0.003 * i)
+            writer.kill()
         found = contents(out)
         assert found["config.json"] == found["weights"] and found["notes"] == "old"
 

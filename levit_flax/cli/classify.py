@@ -10,7 +10,15 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .exit_status import FAILED, WRONG_CALL
-from .options import DEFAULT_MODEL, JsonOption, MaxPixelsOption, ModelOption, OfflineOption, RevisionOption
+from .options import (
+    DEFAULT_MODEL,
+    JsonOption,
+    MaxPixelsOption,
+    ModelOption,
+    OfflineOption,
+    RevisionOption,
+    RuntimeOption,
+)
 from .output import print_error, with_progress
 
 _STANDARD_INPUT = "-"
@@ -31,6 +39,7 @@ def classify(
         typer.Option(help="Compute the scores from the logits in this way; the default follows the model."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
+    runtime: RuntimeOption = "jax",
     max_image_pixels: MaxPixelsOption = None,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
@@ -48,7 +57,12 @@ def classify(
 
     keep_freed_memory()
     classifier = ImageClassifier.from_pretrained(
-        model, batch_size=batch_size, fast_start=len(files) <= _FEW_IMAGES, revision=revision, local_files_only=offline
+        model,
+        batch_size=batch_size,
+        runtime=runtime,
+        fast_start=len(files) <= _FEW_IMAGES,
+        revision=revision,
+        local_files_only=offline,
     )
     printer = _JsonPrinter() if as_json else _CsvPrinter() if as_csv else _TablePrinter()
     images = (sys.stdin.buffer.read() if file == _STANDARD_INPUT else file for file in files)

@@ -19,6 +19,7 @@ from .options import (
     ModelOption,
     OfflineOption,
     RevisionOption,
+    RuntimeOption,
 )
 from .output import print_error, print_fields, print_json, with_progress
 
@@ -38,6 +39,7 @@ def evaluate(
     image_column: ImageColumnOption = None,
     label_column: LabelColumnOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 64,
+    runtime: RuntimeOption = "jax",
     max_image_pixels: MaxPixelsOption = None,
     output: Annotated[
         Path | None, typer.Option(help="Directory to write metrics.json, confusion.csv and confusion.png to.")
@@ -64,7 +66,12 @@ def evaluate(
         data, loaded.model.config.id2label, split, image_column=image_column, label_column=label_column
     )
     classifier = ImageClassifier(
-        loaded.model, loaded.variables, processor, batch_size, fast_start=len(labeled) <= _FEW_IMAGES
+        loaded.model,
+        loaded.variables,
+        processor,
+        batch_size,
+        runtime=runtime,
+        fast_start=len(labeled) <= _FEW_IMAGES,
     )
     labeled = dataclasses.replace(labeled, images=with_progress(labeled.images, len(labeled)))
     result = evaluation.evaluate(classifier, labeled)

@@ -14,7 +14,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
     model: ModelOption = DEFAULT_MODEL,
     format: Annotated[
-        _ExportFormat, typer.Option(help="Format of the artifact: StableHLO runs in JAX, ONNX in onnxruntime.")
+        _ExportFormat, typer.Option(help="Format: StableHLO runs in JAX, ONNX in onnxruntime, and OpenVINO in itself.")
     ] = "stablehlo",
     platforms: Annotated[
         str,

@@ -4,6 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
+from levit_flax.choices import _Runtime
+
 DEFAULT_MODEL = "facebook/levit-128S"
 
 
@@ -39,6 +41,9 @@ ImageColumnOption = Annotated[
 ]
 LabelColumnOption = Annotated[
     str | None, typer.Option(help="Label column of a Hugging Face dataset, if it has several.")
+]
+RuntimeOption = Annotated[
+    _Runtime, typer.Option(help="Library that computes; OpenVINO and onnxruntime are faster on many CPUs.")
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Use cached files only, without network access.")]
