@@ -104,6 +104,18 @@ def levit_flax(case: Case, precision: str | None = None) -> Runner:
     return Runner(jax.device_put, predict, lambda y: np.asarray(y, np.float32), True)
 
 
+def levit_flax_in(case: Case, runtime: str) -> Runner:
+    """Run levit-flax's exported model in OpenVINO or onnxruntime, as `ImageClassifier(runtime=...)` does."""
+    if case.device != "cpu" or case.dtype != "float32":
+        raise NotImplementedError("other runtimes compute float32 on CPUs")
+    use_jax_on("cpu")
+    import levit_flax as lf
+    from levit_flax.runtimes import _RuntimeFunction
+
+    predict = _RuntimeFunction(*lf.from_pretrained(case.directory / "flax"), None, None, runtime)
+    return Runner(np.ascontiguousarray, predict, np.asarray, False)
+
+
 def levit_flax_keeping(case: Case) -> Runner:
     """Run levit-flax with freed memory kept, as `evaluate` and `classify` do."""
     from levit_flax.memory import keep_freed_memory
@@ -167,6 +179,10 @@ def torch_runner(case: Case, layout: str, *, channels_last: bool = False, compil
     order = torch.channels_last if channels_last else torch.contiguous_format
     model = load_torch(case, layout).to(device=case.device, dtype=dtype, memory_format=order)
     if compile:
+        if case.device == "cpu":
+            from torch._inductor import config
+
+            config.freezing = True  # its fastest setting for inference: weights are constants
         model = torch.compile(model, mode="max-autotune" if case.device == "cuda" else None, dynamic=False)
 
     def put(pixels: np.ndarray) -> Any:
@@ -258,6 +274,8 @@ PEERS: dict[str, Callable[[Case], Runner]] = {
     OURS: levit_flax,
     "levit-flax, highest precision": lambda case: levit_flax(case, "highest"),
     "levit-flax, freed memory kept": levit_flax_keeping,
+    "levit-flax in OpenVINO": lambda case: levit_flax_in(case, "openvino"),
+    "levit-flax in onnxruntime": lambda case: levit_flax_in(case, "onnxruntime"),
     "transformers": lambda case: torch_runner(case, "hf"),
     "transformers compiled": lambda case: torch_runner(case, "hf", compile=True),
     "timm fused": lambda case: torch_runner(case, "timm"),

@@ -64,7 +64,7 @@ COMPILING = tuple(
 EXAMPLES_NEED = {
     "levit_flax.visualize": "matplotlib",
     "levit_flax.export": "flatbuffers",
-    "levit_flax.export.to_onnx": "jax2onnx",
+    "levit_flax.onnx_export": "jax2onnx",
     "levit_flax.training": "grain",
 }
 
