@@ -286,7 +286,8 @@ class _Request:
         if snapshot is None:
             raise HubError(
                 f"{self._not_cached}, and offline mode is on. Load it once without HF_HUB_OFFLINE and"
-                " local_files_only=True, or pass a local model directory."
+                f" local_files_only=True, or pass a local model directory or {_EMBEDDED_NAME}, the small model in the"
+                " package."
             )
         return snapshot
 
