@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import levit_flax as lf  # noqa: E402
-from configs import TINY, compiled  # noqa: E402
+from configs import SMALL, TINY, compiled  # noqa: E402
 from levit_flax import convert  # noqa: E402
 from levit_flax.hub import _EMBEDDED_DIRECTORY  # noqa: E402
 from oracles import pixels, state_dict, torch_model  # noqa: E402
@@ -172,3 +172,47 @@ def test_classifier_matches_the_pipeline():
         np.testing.assert_allclose(
             [entry["score"] for entry in one], [entry["score"] for entry in other], rtol=LOSS_LIMIT
         )
+
+
+# What transformers tests for every config and image processor.
+
+
+def test_config_files_are_read_by_both(tmp_path):
+    values = {**SMALL, "num_labels": 3, "output_hidden_states": True, "return_dict": False, "dtype": "float16"}
+    ours = lf.LevitConfig(**values, architectures=("LevitModel",))
+    assert {key: json.loads(ours.to_json_string())[key] for key in ("image_size", "num_channels", "depths")} == {
+        "image_size": ours.image_size,
+        "num_channels": 3,
+        "depths": list(ours.depths),
+    }
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = transformers.LevitConfig.from_pretrained(tmp_path / "ours")
+    assert theirs.output_hidden_states and not theirs.return_dict and theirs.num_labels == 3
+    assert theirs.architectures == ["LevitModel"] and str(theirs.dtype).removeprefix("torch.") == "float16"
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = lf.LevitConfig.from_pretrained(tmp_path / "theirs")
+    assert again == ours and again.to_dict() == ours.to_dict()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_processor_takes_arrays_with_any_number_of_channels(channels):
+    settings = {"size": {"shortest_edge": 18}, "crop_size": {"height": 18, "width": 18}}
+    settings |= {"image_mean": [0.4] * channels, "image_std": [0.3] * channels}
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 30, channels), np.uint8)
+    call = {"return_tensors": "np", "input_data_format": "channels_last"}
+    theirs = transformers.LevitImageProcessorPil(**settings)(list(pixels), **call)["pixel_values"]
+    ours = lf.LevitImageProcessor(**settings)(images=list(pixels), data_format="channels_first", **call).pixel_values
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["LevitImageProcessor", "LevitImageProcessorPil"])
+def test_processor_files_are_read_by_both(tmp_path, name):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+    theirs = getattr(transformers, name)(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 18})
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = lf.LevitImageProcessor.from_pretrained(tmp_path / "theirs")
+    [saved] = ours.save_pretrained(tmp_path / "ours")
+    back = transformers.LevitImageProcessorPil.from_pretrained(tmp_path / "ours")
+    expected = back(image, return_tensors="np")["pixel_values"]
+    assert saved.endswith("preprocessor_config.json") and expected.shape == (1, 3, 16, 18)
+    np.testing.assert_array_equal(ours(image, return_tensors="np", data_format="channels_first").pixel_values, expected)
