@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 # The limits of sizes: far above every useful LeViT, and low enough that a damaged or hostile config cannot exhaust the
@@ -9,6 +10,7 @@ from typing import Any
 _MOST_TOKENS = 4096
 _MOST_PIXELS = 4096
 _MOST_LABELS = 1_000_000
+_MOST_STAGES = 16
 
 
 class _Derived:
@@ -50,7 +52,10 @@ def _integer(name: str, value: Any, least: int, most: int) -> int:
 def _integers(name: str, values: Any, least: int, most: int) -> tuple[int, ...]:
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise ValueError(f"LevitConfig.{name} must be a sequence with one integer per stage, found {_brief(values)}.")
-    return tuple(_integer(f"{name}[{i}]", value, least, most) for i, value in enumerate(values))
+    first = list(islice(values, _MOST_STAGES + 1))
+    if len(first) > _MOST_STAGES:
+        raise ValueError(f"LevitConfig.{name} must have at most {_MOST_STAGES} entries, found more.")
+    return tuple(_integer(f"{name}[{i}]", value, least, most) for i, value in enumerate(first))
 
 
 def _image_size(value: Any) -> int | tuple[int, int]:
