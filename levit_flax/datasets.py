@@ -268,7 +268,14 @@ def _load_dataset(name: str, **options: Any) -> Any:
             f"The directory {name} does not exist, and loading a Hugging Face dataset requires datasets, which is not"
             " installed. Run: pip install 'levit-flax[datasets]'"
         ) from None
-    return datasets.load_dataset(name, **options)
+    try:
+        return datasets.load_dataset(name, **options)
+    except (FileNotFoundError, ConnectionError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise FileNotFoundError(
+            f"The directory {name} does not exist, and there is no such Hugging Face dataset, or it cannot be loaded:"
+            f" {reason}."
+        ) from error
 
 
 def _read_split(

@@ -14,7 +14,7 @@ pytest.importorskip("grain")
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tensorboardX")
 
-from levit_flax.datasets import DataError, _Columns, _read_split  # noqa: E402
+from levit_flax.datasets import DataError, _Columns, _load_dataset, _read_split  # noqa: E402
 from levit_flax.evaluation import evaluate  # noqa: E402
 from levit_flax.training import data  # noqa: E402
 
@@ -163,3 +163,13 @@ def test_unlabeled_rows_raise(feature):
     rows = datasets.Dataset.from_dict({"image": IMAGES[:3], "label": [value, None, value]}, features=features)
     with pytest.raises(DataError, match=r"zoo, test has unlabeled rows: .* found 1 rows .* first row 1\."):
         _read_split(rows, "zoo", "test")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, ConnectionError])
+def test_missing_data_is_one_sentence(monkeypatch, error):
+    def load(name, **_):
+        raise error(f"Couldn't reach '{name}' on the Hub.\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(FileNotFoundError, match=r"^The directory nodata does not exist, and .* 'nodata' on the Hub\.$"):
+        _load_dataset("nodata")

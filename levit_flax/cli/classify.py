@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,8 +135,16 @@ def _all_paths(paths: Sequence[str], files_from: str | None) -> list[str]:
         if not paths:
             raise typer.BadParameter("expected paths of images, or --files-from")
         return list(paths)
-    listed = sys.stdin.read() if files_from == _STANDARD_INPUT else Path(files_from).read_text(encoding="utf-8-sig")
-    return [*paths, *(line for line in listed.splitlines() if line)]
+    if files_from == _STANDARD_INPUT:
+        if _STANDARD_INPUT in paths:
+            raise typer.BadParameter("expected an image or a list of paths in standard input, found both")
+        listed = sys.stdin.buffer.read()
+    elif Path(files_from).is_file():
+        listed = Path(files_from).read_bytes()
+    else:
+        raise typer.BadParameter(f"the list of paths {files_from} does not exist or is not a file")
+    lines = (os.fsdecode(line) for line in listed.removeprefix(b"\xef\xbb\xbf").splitlines())  # names need not be text
+    return [*paths, *(line for line in lines if line)]
 
 
 def _list_images(paths: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -74,7 +74,14 @@ def test_paths_from_files(capsys, tmp_path):
     (tmp_path / "list.txt").write_text("\n".join(paths[1:]) + "\n\n")
     assert main(["classify", paths[0], "--files-from", str(tmp_path / "list.txt"), "-m", "cifar10", "--json"]) == 0
     assert [answer["file"] for answer in json.loads(capsys.readouterr().out)] == paths
-    assert main(["classify", "--files-from", str(tmp_path / "none.txt")]) == 2
+    for wrong in (
+        ["--files-from", str(tmp_path / "none.txt")],
+        ["--files-from", str(tmp_path)],
+        ["-", "--files-from", "-"],
+    ):
+        capsys.readouterr()
+        assert main(["classify", *wrong]) == 2
+        assert "Errno" not in capsys.readouterr().err
     assert main(["classify"]) == 2
 
 

@@ -92,7 +92,7 @@ def test_info_does_not_import_jax():
         (["info", "--jsn"], "No such option: --jsn"),
     ],
 )
-def test_wrong_calls_exit_with_two(capsys, tmp_path, monkeypatch, arguments, message):
+def test_mistyped_names_are_wrong_calls_with_suggestions(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     assert main([argument.format(image=tmp_path / "image.png") for argument in arguments]) == 2
