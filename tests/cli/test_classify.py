@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from levit_flax import hub
+from levit_flax.classifier import ImageClassifier
 from levit_flax.cli import main
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
@@ -35,7 +35,7 @@ def test_hidden_files_and_other_files_are_skipped(capsys, tmp_path):
 
 @pytest.mark.parametrize("name", ["empty", "nothing.jpg"])
 def test_paths_without_images_end_the_command_before_the_model_is_loaded(capsys, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(hub, "_resolve", None)
+    monkeypatch.setattr(ImageClassifier, "from_pretrained", None)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".hidden.png").touch()
     assert main(["classify", str(tmp_path / name)]) == 2
