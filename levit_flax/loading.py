@@ -3,6 +3,7 @@
 PyTorch weights are converted while loading. `levit_flax.convert` is imported only for these.
 """
 
+import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -155,9 +156,9 @@ def _load_model(
 
 def _load_processor(directory: Path | None, config: LevitConfig) -> LevitImageProcessor:
     """Return the processor described in a model directory, or the default one for the model's image size."""
-    if directory is not None and (directory / _PROCESSOR_FILE).is_file():
+    if directory is not None and os.path.lexists(directory / _PROCESSOR_FILE):
         return LevitImageProcessor.from_pretrained(directory)
-    if directory is not None and (directory / _CONFIG_FILE).is_file():
+    if directory is not None and os.path.lexists(directory / _CONFIG_FILE):
         values = _read_json(directory / _CONFIG_FILE)
         if "architecture" in values:  # timm stores its preprocessing in config.json
             from levit_flax.convert.timm_files import _read_timm_processor

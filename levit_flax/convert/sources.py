@@ -1,6 +1,7 @@
 """Open PyTorch checkpoints as mappings whose tensors are read on access."""
 
 import hashlib
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -97,7 +98,7 @@ class _SafetensorsFile(Mapping[str, np.ndarray]):
             raise KeyError(name)
         try:
             return np.asarray(self.file.get_tensor(name))
-        except (SafetensorError, OSError, TypeError) as error:
+        except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two for unknown dtypes
             raise ConversionError(
                 f"The tensor {name} of {self.path} cannot be read: {error}. Copy or download the file again."
             ) from None
@@ -340,7 +341,7 @@ def _unwrap(value: object, where: str, ema: bool) -> tuple[object, list[str], li
 def _read_config(directory: Path) -> dict[str, Any] | None:
     """Return the parsed config.json of a directory, or None if there is none."""
     path = directory / _CONFIG_FILE
-    return _read_json(path) if path.is_file() else None
+    return _read_json(path) if os.path.lexists(path) else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -377,3 +377,25 @@ def test_special_files_are_refused(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(OSError, match="expected a regular file, found a named pipe"):
         convert.from_torch(tmp_path)
+
+
+def test_special_files_beside_the_weights_are_refused(tensors, tmp_path):
+    save_file(tensors, tmp_path / "model.safetensors")
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(OSError, match=r"config\.json cannot be read: expected a regular file, found a named pipe"):
+        convert.from_torch(tmp_path)
+    (tmp_path / "config.json").unlink()
+    os.mkfifo(tmp_path / "preprocessor_config.json")
+    with pytest.raises(OSError, match=r"preprocessor_config\.json cannot be read: .* found a named pipe"):
+        lf.ImageClassifier.from_pretrained(tmp_path)
+
+
+def test_dtypes_unknown_to_numpy_are_refused(tensors, tmp_path):
+    torch = pytest.importorskip("torch")
+    save_torch_file = pytest.importorskip("safetensors.torch").save_file
+    narrow = {
+        n: torch.from_numpy(np.array(a)).to(torch.float8_e4m3fn) for n, a in tensors.items() if a.dtype.kind == "f"
+    }
+    save_torch_file({name: tensor.contiguous() for name, tensor in narrow.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"float8.* cannot be read|cannot be read: "):
+        convert.from_torch(tmp_path / "model.safetensors")
