@@ -7,6 +7,7 @@ It contains `checkpoints/` for resuming, `model/` with the best model so far, `m
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -115,7 +116,7 @@ def _fingerprint(train: LabeledImages, validation: LabeledImages) -> _DataFinger
     for data in (train, validation):
         for index in range(len(data)) if isinstance(data.images, list) else ():
             path = Path(data.images[index])
-            digest.update(f"{path.parent.name}/{path.name}\n".encode())
+            digest.update(os.fsencode(f"{path.parent.name}/{path.name}\n"))
         digest.update(data.targets.tobytes())
     return _DataFingerprint(len(train), len(validation), len(train.labels), digest.hexdigest())
 

@@ -1,5 +1,6 @@
 """Data of a training run: which images it uses, and which rows each step sees."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from levit_flax.training.data import (
     _training_batches,
     _TrainingRows,
 )
+from levit_flax.training.run_directory import _fingerprint
 
 # Images
 
@@ -240,3 +242,10 @@ def test_evaluation_weighs_each_image_once(count):
     for step, batch in enumerate(whole):
         for name, array in batch.items():
             np.testing.assert_array_equal(np.concatenate([part[step][name] for part in parts], axis=1), array)
+
+
+def test_file_names_that_are_not_text_have_a_fingerprint(tmp_path):
+    touch(tmp_path, *(f"{name}/{i}.png" for name in CLASSES for i in range(3)))
+    usual = _fingerprint(*_find_images(tmp_path, tiny_recipe(), ()))
+    (tmp_path / CLASSES[0] / "0.png").rename(tmp_path / CLASSES[0] / os.fsdecode(b"caf\xe9.png"))
+    assert _fingerprint(*_find_images(tmp_path, tiny_recipe(), ())) != usual
