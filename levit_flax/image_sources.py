@@ -1,5 +1,6 @@
 """Open encoded images: files, bytes, open files and URLs, of limited size and memory."""
 
+import http.client
 import io
 import os
 import threading
@@ -88,7 +89,7 @@ def _download(url: str) -> bytes:
     opener = urllib.request.build_opener(_HttpRedirects)
     try:
         with opener.open(urllib.request.Request(url, headers={"User-Agent": "levit-flax"}), timeout=10) as answer:
-            while chunk := answer.read(_CHUNK):
+            while chunk := answer.read1(_CHUNK):  # what has arrived, so that the limits hold for slow servers too
                 content += chunk
                 if len(content) > _MOST_BYTES:
                     raise ImageError(f"{url} is too large: expected at most {_MOST_BYTES // 2**20} MiB.")
@@ -96,7 +97,7 @@ def _download(url: str) -> bytes:
                     raise ImageError(f"{url} cannot be downloaded: it took longer than {_MOST_SECONDS:.0f} seconds.")
     except urllib.error.HTTPError as error:
         raise ImageError(f"{url} cannot be downloaded: the server answered {error.code} ({error.reason}).") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, ImageError):
             raise
         reason = getattr(error, "reason", error)

@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import io
+import socket
 import threading
 import time
 
@@ -115,6 +116,39 @@ def test_downloads_are_limited_in_size_and_time(server, monkeypatch):
     monkeypatch.setattr(image_sources, "_MOST_BYTES", 1000)
     with pytest.raises(ImageError, match="/large is too large: expected at most 0 MiB"):
         values(f"{server}/large")
+
+
+@pytest.mark.parametrize(
+    ("answer", "delay", "message"),
+    [
+        (b"garbage\r\n\r\n", 0, "cannot be downloaded: garbage"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n" + bytes(40), 0.1, "it took longer than"),
+    ],
+)
+def test_servers_that_drip_or_do_not_speak_http_raise_in_time(monkeypatch, answer, delay, message):
+    monkeypatch.setattr(image_sources, "_MOST_SECONDS", 0.3)
+
+    def serve():
+        connection, _ = server.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(4096)
+            header, _, body = answer.partition(b"\r\n\r\n")
+            connection.sendall(header + b"\r\n\r\n")
+            for i in range(len(body)):
+                time.sleep(delay)
+                connection.sendall(body[i : i + 1])
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        start = time.perf_counter()
+        with pytest.raises(ImageError, match=message):
+            values(f"http://127.0.0.1:{server.getsockname()[1]}/a.png")
+        assert time.perf_counter() - start < 2
+
+
+def test_urls_with_spaces_raise():
+    with pytest.raises(ImageError, match=r"/a b\.png cannot be downloaded: URL can't contain control characters"):
+        values("http://127.0.0.1:9/a b.png")
 
 
 def test_unreachable_server_raises():
