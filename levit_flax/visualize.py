@@ -113,6 +113,13 @@ def bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> dict[str, np.
     return images
 
 
+def _check_label(label: int | None, model: LevitBase) -> None:
+    """Raise ValueError unless `label` is None or the index of one of the model's classes."""
+    count = model.config.num_labels
+    if label is not None and not (isinstance(label, int | np.integer) and 0 <= label < count):
+        raise ValueError(f"label must be None or the index of a class: expected 0 to {count - 1}, found {label!r}.")
+
+
 def saliency(
     model: LevitBase, variables: Mapping[str, Any], pixel_values: jax.Array, label: int | None = None
 ) -> np.ndarray:
@@ -129,6 +136,9 @@ def saliency(
     Returns:
         Nonnegative values [B H W].
 
+    Raises:
+        ValueError: `label` is not the index of a class.
+
     Examples:
         >>> from levit_flax import from_pretrained
         >>> saliency(*from_pretrained("cifar10"), jnp.zeros((1, 144, 144, 3)), label=3).shape
@@ -136,6 +146,7 @@ def saliency(
 
     Source: Simonyan et al. 2013, "Deep inside convolutional networks".
     """
+    _check_label(label, model)
 
     @jax.jit
     @jax.grad
@@ -163,6 +174,9 @@ def class_activation_map(
     Returns:
         Logits [B gh gw] of the tokens. Their mean is the logit of the class.
 
+    Raises:
+        ValueError: `label` is not the index of a class.
+
     Examples:
         >>> from levit_flax import from_pretrained
         >>> class_activation_map(*from_pretrained("cifar10"), jnp.zeros((1, 144, 144, 3)), label=3).shape
@@ -170,6 +184,7 @@ def class_activation_map(
 
     Source: Zhou et al. 2016, "Learning deep features for discriminative localization".
     """
+    _check_label(label, model)
     if isinstance(model, LevitForImageClassificationWithTeacher):
         model, variables = merge_heads(model, variables)
     if not model.folded:
@@ -332,6 +347,7 @@ def draw_confusion(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
         With up to 40 classes, the axes show the class names.
 
     Raises:
+        ValueError: the matrix is not square, or has another size than `labels`.
         ImportError: matplotlib is not installed.
 
     Examples:
@@ -339,6 +355,11 @@ def draw_confusion(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
         >>> [text.get_text() for text in figure.axes[0].texts]
         ['67', '33', '100']
     """
+    if confusion.shape != (len(labels), len(labels)):
+        raise ValueError(
+            f"The confusion matrix does not fit the labels: expected {[len(labels)] * 2}, found"
+            f" {list(confusion.shape)}."
+        )
     size = min(3.5 + 0.2 * len(labels), 16)
     figure, [[ax]] = _new_figure(1, 1)
     figure.set_size_inches(1.15 * size, size)

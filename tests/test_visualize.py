@@ -156,3 +156,17 @@ def test_dollar_signs_in_names_are_drawn_literally(tmp_path):
     model = lf.LevitForImageClassification(lf.LevitConfig(**TINY).replace(id2label=names))
     classifier = lf.ImageClassifier(model, random_variables(model), fast_start=True)
     visualize.explain(classifier, Image.new("RGB", (40, 40)), names[2]).savefig(tmp_path / "explain.png")
+
+
+@pytest.mark.parametrize("label", [99, -1, "cat", 1.5])
+@pytest.mark.parametrize("function", [visualize.saliency, visualize.class_activation_map])
+def test_labels_that_are_no_class_raise(loaded, pixel_values, function, label):
+    count = loaded[0].config.num_labels
+    with pytest.raises(ValueError, match=f"expected 0 to {count - 1}, found {label!r}"):
+        function(*loaded, pixel_values, label=label)
+
+
+@pytest.mark.parametrize(("shape", "labels"), [((2, 3), "ab"), ((2, 2), "a"), ((3,), "abc")])
+def test_confusion_matrices_that_do_not_fit_raise(shape, labels):
+    with pytest.raises(ValueError, match="The confusion matrix does not fit the labels"):
+        visualize.draw_confusion(np.ones(shape, np.int64), list(labels))
