@@ -35,7 +35,7 @@ class ImageClassifier:
         variables: its variables, which are copied to every device.
         processor: image processor; None for the default one with the model's image size.
         batch_size: maximum number of images per batch, rounded up to a multiple of the number of devices.
-        devices: devices to compute on; None for all local devices.
+        devices: devices to compute on; None for all local devices. For the runtime "jax" only.
         runtime: the library that computes: "jax", or on CPUs "openvino" or "onnxruntime", for which the model is
             exported in memory. They require the extras `openvino` and `onnx`.
         fast_start: start sooner and compute more slowly, as described for `make_inference_fn`; for "jax" only.
@@ -69,6 +69,8 @@ class ImageClassifier:
         if runtime == "jax":
             self._function = _InferenceFunction(model, variables, batch_size, processor, devices, fast_start)
         else:
+            if devices is not None:
+                raise ValueError(f"The runtime {runtime} computes on the CPU: expected devices=None, found {devices}.")
             from .runtimes import _RuntimeFunction
 
             self._function = _RuntimeFunction(model, variables, batch_size, processor, runtime)

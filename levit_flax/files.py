@@ -140,9 +140,13 @@ def _must_stay(directory: Path) -> bool:
     A mount point cannot be replaced, the parent may not be writable, and the programs that stand in a directory would
     keep the old one.
     """
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # it was deleted
+        here = None
     return (
         directory.is_mount()
-        or directory in (Path.cwd(), *Path.cwd().parents)
+        or (here is not None and directory in (here, *here.parents))
         or not os.access(directory.parent, os.W_OK)
     )
 

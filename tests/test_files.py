@@ -74,6 +74,15 @@ def test_current_directory_stays_the_same_directory(tmp_path, monkeypatch):
     assert contents(".") == {"config.json": "new", "weights": "new"}
 
 
+def test_deleted_current_directory_does_not_matter(tmp_path, monkeypatch):
+    out, gone = old_directory(tmp_path / "out"), tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    write(out, "new")
+    assert contents(out) == NEW
+
+
 def test_mount_point_is_written_inside(tmp_path):
     program = (
         "import sys; sys.path[:0] = sys.argv[2:]\n"

@@ -89,3 +89,9 @@ def test_narrow_dtypes_need_jax(model, runtime):
     module, variables = model
     with pytest.raises(ValueError, match=f"The runtime {runtime} computes in float32: .* found bfloat16"):
         lf.ImageClassifier(module.clone(dtype="bfloat16"), variables, runtime=runtime)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_devices_are_for_jax_only(model, runtime):
+    with pytest.raises(ValueError, match=f"The runtime {runtime} computes on the CPU: expected devices=None"):
+        lf.ImageClassifier(*model, runtime=runtime, devices=jax.devices())

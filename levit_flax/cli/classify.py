@@ -144,7 +144,10 @@ def _all_paths(paths: Sequence[str], files_from: str | None) -> list[str]:
     else:
         raise typer.BadParameter(f"the list of paths {files_from} does not exist or is not a file")
     lines = (os.fsdecode(line) for line in listed.removeprefix(b"\xef\xbb\xbf").splitlines())  # names need not be text
-    return [*paths, *(line for line in lines if line)]
+    found = [*paths, *(line for line in lines if line)]
+    if not found:
+        raise typer.BadParameter(f"expected paths of images in {files_from}, found none")
+    return found
 
 
 def _list_images(paths: Sequence[str]) -> tuple[list[str], dict[str, str]]:

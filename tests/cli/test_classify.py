@@ -74,9 +74,11 @@ def test_paths_from_files(capsys, tmp_path):
     (tmp_path / "list.txt").write_text("\n".join(paths[1:]) + "\n\n")
     assert main(["classify", paths[0], "--files-from", str(tmp_path / "list.txt"), "-m", "cifar10", "--json"]) == 0
     assert [answer["file"] for answer in json.loads(capsys.readouterr().out)] == paths
+    (tmp_path / "empty.txt").write_text("\n")
     for wrong in (
         ["--files-from", str(tmp_path / "none.txt")],
         ["--files-from", str(tmp_path)],
+        ["--files-from", str(tmp_path / "empty.txt")],
         ["-", "--files-from", "-"],
     ):
         capsys.readouterr()
