@@ -64,14 +64,9 @@ def _read_directory(directory: Path) -> tuple[LevitBase, Variables]:
     try:
         with safe_open(weights, framework="np") as file:
             _check_depths(config, file.keys(), str(weights))  # before a deep model is traced
-        flat = load_file(weights)  # raises TypeError or AttributeError for dtypes unknown to NumPy
-    except (
-        SafetensorError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        MemoryError,
-    ) as error:  # the last two for dtypes unknown to NumPy
+        flat = load_file(weights)
+    # Dtypes unknown to NumPy raise TypeError or AttributeError, and false sizes MemoryError.
+    except (SafetensorError, KeyError, TypeError, AttributeError, MemoryError) as error:
         raise ValueError(
             f"{weights} is not a complete safetensors file with dtypes of NumPy ({error!r}). Copy or download it again."
         ) from None
