@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from . import files, modeling
+from .arguments import _check_types
 from .configuration import _CONFIG_FILE, _OWN_BLOCK, LevitConfig
 from .image_processing import _PROCESSOR_FILE, LevitImageProcessor
 from .modeling import LevitBase, Variables
@@ -60,7 +61,7 @@ def _read_directory(directory: Path) -> tuple[LevitBase, Variables]:
             f"{path} is not the config of a LeViT model: expected a file written by save_pretrained, found {error!r}."
         ) from None
     weights = directory / _WEIGHTS_FILE
-    files._check_regular(weights)
+    files._check_header(weights)
     try:
         with safe_open(weights, framework="np") as file:
             _check_depths(config, file.keys(), str(weights))  # before a deep model is traced
@@ -119,6 +120,7 @@ def _cast(model: LevitBase, variables: Variables, dtype: Any) -> tuple[LevitBase
     return model.clone(param_dtype=jnp.dtype(dtype)), variables
 
 
+@_check_types
 def save_pretrained(
     directory: str | Path,
     model: LevitBase,

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .arguments import _check_types
 from .choices import _RUNTIMES
 from .hub import _HubOptions
 from .image_processing import LevitImageProcessor
@@ -51,6 +52,7 @@ class ImageClassifier:
         ['label', 'score']
     """
 
+    @_check_types
     def __init__(
         self,
         model: LevitBase,

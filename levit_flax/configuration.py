@@ -15,7 +15,6 @@ from .config_keys import _WRITTEN_IF_CHANGED, _sort_keys
 from .config_values import (
     _MOST_LABELS,
     _MOST_TOKENS,
-    _brief,
     _Derived,
     _DerivedIndices,
     _DerivedLabels,
@@ -429,10 +428,7 @@ class LevitConfig:
             >>> LevitConfig.from_json_file(_EMBEDDED_DIRECTORY / "config.json").num_labels
             10
         """
-        values = files._read_json(Path(path))
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} is not a config: expected a JSON object, found {_brief(values)}.")
-        return cls.from_dict(values)
+        return cls.from_dict(files._read_json(Path(path)))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` into a directory, which is created if it does not exist.

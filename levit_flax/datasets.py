@@ -85,6 +85,25 @@ class LabeledImages:
     where: str = "the data"
     problem_type: str = "single_label_classification"
 
+    def __post_init__(self) -> None:
+        if not (hasattr(self.images, "__len__") and hasattr(self.images, "__getitem__")):
+            raise TypeError(
+                f"The images of {self.where} have the wrong type: expected a sequence, found a"
+                f" {type(self.images).__name__}."
+            )
+        targets = np.asarray(self.targets)
+        if len(self.images) != len(targets):
+            raise DataError(
+                f"{self.where} has {len(self.images)} images and {len(targets)} targets: expected a target for each"
+                " image."
+            )
+        axes, kinds, form = (1, "iu", "integers [N]") if self.problem_type == _SINGLE_LABEL else (2, "f", "float [N L]")
+        if targets.ndim != axes or targets.dtype.kind not in kinds:
+            raise DataError(
+                f"The targets of {self.where} do not fit {self.problem_type}: expected {form}, found {targets.dtype}"
+                f" {list(targets.shape)}."
+            )
+
     def __len__(self) -> int:
         return len(self.targets)
 
@@ -95,6 +114,7 @@ class LabeledImages:
             >>> LabeledImages([Path("a.jpg")], np.zeros(1, np.int32)).name(0)
             'a.jpg'
         """
+        self._check_indices(index)
         image = self.images[index] if isinstance(self.images, list) else None
         return str(image) if isinstance(image, str | Path) else f"image {_row_key(self.images, index)} of {self.where}"
 
@@ -109,6 +129,7 @@ class LabeledImages:
             >>> LabeledImages([Path("data/cat/1.jpg")], np.zeros(1, np.int32)).key(0, Path("data"))
             'cat/1.jpg'
         """
+        self._check_indices(index)
         image = self.images[index] if isinstance(self.images, list) else None
         if isinstance(image, str | Path):
             return Path(image).relative_to(root).as_posix()
@@ -124,6 +145,7 @@ class LabeledImages:
             >>> LabeledImages([Image.new("L", (8, 4))], np.zeros(1, np.int32)).load(0).mode
             'RGB'
         """
+        self._check_indices(index)
         try:
             image = self.images[index]
             if _is_encoded(image):
@@ -144,9 +166,22 @@ class LabeledImages:
             >>> data.select([1], "the dogs").images
             ['b.jpg']
         """
+        indices = self._check_indices(indices)
         listed = isinstance(self.images, list)
         chosen = [self.images[i] for i in indices] if listed else _SelectedRows(self.images, indices)
         return LabeledImages(chosen, self.targets[indices], self.labels, where, self.problem_type)
+
+    def _check_indices(self, indices: Any) -> np.ndarray:
+        """Return one index or several as an array, or raise IndexError unless there are such images."""
+        rows = np.asarray(indices)
+        if not rows.size:
+            return rows.astype(np.int64)
+        if rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= len(self):
+            found = rows if rows.dtype.kind not in "iu" else rows[(rows < 0) | (rows >= len(self))]
+            raise IndexError(
+                f"{self.where} has no image {found.flat[0]!r}: expected integers from 0 to {len(self) - 1}."
+            )
+        return rows
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,20 @@
 import csv
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .arguments import _check_types
 from .choices import _CROP_RULES
 from .classifier import ImageClassifier
 from .configuration import _SINGLE_LABEL
 from .datasets import DataError, LabeledImages, _Columns, _load_dataset, _match_classes, _read_folder, _read_split
 from .image_processing import _TIMM_CROP_PCT, LevitImageProcessor, _size_for_edge
+from .images import ImageError
 
 _TOP_K = 5
 
@@ -91,6 +93,7 @@ class Evaluation:
         return text.getvalue()
 
 
+@_check_types
 def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
     """Compute the accuracy, loss and confusion matrix of a classifier.
 
@@ -109,6 +112,13 @@ def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
         >>> result.images, result.confusion.shape, result.broken
         (2, (10, 10), ['The image nowhere.jpg does not exist.'])
     """
+    return _evaluate(classifier, data, classifier.stream_logits(data.images))
+
+
+def _evaluate(
+    classifier: ImageClassifier, data: LabeledImages, rows: Iterator[np.ndarray | ImageError | OSError]
+) -> Evaluation:
+    """Like `evaluate`, for the results of `stream_logits` of the images, which are computed when they are read."""
     labels = classifier.model.config.id2label
     config = classifier.model.config
     _check_targets(data, len(labels))
@@ -118,7 +128,7 @@ def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
     confusion = np.zeros((len(labels), len(labels)), np.int64)
     in_top5, losses, broken = 0, 0.0, []
     start = time.perf_counter()
-    for i, (label, logits) in enumerate(zip(data.targets, classifier.stream_logits(data.images), strict=True)):
+    for i, (label, logits) in enumerate(zip(data.targets, rows, strict=True)):
         if isinstance(logits, Exception):
             text, name = str(logits), data.name(i)
             broken.append(text if name in text else f"{name}: {text}")
@@ -145,6 +155,8 @@ def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
 
 def _check_targets(data: LabeledImages, num_labels: int) -> None:
     """Raise DataError unless every target is a class index."""
+    if data.problem_type != _SINGLE_LABEL:
+        raise DataError(f"{data.where} is for {data.problem_type}: expected images with one class each.")
     targets = np.asarray(data.targets)
     outside = np.flatnonzero((targets < 0) | (targets >= num_labels))
     if outside.size:
@@ -154,6 +166,7 @@ def _check_targets(data: LabeledImages, num_labels: int) -> None:
         )
 
 
+@_check_types
 def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> LevitImageProcessor:
     """Return a processor that resizes and crops images as published evaluations do.
 
@@ -188,6 +201,7 @@ def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> Lev
     return processor_class(**{**vars(model_processor), "size": size, "crop_size": (height, width)})
 
 
+@_check_types
 def read_data(
     source: str | Path,
     labels: Sequence[str],

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .arguments import _check_types
 from .choices import _KNOWN_PLATFORMS, _ExportFormat
 from .files import _staged_directory
 from .image_processing import LevitImageProcessor
@@ -84,6 +85,7 @@ _FORMATS: dict[_ExportFormat, tuple[str, str]] = {
 }
 
 
+@_check_types
 def export_model(
     directory: str | Path,
     model: LevitBase,
@@ -185,6 +187,7 @@ def _import_openvino() -> Any:
     return openvino
 
 
+@_check_types
 def to_stablehlo(classify: Any, shape: Sequence[int], platforms: Sequence[str]) -> bytes:
     """Serialize a function of pixel values with `jax.export`, for any batch size.
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import io
 import json
 import os
 import shutil
@@ -11,9 +12,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 _MOST_TEXT_BYTES = 64 * 2**20  # far above the config of any model
+_MOST_HEADER_BYTES = 8 * 2**20  # far above the 0.1 MiB of LeViT-384
 
 # The names of folders inside a directory whose files are being replaced, see `_replace_inside`.
 _NEW, _RETIRING, _OLD = ".levit-flax-new", ".levit-flax-retiring", ".levit-flax-old"
@@ -25,21 +27,66 @@ _KINDS = (
     (lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode), "a device"),
 )
 
+_JSON_KINDS = {
+    list: "an array",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 
-def _open_regular(path: Path) -> BinaryIO:
+
+def _open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file for reading, or raise OSError. Others may block forever or never end."""
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise _cannot_read(path, error) from None
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):
         os.close(handle)
-        found = next((kind for is_kind, kind in _KINDS if is_kind(mode)), "another kind of file")
-        raise OSError(f"{path} cannot be read: expected a regular file, found {found}.")
+        raise _not_regular(path, mode)
     return os.fdopen(handle, "rb")
+
+
+def _not_regular(path: Path, mode: int) -> OSError:
+    found = next((kind for is_kind, kind in _KINDS if is_kind(mode)), "another kind of file")
+    return OSError(f"{path} cannot be read: expected a regular file, found {found}.")
+
+
+def _cannot_read(path: Path, error: OSError) -> OSError:
+    """Return the error to raise when a path cannot be opened."""
+    if isinstance(error, FileNotFoundError) and path.is_symlink():
+        reason = f"it is a link to {os.readlink(path)}, which does not exist"
+    elif isinstance(error, FileNotFoundError):
+        return FileNotFoundError(f"{path} does not exist. Check the path.")
+    elif error.errno == errno.ELOOP:
+        reason = "its links form a loop"
+    elif error.errno == errno.ENXIO:  # a socket, which cannot even be opened
+        return _not_regular(path, path.stat().st_mode)
+    else:
+        reason = f"{error.strerror}"
+    return type(error)(f"{path} cannot be read: {reason}. Check the path.")
 
 
 def _check_regular(path: Path) -> None:
     """Raise OSError unless the path is a regular file that can be opened."""
     _open_regular(path).close()
+
+
+def _check_header(path: Path) -> None:
+    """Raise OSError unless a safetensors file can be opened, and ValueError if its header is absurdly large.
+
+    The first eight bytes of such a file are the length of its header, which would be read and parsed as a whole.
+    """
+    with _open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > _MOST_HEADER_BYTES:
+        raise ValueError(
+            f"{path} is damaged or not a model: expected a header of at most {_MOST_HEADER_BYTES // 2**20} MiB, found"
+            f" one of {length} bytes. Copy or download it again."
+        )
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -51,14 +98,17 @@ def _read_bytes(path: Path) -> bytes:
     return content
 
 
-def _read_json(path: Path) -> Any:
-    """Return the value in a JSON file; raise ValueError if it is not JSON."""
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; raise ValueError if there is none."""
     try:
-        return json.loads(_read_bytes(path))
+        value = json.loads(_read_bytes(path))
     except RecursionError:
         raise ValueError(f"{path} is not valid JSON: its values are nested too deeply.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is malformed: expected a JSON object, found {_JSON_KINDS[type(value)]}.")
+    return value
 
 
 def _cannot_write(path: Path, error: OSError) -> OSError:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .choices import _suggest
-from .files import _read_json
+from .files import _check_regular, _read_json
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -135,7 +135,8 @@ def _resolve(
     meant = _suggest(str(source), _SHORT_NAMES)
     if meant and str(source).lower() in map(str.lower, _SHORT_NAMES):  # only the case differs
         raise FileNotFoundError(f"There is no model {source}.{meant}")
-    if path.exists():
+    if os.path.lexists(path):
+        _check_regular(path)
         raise NotADirectoryError(f"The model {path} is a file: expected a model directory or a Hub repository.")
     if isinstance(source, Path) or not _is_repo_id(source):
         raise FileNotFoundError(

@@ -396,7 +396,7 @@ class LevitImageProcessor:
             >>> LevitImageProcessor.from_json_file(_EMBEDDED_DIRECTORY / "preprocessor_config.json").crop_size
             {'height': 144, 'width': 144}
         """
-        return cls.from_dict(_read_settings(Path(path)))
+        return cls.from_dict(files._read_json(Path(path)))
 
     @classmethod
     def from_pretrained(
@@ -437,7 +437,7 @@ class LevitImageProcessor:
         """
         options = _HubOptions(revision, token, cache_dir, local_files_only, subfolder)
         directory = _resolve(source, files=(_PROCESSOR_FILE,), options=options).directory
-        return cls.from_dict(_read_settings(directory / _PROCESSOR_FILE), **overrides)
+        return cls.from_dict(files._read_json(directory / _PROCESSOR_FILE), **overrides)
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> list[str]:
         """Write a `preprocessor_config.json`, which transformers can also read.
@@ -481,11 +481,3 @@ def _size_for_edge(edge: int) -> int:
     int(256 / 224 * size) reaches every edge except those of the form 8k + 7.
     """
     return (7 * edge + 6) // 8
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file."""
-    settings = files._read_json(path)
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} is malformed: expected a JSON object, found a {type(settings).__name__}.")
-    return settings

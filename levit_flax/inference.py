@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from .arguments import _check_types
 from .configuration import _MULTI_LABEL, _REGRESSION, LevitConfig
 from .image_processing import LevitImageProcessor
 from .inference_options import _PLAIN, _choose_options, _compile, _Options, _Program
@@ -192,6 +193,7 @@ class _InferenceFunction:
         return logits.astype(_at_least_float32(logits.dtype))
 
 
+@_check_types
 def make_inference_fn(
     model: LevitBase,
     variables: Variables,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from . import checkpoint, hub, surgery
+from .arguments import _check_types
 from .checkpoint import _OWN_FILES, _TORCH_WEIGHT_FILES, _WEIGHTS_FILE
 from .configuration import _CONFIG_FILE, LevitConfig
 from .files import _read_json
@@ -32,6 +33,7 @@ class _LoadedModel(NamedTuple):
     files: _Resolved
 
 
+@_check_types
 def from_pretrained(
     source: str | Path,
     *,
@@ -115,7 +117,7 @@ def _load_weights(files: _Resolved, dtype: Any = None) -> tuple[LevitBase, Varia
     if files.weights.name != _WEIGHTS_FILE:
         from levit_flax.convert import conversion, sources  # heavy imports that Flax weights do not need
 
-        converted = conversion._convert(sources._open_source(files.weights), requested)
+        converted = conversion._convert(sources._open_resolved(files.weights, files), requested)
         model, variables = converted.model, converted.variables
     else:
         model, variables = checkpoint._read_directory(files.directory)
@@ -213,6 +215,7 @@ def _change_heads(
     return changed, unflatten_dict(flat, sep="/")
 
 
+@_check_types
 def push_to_hub(
     repo_id: str,
     model: LevitBase,

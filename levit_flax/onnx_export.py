@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .arguments import _check_types
 from .attention import _BiasedAttention
 
 _BATCH = "B"
@@ -81,6 +82,7 @@ def _check_batches(artifact: bytes, classify: Any, shape: tuple[int, ...]) -> No
             )
 
 
+@_check_types
 def to_onnx(classify: Any, shape: Sequence[int]) -> bytes:
     """Serialize a function of pixel values as an ONNX model, for any batch size.
 

@@ -14,12 +14,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
+from .arguments import _check_types
 from .layers import _BATCH_NORM_EPSILON, _NormLinear
 from .modeling import LevitBase, LevitForImageClassification, LevitForImageClassificationWithTeacher, Variables
 
 _Model = TypeVar("_Model", bound=LevitBase)
 
 
+@_check_types
 def fold_batch_norm(model: LevitBase, variables: Mapping[str, Any]) -> tuple[LevitBase, Variables]:
     """Fold every batch norm into the convolution or linear layer next to it.
 
@@ -65,6 +67,7 @@ def fold_batch_norm(model: LevitBase, variables: Mapping[str, Any]) -> tuple[Lev
     return model.clone(folded=True), _unflatten(folded, flat)
 
 
+@_check_types
 def merge_heads(model: LevitBase, variables: Mapping[str, Any]) -> tuple[LevitForImageClassification, Variables]:
     """Merge the two heads of a distilled model into one that averages their logits.
 
@@ -114,6 +117,7 @@ def merge_heads(model: LevitBase, variables: Mapping[str, Any]) -> tuple[LevitFo
     return _as_class(model, LevitForImageClassification), _unflatten(merged, flat)
 
 
+@_check_types
 def resize_image(
     model: LevitBase, variables: Mapping[str, Any], image_size: int | tuple[int, int]
 ) -> tuple[LevitBase, Variables]:
@@ -185,6 +189,7 @@ def _cubic(x: float) -> float:
     return 2 - 4 * x + 2.5 * x**2 - 0.5 * x**3 if x < 2 else 0.0
 
 
+@_check_types
 def replace_head(
     model: LevitBase, variables: Mapping[str, Any], num_labels: int, key: jax.Array | None = None
 ) -> tuple[LevitBase, Variables]:
@@ -232,6 +237,7 @@ def replace_head(
     return model, _unflatten(replaced, flat)
 
 
+@_check_types
 def change_channels(model: LevitBase, variables: Mapping[str, Any], num_channels: int) -> tuple[LevitBase, Variables]:
     """Change the number of input channels, converting the weights of the first convolution.
 

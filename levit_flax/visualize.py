@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from .arguments import _check_types
 from .classifier import ImageClassifier
 from .inference import _scores
 from .modeling import LevitBase, LevitForImageClassificationWithTeacher
@@ -47,6 +48,7 @@ def _attention_names(model: LevitBase) -> list[str]:
     return names
 
 
+@_check_types
 def attention_maps(
     model: LevitBase, variables: Mapping[str, Any], pixel_values: jax.Array, query: tuple[float, float] | None = None
 ) -> dict[str, np.ndarray]:
@@ -63,6 +65,9 @@ def attention_maps(
         Attention weights [heads gh gw] by the path of the attention ("stage_0/block_0", "downsample_0"). gh and gw
         are the size of the key grid. The weights of each head sum to 1.
 
+    Raises:
+        ValueError: the query is outside the image, or `pixel_values` does not fit the model.
+
     Examples:
         >>> from levit_flax import from_pretrained
         >>> maps = attention_maps(*from_pretrained("cifar10"), np.zeros((1, 144, 144, 3), np.float32), query=(0.5, 0.5))
@@ -70,6 +75,8 @@ def attention_maps(
         ((6, 9, 9), (10, 3, 3))
     """
     config = model.config
+    if query is not None and not (len(query) == 2 and all(0 <= position < 1 for position in query)):
+        raise ValueError(f"query must be None or (y, x) with fractions in [0, 1), found {query!r}.")
     output: Any = jax.jit(lambda v, x: model.apply(v, x, output_attentions=True, return_dict=True))(
         variables, pixel_values
     )
@@ -86,6 +93,7 @@ def attention_maps(
     return maps
 
 
+@_check_types
 def bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return the learned attention biases as images, one per head.
 
@@ -120,6 +128,7 @@ def _check_label(label: int | None, model: LevitBase) -> None:
         raise ValueError(f"label must be None or the index of a class: expected 0 to {count - 1}, found {label!r}.")
 
 
+@_check_types
 def saliency(
     model: LevitBase, variables: Mapping[str, Any], pixel_values: jax.Array, label: int | None = None
 ) -> np.ndarray:
@@ -158,6 +167,7 @@ def saliency(
     return np.asarray(jnp.abs(gradient(jnp.asarray(pixel_values), variables)).max(-1))
 
 
+@_check_types
 def class_activation_map(
     model: LevitBase, variables: Mapping[str, Any], pixel_values: jax.Array, label: int | None = None
 ) -> np.ndarray:
@@ -198,6 +208,7 @@ def class_activation_map(
     return np.take_along_axis(logits, labels[:, None, None, None], -1)[..., 0]
 
 
+@_check_types
 def explain(classifier: ImageClassifier, image: Any, label: str | None = None) -> "Figure":
     """Draw the evidence that a classifier uses for an image.
 
@@ -269,6 +280,7 @@ def _draw_image(ax: Any, image: np.ndarray, title: str) -> None:
     ax.set_title(title, fontsize=8)
 
 
+@_check_types
 def overlay(ax: Any, image: np.ndarray, heat: np.ndarray, title: str) -> None:
     """Draw a coarse heat map over an image, scaled from its minimum to its maximum.
 
@@ -278,11 +290,19 @@ def overlay(ax: Any, image: np.ndarray, heat: np.ndarray, title: str) -> None:
         heat: [gh gw], stretched to the size of the image.
         title: title of the axes.
 
+    Raises:
+        ValueError: an array has another number of axes.
+
     Examples:
         >>> from matplotlib.figure import Figure
         >>> ax = Figure().subplots()
         >>> overlay(ax, np.zeros((80, 80, 3), np.uint8), heat=np.arange(25).reshape(5, 5), title="attention")
     """
+    if image.ndim != 3 or heat.ndim != 2:
+        raise ValueError(
+            "The image or the heat map has the wrong shape: expected [H W C] and [gh gw], found"
+            f" {list(image.shape)} and {list(heat.shape)}."
+        )
     height, width = image.shape[:2]
     ax.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1)
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
@@ -304,6 +324,7 @@ def _draw_scores(ax: Any, row: np.ndarray, names: Sequence[str], count: int = 5)
     ax.set_title("scores", fontsize=8)
 
 
+@_check_types
 def draw_bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> "Figure":
     """Draw the learned attention biases: a row per attention, a column per head.
 
@@ -335,6 +356,7 @@ def draw_bias_tables(model: LevitBase, variables: Mapping[str, Any]) -> "Figure"
     return figure
 
 
+@_check_types
 def draw_confusion(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
     """Draw a confusion matrix in percent of the images of each true class.
 
@@ -388,6 +410,7 @@ _PANELS = {
 }
 
 
+@_check_types
 def draw_curves(history: Sequence[Mapping[str, float]]) -> "Figure":
     """Draw the loss, the accuracy and the learning rate of a training run by epoch.
 
@@ -399,6 +422,7 @@ def draw_curves(history: Sequence[Mapping[str, float]]) -> "Figure":
         A figure. A run with a single evaluation shows its values as numbers.
 
     Raises:
+        ValueError: there are no rows, no columns to draw, or a row lacks a column of the first one.
         ImportError: matplotlib is not installed.
 
     Examples:
@@ -406,8 +430,17 @@ def draw_curves(history: Sequence[Mapping[str, float]]) -> "Figure":
         >>> len(draw_curves(rows).axes)
         2
     """
-    panels = {title: [name for name in names if name in history[0]] for title, names in _PANELS.items()}
+    first = history[0] if history else {}
+    panels = {title: [name for name in names if name in first] for title, names in _PANELS.items()}
     panels = {title: names for title, names in panels.items() if names}
+    columns = ["epoch", *(name for names in panels.values() for name in names)]
+    incomplete = [i for i, row in enumerate(history) if not all(name in row for name in columns)]
+    if not panels or incomplete:
+        found = f"row {incomplete[0]} has {', '.join(history[incomplete[0]]) or 'none'}" if incomplete else "none"
+        raise ValueError(
+            "The history cannot be drawn: expected rows with epoch and the same other columns of metrics.csv, found"
+            f" {found}."
+        )
     figure, axes = _new_figure(1, len(panels), cell=3.4)
     for ax, (title, names) in zip(axes[0], panels.items(), strict=True):
         _draw_panel(ax, history, title, names)

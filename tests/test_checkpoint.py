@@ -141,7 +141,10 @@ def test_damaged_directories_raise(tmp_path):
         lf.from_pretrained(tmp_path / "model")
     for broken in ("{", "[]", "[" * 100_000, json.dumps({**settings, "architectures": ["ResNet"]})):
         config.write_text(broken)
-        with pytest.raises(ValueError, match=r"config\.json is not (the config of a LeViT model|valid JSON)"):
+        with pytest.raises(
+            ValueError,
+            match=r"config\.json is (not the config of a LeViT model|not valid JSON|malformed: expected a JSON object)",
+        ):
             lf.from_pretrained(tmp_path / "model")
     for change in ({"down_ops": 5}, {"id2label": 5}, {"stride": float("inf")}, {"levit_flax": 5}, {"depths": "x"}):
         config.write_text(json.dumps({**settings, **change}))

@@ -226,5 +226,5 @@ def test_json_files_round_trip(tmp_path):
     with pytest.raises(TypeError, match="nonsense"):
         lf.LevitConfig.from_pretrained(tmp_path / "new" / "sub", nonsense=1)
     (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"list\.json is not a config: expected a JSON object, found \[\]"):
+    with pytest.raises(ValueError, match=r"list\.json is malformed: expected a JSON object, found an array"):
         lf.LevitConfig.from_json_file(tmp_path / "list.json")

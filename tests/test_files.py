@@ -201,8 +201,35 @@ def test_sockets_are_not_opened(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
-        with pytest.raises(OSError, match="socket"):
+        with pytest.raises(OSError, match=r"^socket cannot be read: expected a regular file, found a socket\.$"):
             files._check_regular(Path("socket"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links")
+def test_links_that_lead_nowhere_raise_a_sentence(tmp_path):
+    for name, target in (("link", "gone"), ("first", "second"), ("second", "first")):
+        (tmp_path / name).symlink_to(target)
+    with pytest.raises(FileNotFoundError, match=r"link cannot be read: it is a link to gone, which does not exist\."):
+        files._check_regular(tmp_path / "link")
+    with pytest.raises(OSError, match=r"first cannot be read: its links form a loop\. Check the path\.$"):
+        files._check_regular(tmp_path / "first")
+    with pytest.raises(FileNotFoundError, match=r"gone does not exist\. Check the path\.$"):
+        files._check_regular(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("[]", "an array"), ("null", "null"), ("3", "a number"), ('"x"', "a string"), ("true", "true")]
+)
+def test_json_that_is_no_object_raises(tmp_path, text, found):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"is malformed: expected a JSON object, found {found}"):
+        files._read_json(tmp_path / "config.json")
+
+
+def test_absurd_headers_are_not_read(tmp_path):
+    (tmp_path / "weights").write_bytes((2**24).to_bytes(8, "little") + b"{")
+    with pytest.raises(ValueError, match="expected a header of at most 8 MiB, found one of 16777216 bytes"):
+        files._check_header(tmp_path / "weights")
 
 
 def test_large_text_files_are_refused(tmp_path):

@@ -222,7 +222,7 @@ def test_damaged_settings_files_raise(tmp_path):
         LevitImageProcessor.from_pretrained(tmp_path)
     path.write_text("[1]")
     with pytest.raises(
-        ValueError, match="^" + re.escape(f"{path} is malformed: expected a JSON object, found a list.")
+        ValueError, match="^" + re.escape(f"{path} is malformed: expected a JSON object, found an array.")
     ):
         LevitImageProcessor.from_pretrained(tmp_path)
 

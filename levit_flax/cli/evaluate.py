@@ -1,6 +1,5 @@
 """The command `levit-flax evaluate`."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,8 +72,8 @@ def evaluate(
         runtime=runtime,
         fast_start=len(labeled) <= _FEW_IMAGES,
     )
-    labeled = dataclasses.replace(labeled, images=with_progress(labeled.images, len(labeled)))
-    result = evaluation.evaluate(classifier, labeled)
+    rows = with_progress(classifier.stream_logits(labeled.images), len(labeled))
+    result = evaluation._evaluate(classifier, labeled, rows)
     numbers = {"model": model, "data": data, "crop": crop, **result.to_dict()}
     if output is not None:
         _write_numbers(output, numbers, result)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from levit_flax.arguments import _check_types
 from levit_flax.checkpoint import _to_device
 from levit_flax.configuration import LevitConfig
 from levit_flax.hub import _HubOptions
@@ -60,6 +61,7 @@ class _Conversion:
         return sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
 
 
+@_check_types
 def from_torch(
     source: str | Path | Mapping[str, Any],
     dtype: Any = None,

@@ -83,8 +83,11 @@ class _SafetensorsFile(Mapping[str, np.ndarray]):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            local_files._check_header(path)
             self.file = safe_open(path, framework="np", backend="pread")
             self.shapes = {name: tuple(self.file.get_slice(name).get_shape()) for name in self.file.keys()}  # noqa: SIM118
+        except ValueError as error:
+            raise ConversionError(str(error)) from None
         except (SafetensorError, OSError) as error:
             raise ConversionError(
                 f"{path} is truncated or not a safetensors file ({error}): copy or download it again."
@@ -143,11 +146,11 @@ def _open_source(
         weights = _check_tensors(source, "the mapping", ema)
         return _gather("the mapping", [(weights, None)], (), {"source": "a mapping of tensors"}, prefix)
     path = Path(source).expanduser()
-    if not path.exists() and path.suffix in _WEIGHT_SUFFIXES:
+    if not os.path.lexists(path) and path.suffix in _WEIGHT_SUFFIXES:
         raise FileNotFoundError(
             f"The file {path} does not exist: expected a weight file, a directory or a Hub id. Check the path."
         )
-    if path.is_file():
+    if os.path.lexists(path) and not path.is_dir():
         return _open_weights(path, {"source": str(source)}, ema, prefix)
     resolved = hub._resolve(source, weights=_TORCH_WEIGHT_FILES, files=(_CONFIG_FILE, _PROCESSOR_FILE), options=options)
     return _open_resolved(source, resolved, ema, prefix)
@@ -252,7 +255,7 @@ def _list_shards(index: Path) -> dict[Path, list[str]]:
                 f"{index} lists a shard outside its directory: expected a file name, found {file_name!r}. Move"
                 " the shard next to the index."
             )
-        if index.parent / file_name not in files and not (index.parent / file_name).is_file():
+        if index.parent / file_name not in files and not os.path.lexists(index.parent / file_name):
             raise ConversionError(f"{index} lists {file_name}, which does not exist: copy or download it too.")
         files.setdefault(index.parent / file_name, []).append(name)
     return files
@@ -347,17 +350,12 @@ def _read_config(directory: Path) -> dict[str, Any] | None:
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, or raise a ConversionError that names the file."""
     try:
-        value = local_files._read_json(path)
+        return local_files._read_json(path)
     except ValueError as error:
         raise ConversionError(f"{error} Copy or download it again.") from None
-    if not isinstance(value, dict):
-        raise ConversionError(
-            f"{path} does not contain a JSON object: found a {type(value).__name__}. Copy or download it again."
-        )
-    return value
 
 
 def _sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
-    with path.open("rb") as file:
+    with local_files._open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from levit_flax.arguments import _check_types
 from levit_flax.checkpoint import _check_variables, _save_tensors
 from levit_flax.choices import WRITTEN_LAYOUTS, _suggest
 from levit_flax.configuration import LevitConfig
@@ -21,6 +22,7 @@ from .layouts import _LAYOUTS, _index_table, _Row, _Structure
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
 
 
+@_check_types
 def to_torch(model: LevitBase, variables: Mapping[str, Any], layout: str = "hf") -> dict[str, np.ndarray]:
     """Convert a model and its variables to a PyTorch state dict.
 
@@ -100,6 +102,7 @@ def _torch_tensors(rows: Iterable[_Row], variables: Mapping[str, Any]) -> Iterat
             yield row.torch, np.asarray(row.permutation.to_torch(array), order="C")
 
 
+@_check_types
 def save_torch(
     path: str | Path, model: LevitBase, variables: Mapping[str, Any], layout: str = "hf", overwrite: bool = False
 ) -> None:

@@ -20,6 +20,7 @@ import grain
 import numpy as np
 from PIL import Image
 
+from levit_flax.arguments import _check_types
 from levit_flax.datasets import (
     _ANY_COLUMNS,
     DataError,
@@ -41,10 +42,11 @@ _PRINTED_ROW = re.compile(r"image (\S+/\d+) of .*")  # as `LabeledImages.name` p
 _LISTED = 5  # maximum number of images or classes in an error message
 
 
+@_check_types
 def read_images(
     source: str | Path,
     recipe: Recipe,
-    skip: Collection[str] = (),
+    skip: Collection[str | Path] = (),
     check: bool = False,
     *,
     image_column: str | None = None,

@@ -1,11 +1,12 @@
 """Train or fine-tune a model in one call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from levit_flax.arguments import _check_types
 from levit_flax.datasets import _Columns
 from levit_flax.hub import _HubOptions
 
@@ -17,6 +18,7 @@ from .recipe import Recipe, RecipeError
 from .run_directory import _prepare_output
 
 
+@_check_types
 def finetune(
     data: str | Path,
     output: str | Path,
@@ -26,7 +28,7 @@ def finetune(
     teacher: str | Path | Callable[[jax.Array], jax.Array] | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    skip: Any = (),
+    skip: Collection[str | Path] = (),
     check_data: bool = False,
     export_torch: str | None = None,
     image_column: str | None = None,
@@ -71,6 +73,7 @@ def finetune(
         share of the time spent waiting for data.
 
     Raises:
+        ValueError: `threads` is less than 1, or `processes` less than 0.
         RecipeError: the recipe is invalid, or does not fit the data, the model or the devices.
         DataError: the data cannot be used. If this is found during training on one host, the state is saved first. On
             several hosts, resume from the last checkpoint.

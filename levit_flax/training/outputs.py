@@ -98,7 +98,7 @@ def _write_best(
 def _model_card(model: LevitBase, row: Mapping[str, float], provenance: Mapping[str, Any]) -> str:
     """Return the model card, with the front matter of the Hub."""
     labels = model.config.id2label
-    metrics = "\n".join(f"| {name.replace('_', ' ')} | {value:.6g} |" for name, value in row.items())
+    metrics = "\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in row.items())
     settings = "\n".join(
         f"- {name.replace('_', ' ')}: {value}" for name, value in provenance.items() if name != "recipe"
     )

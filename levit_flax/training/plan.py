@@ -73,6 +73,10 @@ def _make_plan(
     Creates the run directory but writes nothing to it.
     """
     output = Path(output).expanduser().absolute()
+    if threads < 1 or processes < 0:
+        raise ValueError(
+            f"threads must be at least 1 and processes at least 0, found threads={threads} and processes={processes}."
+        )
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     skipped = _skip_keys(skip, source)
     _new_figure(1, 1)  # raises now, not after the first epoch, if Matplotlib is missing

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from levit_flax.arguments import _check_types
 from levit_flax.choices import _CallError, _suggest
 
 _RECIPES = resources.files(__package__) / "recipes"
@@ -245,6 +246,7 @@ class Recipe:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
+@_check_types
 def read_recipe(name: str | Path = "finetune", **changes: Any) -> Recipe:
     """Return a recipe from a TOML file, or one of the package's recipes.
 

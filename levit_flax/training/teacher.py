@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from levit_flax import loading
+from levit_flax.arguments import _check_types
 from levit_flax.checkpoint import _find_fault
 from levit_flax.classifier import ImageClassifier
 from levit_flax.configuration import _SINGLE_LABEL, LevitConfig
@@ -126,6 +127,7 @@ def _check_width(function: Callable[[jax.Array], jax.Array], width: int) -> _Tea
     return teach
 
 
+@_check_types
 def store_logits(path: str | Path, classifier: ImageClassifier, data: str | Path, files: Sequence[str | Path]) -> None:
     """Write a classifier's logits to a file that `finetune` accepts as a teacher.
 
@@ -138,6 +140,7 @@ def store_logits(path: str | Path, classifier: ImageClassifier, data: str | Path
 
     Raises:
         ImageError: an image cannot be decoded.
+        ValueError: there are no files, or one is not inside `data`.
         OSError: a file cannot be read or written.
 
     Examples:
@@ -150,12 +153,19 @@ def store_logits(path: str | Path, classifier: ImageClassifier, data: str | Path
         ...     np.load(f"{folder}/teacher.npz")["logits"].shape
         (1, 10)
     """
+    paths = [Path(file) for file in files]
+    outside = [file for file in paths if not file.is_relative_to(data)]
+    if not paths or outside:
+        raise ValueError(
+            f"The logits cannot be stored: expected the paths of one or more images in {data}, found"
+            f" {outside[0] if outside else 'none'}."
+        )
     rows = []
-    for logits in classifier.stream_logits(files):
+    for logits in classifier.stream_logits(paths):
         if isinstance(logits, Exception):
             raise logits
         rows.append(logits)
-    names = [Path(file).relative_to(data).as_posix() for file in files]
+    names = [file.relative_to(data).as_posix() for file in paths]
     labels = classifier.model.config.id2label
 
     def write(staging: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -116,3 +117,17 @@ def test_large_images_are_accepted_on_request(capsys, tmp_path, monkeypatch):
         in capsys.readouterr().err
     )
     assert main([*arguments, "--max-image-pixels", "100000"]) == 0
+
+
+@pytest.mark.parametrize("command", [["explain", "photo.png", "-o", "a.png"], ["evaluate", "data", "--output", "out"]])
+def test_missing_matplotlib_is_found_before_the_work(command, tmp_path, monkeypatch, capsys):
+    """Before the model is even looked for, which would raise another error."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("photo.png")
+    Path("data", "cat").mkdir(parents=True)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main([*command, "--model", "./nowhere"]) == 1
+    assert capsys.readouterr().err == (
+        "error: Drawing requires matplotlib, which is not installed. Run: pip install 'levit-flax[visualize]'\n"
+    )
+    assert sorted(os.listdir()) == ["data", "photo.png"]

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
 
 import jax
@@ -262,7 +263,7 @@ def test_malformed_configs_are_refused(tmp_path, tensors, values):
 def test_configs_that_are_no_object_are_refused(tmp_path, tensors, text):
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(text)
-    message = r"(is not valid JSON|does not contain a JSON object: found a list)"
+    message = r"(is not valid JSON|is malformed: expected a JSON object, found an array)"
     with pytest.raises(ConversionError, match=rf"^{tmp_path}/config\.json {message}"):
         convert.from_torch(tmp_path)
 
@@ -343,6 +344,34 @@ def test_giant_table_of_biases_is_refused(tensors):
     tables = {name: giant for name in tensors if name.endswith("attention_biases") and name.startswith("blocks.0.")}
     without = {name: array for name, array in tensors.items() if not name.endswith("bias_idxs")}
     assert_refused_at_once({**without, **tables}, "image_size must be an integer from 1 to 4096, found 1600000")
+
+
+def test_header_with_a_million_names_is_refused(tmp_path):
+    save_header(tmp_path / "model.safetensors", {f"layer.{i}.weight": [0] for i in range(1_000_000)})
+    assert_refused_at_once(tmp_path / "model.safetensors", "expected a header of at most 8 MiB, found one of")
+    lf.save_pretrained(tmp_path / "own", *lf.from_pretrained("cifar10"))
+    (tmp_path / "own" / "flax_model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="expected a header of at most 8 MiB, found one of"):
+        lf.from_pretrained(tmp_path / "own")
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs named pipes")
+@pytest.mark.parametrize("load", [convert.from_torch, lf.from_pretrained])
+def test_weights_that_are_no_file_raise(tmp_path, load):
+    weights = tmp_path / "model.safetensors"
+    weights.mkdir()
+    with pytest.raises(OSError, match=r"model\.safetensors cannot be read: expected a regular file, found a directory"):
+        load(tmp_path)
+    weights.rmdir()
+    os.mkfifo(weights)
+    with pytest.raises(OSError, match=r"cannot be read: expected a regular file, found a named pipe"):
+        load(tmp_path)
+    weights.unlink()
+    weights.symlink_to("gone")
+    with pytest.raises(OSError, match=r"cannot be read: it is a link to gone, which does not exist"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["timm", "hf", "facebook"])

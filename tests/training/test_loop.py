@@ -68,7 +68,7 @@ def test_best_model_reproduces_its_metrics(whole, folder):
     assert json.loads((output / "model" / "metrics.json").read_text()) == report["best"]
     card = (output / "model" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: levit-flax\n") and "ant, bee, cat" in card and "batch_size = 8" in card
-    assert f"| validation loss | {report['best']['validation_loss']:.6g} |" in card
+    assert f"| validation loss | {report['best']['validation_loss']:.4g} |" in card
     classifier = lf.ImageClassifier.from_pretrained(output / "model")
     assert classifier.model.config.id2label == CLASSES
     _, held_back = _find_images(folder, tiny_recipe(), ())

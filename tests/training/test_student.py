@@ -112,7 +112,9 @@ def test_same_classes_in_another_order_keep_the_heads(teacher, folder):
     assert [aligned.labels[target] for target in aligned.targets] == [path.parent.name for path in train.images]
     assert aligned.labels == ("cat", "ant", "bee") and aligned.targets.dtype == np.int32
     rows = np.array([[1, 0, 0], [0, 1, 1]], np.float32)  # ant; bee and cat
-    several = _align_classes(LabeledImages([], rows, CLASSES, "", "multi_label_classification"), student.model.config)
+    several = _align_classes(
+        LabeledImages([""] * 2, rows, CLASSES, "", "multi_label_classification"), student.model.config
+    )
     assert several.targets.tolist() == [[0, 1, 0], [1, 0, 1]]
 
 
