@@ -23,9 +23,21 @@ def export(
     image_size: ImageSizeOption = None,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Quantize to int8; for ONNX and OpenVINO, with --calibration.")
+    ] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Folder with one folder of images per class, to calibrate and to measure the accuracy."),
+    ] = None,
+    max_drop: Annotated[float, typer.Option(help="Largest accepted drop of the accuracy, in percentage points.")] = 1.0,
     force: Annotated[bool, typer.Option("--force", help="Replace the artifact in OUT.")] = False,
 ) -> None:
     """Export a model as an artifact that runs without levit-flax."""
+    if int8 != (calibration is not None):
+        raise typer.BadParameter("expected --int8 and --calibration together")
+    if int8 and format == "stablehlo":
+        raise typer.BadParameter("--int8 needs --format onnx or openvino, found stablehlo")
     from levit_flax.classifier import ImageClassifier
     from levit_flax.export import export_model
     from levit_flax.files import _check_free
@@ -34,6 +46,15 @@ def export(
     classifier = ImageClassifier.from_pretrained(
         model, image_size=image_size, revision=revision, local_files_only=offline
     )
+    images = None
+    if calibration is not None:
+        from levit_flax.evaluation import read_data
+
+        if not calibration.is_dir():
+            raise FileNotFoundError(
+                f"The folder {calibration} does not exist: expected one folder of images per class."
+            )
+        images = read_data(calibration, classifier.model.config.id2label)
     export_model(
         out,
         classifier.model,
@@ -42,5 +63,7 @@ def export(
         format=format,
         platforms=platforms.split(","),
         overwrite=force,
+        calibration=images,
+        max_drop=max_drop,
     )
     print(f"written to {out}")

@@ -18,6 +18,7 @@ FLAGS = {
     "label_column=...": "--label-column",
     "layout=...": "--to",
     "local_files_only=True": "--offline",
+    "max_drop=...": "--max-drop",
     "model=...": "--model",
     "overwrite=True": "--force",
     "resume=True": "--resume",
