@@ -127,6 +127,13 @@ def test_latency_and_plots_of_tiny_peers(tmp_path, run_quickly):
     check_plots(result, tmp_path)
 
 
+def test_int8_of_a_tiny_model(run_quickly):
+    need("jax2onnx", "openvino")
+    rows = run_quickly("int8.py", "--variants", "tiny", "--rounds", 1)["speed"]["tiny"]
+    assert rows.keys() == {"openvino", "onnxruntime"}
+    assert all(row["ratio"]["median"] > 0 for runtime in rows.values() for row in runtime.values())
+
+
 @pytest.mark.slow
 def test_throughput_of_a_tiny_peer(run_quickly):
     need("torch", "transformers", "timm")
