@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 _Variables = dict[str, Any]  # {"params": ...}
@@ -43,8 +44,9 @@ def _product_with_constant(rows: jax.Array, kernel: jax.Array, precision: Any) -
     """
     from jax.experimental.xla_metadata import set_xla_metadata  # experimental: `_compile` does without it
 
+    flat = np.asarray(kernel).ravel()  # by NumPy, because JAX would copy it
     # Without the barrier, XLA folds the reshape into the constant and the metadata is lost.
-    kernel = lax.reshape(lax.optimization_barrier(jnp.ravel(kernel)), kernel.shape)
+    kernel = lax.reshape(lax.optimization_barrier(flat), kernel.shape)
     return jnp.matmul(rows, set_xla_metadata(kernel, is_constant="true"), precision=precision)
 
 
