@@ -250,6 +250,9 @@ class ImageClassifier:
     def _read(self, image: Any) -> np.ndarray | ImageError | OSError:
         try:
             pixels = self.processor.resize_and_crop(image)
+            if self.processor.do_rescale and pixels.dtype.kind == "f" and pixels.max() <= 1:
+                # Unlike transformers' processor, which would scale these values again.
+                pixels = np.round(pixels * np.float32(255)).astype(np.uint8)
             expected = (*self.model.config.image_height_width, self.model.config.num_channels)
             if pixels.shape != expected:
                 raise ImageError(

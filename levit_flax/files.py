@@ -100,12 +100,15 @@ def _read_bytes(path: Path) -> bytes:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; raise ValueError if there is none."""
+    content = _read_bytes(path)
     try:
-        value = json.loads(_read_bytes(path))
+        value = json.loads(content)
     except RecursionError:
         raise ValueError(f"{path} is not valid JSON: its values are nested too deeply.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from None
+    except ValueError:  # Python refuses to read integers with thousands of digits
+        raise ValueError(f"{path} is not valid JSON: one of its numbers has too many digits.") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is malformed: expected a JSON object, found {_JSON_KINDS[type(value)]}.")
     return value

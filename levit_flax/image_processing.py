@@ -24,8 +24,8 @@ from .image_settings import (
     _parse_resample,
     _parse_size,
 )
-from .image_transforms import _crop, _per_channel, _rescale, _resize, _to_tensors
-from .images import ImageError, _flatten_images, _read_image
+from .image_transforms import _crop, _Inputs, _out_of_range, _per_channel, _rescale, _resize, _to_tensors
+from .images import ImageError, _flatten_images, _naming, _read_image
 
 _PROCESSOR_FILE = "preprocessor_config.json"
 
@@ -51,15 +51,6 @@ _DEFAULTS: dict[str, Any] = {
     "image_std": (0.229, 0.224, 0.225),
     "do_convert_rgb": True,
 }
-
-
-class _Inputs(dict[str, Any]):
-    """The result of a processor: a dictionary whose entries are also attributes."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in self:
-            raise AttributeError(f"The result has no {name}: it has {', '.join(self)}.")
-        return self[name]
 
 
 class LevitImageProcessor:
@@ -143,7 +134,7 @@ class LevitImageProcessor:
         self.image_mean = _parse_numbers("image_mean", given("image_mean", image_mean))
         self.image_std = _parse_numbers("image_std", given("image_std", image_std))
         self.do_convert_rgb = _parse_flag("do_convert_rgb", given("do_convert_rgb", do_convert_rgb))
-        if 0 in np.atleast_1d(self.image_std):
+        if np.any(np.abs(np.atleast_1d(self.image_std)) < np.finfo(np.float32).tiny):
             raise ValueError(f"image_std must not be zero, because pixels are divided by it, found {image_std!r}.")
 
     def __repr__(self) -> str:
@@ -162,9 +153,9 @@ class LevitImageProcessor:
         """Convert one image or several to pixel values for the model.
 
         Args:
-            images: a path, an http or https URL, bytes, an open binary file, a PIL image, an array [H W], [H W C] or
-                [C H W] (NumPy, JAX or PyTorch), a batch of these with 4 axes, or a list of any of them. Float arrays
-                contain values in [0, 1] or integers from 0 to 255.
+            images: a path, an http, https or data URL, bytes, an open binary file, a PIL image, an array [H W],
+                [H W C] or [C H W] (NumPy, JAX or PyTorch), a batch of these with 4 axes, or a list of any of them.
+                Float arrays contain values in [0, 1] or integers from 0 to 255.
                 Image files are rotated by their EXIF orientation, and the first frame of an animation is used.
             return_tensors: "np", "jax" or "pt" (PyTorch) returns one array for the batch; None returns a list of NumPy
                 arrays, one per image, whose sizes may differ.
@@ -235,13 +226,15 @@ class LevitImageProcessor:
             ((224, 224, 3), 'uint8', [255, 0, 0])
         """
         _check_choice("input_data_format", input_data_format, (None, "none", *_DATA_FORMATS))
-        with ExitStack() as held:
+        with ExitStack() as held, _naming(image):
             image = _read_image(image, input_data_format, self._channels if self.do_convert_rgb else None, held)
             if self.do_resize:
                 image = _resize(image, self.size, self.resample)
             pixels = np.asarray(image)
             if pixels.ndim == 2:
                 pixels = pixels[:, :, None]
+            if self.do_rescale and (pixels.min() < 0 or pixels.max() > 255):
+                raise _out_of_range(pixels)
         if self.do_center_crop:
             height, width = self.crop_size["height"], self.crop_size["width"]
             top, left = self.crop_offset(pixels.shape[0] - height), self.crop_offset(pixels.shape[1] - width)
@@ -332,6 +325,10 @@ class LevitImageProcessor:
             >>> LevitImageProcessor.from_dict({"size": {"shortest_edge": 160}, "crop_size": 160}).crop_size
             {'height': 160, 'width': 160}
         """
+        if not isinstance(settings, Mapping):
+            raise ValueError(
+                f"The settings have the wrong type: expected a mapping, found a {type(settings).__name__}."
+            )
         name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or _PROCESSOR_TYPES[0]
         if name not in _PROCESSOR_TYPES:
             raise ValueError(f"The settings belong to another processor: expected LevitImageProcessor, found {name}.")
@@ -396,7 +393,16 @@ class LevitImageProcessor:
             >>> LevitImageProcessor.from_json_file(_EMBEDDED_DIRECTORY / "preprocessor_config.json").crop_size
             {'height': 144, 'width': 144}
         """
-        return cls.from_dict(files._read_json(Path(path)))
+        return cls._from_file(Path(path))
+
+    @classmethod
+    def _from_file(cls, path: Path, **overrides: Any) -> Self:
+        try:
+            return cls.from_dict(files._read_json(path), **overrides)
+        except ValueError as error:
+            if str(path) in str(error):
+                raise
+            raise ValueError(f"{path} cannot be used: {error}") from None
 
     @classmethod
     def from_pretrained(
@@ -437,7 +443,7 @@ class LevitImageProcessor:
         """
         options = _HubOptions(revision, token, cache_dir, local_files_only, subfolder)
         directory = _resolve(source, files=(_PROCESSOR_FILE,), options=options).directory
-        return cls.from_dict(files._read_json(directory / _PROCESSOR_FILE), **overrides)
+        return cls._from_file(directory / _PROCESSOR_FILE, **overrides)
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> list[str]:
         """Write a `preprocessor_config.json`, which transformers can also read.

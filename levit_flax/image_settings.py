@@ -1,13 +1,13 @@
 """Parse and validate the settings of `LevitImageProcessor`."""
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-_MOST_PIXELS = 16384  # of an edge
+_MOST_PIXELS = 4096  # of an edge, as for `LevitConfig.image_size`
 
 # Settings of transformers' processors that do not affect the pixels of a single image. They are accepted and ignored.
 _HOUSEKEEPING_KEYS = frozenset(
@@ -46,7 +46,7 @@ def _parse_number(name: str, value: float) -> float:
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float | np.integer | np.floating)
-        or not math.isfinite(value)
+        or not abs(value) < sys.float_info.max
     ):
         raise ValueError(f"{name} must be a finite number, found {value!r}.")
     return float(value)

@@ -1,5 +1,6 @@
 """Resize, crop, rescale and stack pixel values, as transformers does."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,30 @@ from .images import ImageError, _exceeds_pixel_limit
 
 # LeViT is evaluated on images resized to 256 pixels and cropped to 224. Source: facebookresearch/LeViT datasets.py.
 _RESIZE_RATIO = 256 / 224
+
+
+class _Inputs(dict[str, Any]):
+    """The result of a processor: a dictionary whose entries are also attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(f"The result has no {name}: it has {', '.join(self)}.")
+        return self[name]
+
+
+@functools.cache
+def _register_inputs() -> None:
+    """Let JAX's transformations take the result of a processor, as they take dictionaries."""
+    import jax
+
+    def flatten(inputs: _Inputs) -> tuple[list[tuple[Any, Any]], Any]:
+        return [(jax.tree_util.DictKey(name), value) for name, value in inputs.items()], tuple(inputs)
+
+    jax.tree_util.register_pytree_with_keys(
+        _Inputs,
+        flatten,
+        lambda names, values: _Inputs(zip(names, values, strict=True)),
+    )
 
 
 def _resize(image: Image.Image | np.ndarray, size: Mapping[str, int], resample: int) -> np.ndarray:
@@ -45,9 +70,13 @@ def _to_levels(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
             return pixels.astype(np.uint8), False
         if high <= 1:
             return _rescale(pixels, 255).astype(np.uint8), True
-    raise ImageError(
+    raise _out_of_range(pixels)
+
+
+def _out_of_range(pixels: np.ndarray) -> ImageError:
+    return ImageError(
         "The pixel values are out of range: expected integers from 0 to 255 or values in [0, 1], found"
-        f" {low} to {high}. Scale them to one of these ranges."
+        f" {pixels.min()} to {pixels.max()}. Scale them to one of these ranges."
     )
 
 
@@ -96,6 +125,7 @@ def _to_tensors(images: list[np.ndarray], return_tensors: str | None) -> Any:
     if return_tensors == "jax":
         import jax.numpy as jnp
 
+        _register_inputs()
         return jnp.asarray(batch)
     if return_tensors == "pt":
         try:

@@ -1,5 +1,7 @@
 """Decode image files, PIL images and arrays to RGB."""
 
+import os
+import re
 import struct
 import warnings
 import zlib
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .image_sources import _DECODING, ImageError, _is_encoded, _opened_source
+from .image_sources import _DECODING, ImageError, _is_data_url, _is_encoded, _opened_source
 
 __all__ = ["ImageError"]
 
@@ -57,7 +59,7 @@ def _opened(source: Any) -> Iterator[Image.Image]:
     with _opened_source(source) as (file, name), _decoding(name):
         image = Image.open(file, formats=_installed_formats())
         if _exceeds_pixel_limit(*image.size):
-            raise Image.DecompressionBombError
+            raise Image.DecompressionBombError(f"({image.width * image.height} pixels)")  # as Pillow says it
         yield image
 
 
@@ -75,20 +77,32 @@ def _decoding(name: str) -> Iterator[None]:
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        match = re.search(r"\((\d+) pixels\)", str(error))
         raise ImageError(
-            f"{name} is too large: expected at most {Image.MAX_IMAGE_PIXELS:,} pixels, found more. If you trust the"
-            " file, raise PIL.Image.MAX_IMAGE_PIXELS."
+            f"{name} is too large: expected at most {Image.MAX_IMAGE_PIXELS:,} pixels, found"
+            f" {f'{int(match[1]):,}' if match else 'more'}. If you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS."
         ) from error
     except UnidentifiedImageError as error:
         raise ImageError(
             f"{name} is not an image: expected one of the formats {', '.join(sorted(_installed_formats()))}."
         ) from error
-    except AssertionError as error:  # Pillow's answer to an image whose file is closed
-        raise ImageError(
-            f"{name} is closed: expected an open image. Call its load() before closing its file."
-        ) from error
-    except _DECODER_ERRORS as error:
+    except (AssertionError, *_DECODER_ERRORS) as error:
+        if isinstance(error, AssertionError) or "closed" in str(error):  # Pillow's answers if the image or file is
+            raise ImageError(
+                f"{name} is closed: expected an open image. Call its load() before closing its file."
+            ) from error
         raise ImageError(f"{name} cannot be decoded and is probably damaged ({error}).") from error
+
+
+@contextmanager
+def _naming(image: Any) -> Iterator[None]:
+    """Add the name of an image file to the errors that do not have it."""
+    try:
+        yield
+    except ImageError as error:
+        if not isinstance(image, str | os.PathLike) or str(image) in str(error) or _is_data_url(image):
+            raise
+        raise ImageError(f"{image}: {error}") from error
 
 
 def _exceeds_pixel_limit(width: int, height: int) -> bool:
@@ -108,6 +122,8 @@ def _opaque_rgb(image: Image.Image) -> Image.Image:
     """Convert to RGB, dropping transparency and scaling 16 bits to 8."""
     if image.mode == "F" or image.mode.startswith("I"):  # "I", "I;16", "I;16B", ...
         return _to_eight_bits(image).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")  # the only mode that Pillow converts it to
     if image.mode == "P":
         image = image.convert("RGBA")  # Pillow warns if a palette with transparency is converted directly to RGB
     if image.mode == "RGB":
@@ -125,20 +141,29 @@ def _rgb_over_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
+# The ranges of images of modes "F" and "I": (smallest and largest maximum, scale to levels from 0 to 255). Between them
+# are those of images with 10 or 12 bits, for example, whose range cannot be told from their values.
+_RANGES = ((0, 1, 255.0), (2, 255, 1.0), (4096, 65535, 1 / 257))
+_OVERSHOOT = 0.05  # share of the range by which resampling exceeds it
+
+
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """Return an image of mode "F", "I" or "I;16" with levels 0 to 255; its range follows from its values."""
     values = np.asarray(image)
     _require_finite(values)
     low, high = values.min(), values.max()
-    if low < 0 or high > 65535:
-        raise ImageError(
-            f"The range of the image is not known: expected values in [0, 1], [0, 255] or [0, 65535], found {low} to"
-            f" {high}. Scale them to one of these ranges."
-        )
-    if image.mode in ("F", "I") and 1 < high <= 255:
-        return image
-    scale = 255 if image.mode == "F" and high <= 1 else 1 / 257  # 65535 = 257 * 255
-    return Image.fromarray(np.round(values * scale).astype(np.uint8))
+    if image.mode.startswith("I;16"):
+        ranges: tuple[tuple[float, float, float], ...] = ((0, 255, 1.0), (256, 65535, 1 / 257))
+    else:
+        ranges = _RANGES if image.mode == "F" else ((0, 255, 1.0), _RANGES[-1])
+    for least, most, scale in ranges:
+        slack = _OVERSHOOT * most if image.mode == "F" else 0
+        if least <= high <= most + slack and low >= -slack:
+            return Image.fromarray(np.round(np.clip(values, 0, most) * scale).astype(np.uint8))
+    raise ImageError(
+        f"The range of the image is not known: expected values in [0, 1], [0, 255] or [0, 65535], found {low} to"
+        f" {high}. Scale them to one of these ranges."
+    )
 
 
 def _installed_formats() -> list[str]:

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -259,3 +260,12 @@ def test_gray_model_classifies_files(tmp_path):
 def test_missing_images_do_not_end_a_stream(classifier):
     results = list(classifier.stream_logits([images(1)[0], None, images(1)[0]]))
     assert [type(result).__name__ for result in results] == ["ndarray", "ImageError", "ndarray"]
+
+
+def test_float_arrays_have_the_same_answer_as_levels():
+    classifier = lf.ImageClassifier.from_pretrained("cifar10", batch_size=1, fast_start=True)
+    levels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected, found = (next(classifier.stream_logits([image])) for image in (levels, levels / np.float32(255)))
+    np.testing.assert_array_equal(found, expected)

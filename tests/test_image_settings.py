@@ -35,8 +35,8 @@ CROPS = 'crop_size must be a positive integer, (height, width), {"height": h, "w
         ({"size": True}, SIZES + "True."),
         ({"size": 22.4}, SIZES + "22.4."),
         ({"size": (1, 2, 3)}, SIZES + "(1, 2, 3)."),
-        ({"size": 20_000}, "size must be at most 16384 pixels, found 20000."),
-        ({"crop_size": (3, 10**9)}, "crop_size must be at most 16384 pixels, found (3, 1000000000)."),
+        ({"size": 20_000}, "size must be at most 4096 pixels, found 20000."),
+        ({"crop_size": (3, 10**9)}, "crop_size must be at most 4096 pixels, found (3, 1000000000)."),
         ({"do_pad": True}, "LevitImageProcessor does not support do_pad: expected False, found True."),
         ({"crop_size": {"shortest_edge": 3}}, CROPS + "{'shortest_edge': 3}."),
         ({"crop_size": (3, -1)}, CROPS + "(3, -1)."),
@@ -209,6 +209,33 @@ def test_unknown_settings_warn():
         assert vars(LevitImageProcessor.from_dict({"foo": 1, "bar": 2})) == vars(LevitImageProcessor())
     with pytest.raises(TypeError, match="has no setting foo"):
         LevitImageProcessor.from_dict({}, foo=1)
+
+
+def test_wrong_values_in_a_file_raise_with_its_name(tmp_path):
+    path = tmp_path / "preprocessor_config.json"
+    for text, message in (
+        ('{"size": 1000000}', "size must be at most 4096 pixels"),
+        ('{"image_processor_type": "ViTImageProcessor"}', "The settings belong to another processor"),
+        (f'{{"size": {"9" * 5000}}}', "is not valid JSON"),
+    ):
+        path.write_text(text)
+        for read in (LevitImageProcessor.from_json_file, lambda path: LevitImageProcessor.from_pretrained(path.parent)):
+            with pytest.raises(
+                ValueError, match=f"^{re.escape(str(path))} .*{message}|^{re.escape(str(path))} {message}"
+            ):
+                read(path)
+
+
+@pytest.mark.parametrize("settings", [None, [1], "size"])
+def test_settings_that_are_no_mapping_raise(settings):
+    with pytest.raises(ValueError, match="The settings have the wrong type: expected a mapping, found a"):
+        LevitImageProcessor.from_dict(settings)
+
+
+@pytest.mark.parametrize("setting", [{"rescale_factor": 10**400}, {"image_std": 1e-320}, {"image_mean": float("inf")}])
+def test_numbers_without_a_use_raise(setting):
+    with pytest.raises(ValueError, match=r"must (be a finite number|not be zero)"):
+        LevitImageProcessor(**setting)
 
 
 def test_damaged_settings_files_raise(tmp_path):

@@ -1,5 +1,6 @@
 """Encoded images from bytes, open files and URLs, and the memory that decoding takes."""
 
+import base64
 import contextlib
 import http.server
 import io
@@ -51,6 +52,7 @@ def test_unusable_bytes_raise(source, error, message):
 def server():
     answers = {
         "/image.png": (200, encoded()),
+        "/%C3%A4%20b.png": (200, encoded()),
         "/empty": (200, b""),
         "/large": (200, bytes(3000)),
         "/moved": (302, b"", "/image.png"),
@@ -123,6 +125,12 @@ def test_downloads_are_limited_in_size_and_time(server, monkeypatch):
     [
         (b"garbage\r\n\r\n", 0, "cannot be downloaded: garbage"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n" + bytes(40), 0.1, "it took longer than"),
+        (b"HTTP/1.1 200 OK\r\n\r\nX-Header: " + bytes(40), 0.1, "it took longer than"),
+        (
+            b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n" + bytes(40),
+            0,
+            "is incomplete: expected 999 bytes",
+        ),
     ],
 )
 def test_servers_that_drip_or_do_not_speak_http_raise_in_time(monkeypatch, answer, delay, message):
@@ -133,7 +141,7 @@ def test_servers_that_drip_or_do_not_speak_http_raise_in_time(monkeypatch, answe
         with connection, contextlib.suppress(OSError):
             connection.recv(4096)
             header, _, body = answer.partition(b"\r\n\r\n")
-            connection.sendall(header + b"\r\n\r\n")
+            connection.sendall(header + (b"\r\n" if body.startswith(b"X-") else b"\r\n\r\n"))
             for i in range(len(body)):
                 time.sleep(delay)
                 connection.sendall(body[i : i + 1])
@@ -146,9 +154,45 @@ def test_servers_that_drip_or_do_not_speak_http_raise_in_time(monkeypatch, answe
         assert time.perf_counter() - start < 2
 
 
-def test_urls_with_spaces_raise():
-    with pytest.raises(ImageError, match=r"/a b\.png cannot be downloaded: URL can't contain control characters"):
-        values("http://127.0.0.1:9/a b.png")
+def test_urls_with_spaces_and_letters_are_quoted(server):
+    assert_same_bits(values(f"{server}/ä b.png"), values(encoded()))
+
+
+def test_data_urls_are_decoded():
+    text = base64.b64encode(encoded()).decode()
+    assert_same_bits(values(f"data:image/png;base64,{text}"), values(encoded()))
+    for url, message in (
+        ("data:image/png,abc", "expected a URL of the form data:image/png;base64"),
+        ("data:image/png;base64,???", "expected base64, found other text"),
+        ("data:image/png;base64,", "is empty"),
+        (f"data:image/png;base64,{'A' * 10_000}", "is not an image"),
+    ):
+        with pytest.raises(ImageError, match=message) as caught:
+            values(url)
+        assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["ftp://host/a.png", "file:///a.png"])
+def test_other_schemes_raise(name):
+    with pytest.raises(ImageError, match=f"^{name} cannot be opened: expected a path or an http or https URL"):
+        values(name)
+
+
+class Broken:
+    def read(self):
+        raise OSError("the disk is gone")
+
+
+def test_files_that_cannot_be_read_raise(tmp_path):
+    (tmp_path / "image.png").write_bytes(encoded())
+    with (tmp_path / "image.png").open("rb") as closed:
+        pass
+    with (tmp_path / "image.png").open(encoding="utf-8") as text:
+        for file, reason in ((closed, "closed file"), (text, "decode"), (Broken(), "the disk is gone")):
+            with pytest.raises(ImageError, match=f"The open file cannot be read .*{reason}.*: expected an open binary"):
+                values(file)
+    doubled = bytes(byte for byte in encoded() for _ in range(2))
+    assert_same_bits(values(memoryview(doubled)[::2]), values(encoded()))
 
 
 def test_unreachable_server_raises():
