@@ -33,6 +33,8 @@ _OWN_FILES = (_CONFIG_FILE, _PROCESSOR_FILE, _WEIGHTS_FILE, _REPORT_FILE, _READA
 
 _BLOCK = re.compile(r"params/stage_(\d{1,18})/block_(\d{1,18})/")
 
+_FLOATING = ("float16", "bfloat16", "float32", "float64")
+
 # The faults of values that need no details.
 _NOT_FINITE = "expected finite values, found NaN or infinity"
 _NEGATIVE = "expected variances of at least 0, found negative ones"
@@ -112,6 +114,22 @@ def _read_provenance(directory: Path) -> dict[str, Any]:
     values = files._read_json(directory / _CONFIG_FILE)
     provenance: dict[str, Any] = values.get(_OWN_BLOCK, {}).get("provenance", {})
     return provenance
+
+
+def _floating(dtype: Any) -> Any:
+    """Return a floating-point dtype of NumPy from its name, or from a dtype of NumPy, JAX or PyTorch.
+
+    None and "auto", which keep the dtype of a checkpoint, return None.
+    """
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
+        return None
+    try:
+        found = jnp.dtype(str(dtype).removeprefix("torch.") if type(dtype).__module__ == "torch" else dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in _FLOATING:
+        raise ValueError(f'dtype must be one of {", ".join(_FLOATING)}, "auto" or None, found {dtype!r}.')
+    return found
 
 
 def _cast(model: LevitBase, variables: Variables, dtype: Any) -> tuple[LevitBase, Variables]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-_MOST_TEXT_BYTES = 64 * 2**20  # far above the config of any model
+_MOST_TEXT_BYTES = 16 * 2**20  # far above the config of any model
 _MOST_HEADER_BYTES = 8 * 2**20  # far above the 0.1 MiB of LeViT-384
 
 # The names of folders inside a directory whose files are being replaced, see `_replace_inside`.
@@ -81,7 +81,10 @@ def _check_header(path: Path) -> None:
     The first eight bytes of such a file are the length of its header, which would be read and parsed as a whole.
     """
     with _open_regular(path) as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+    if start == b"version ":
+        raise ValueError(f"{path} is a Git LFS pointer, not the file itself. Download the file with `git lfs pull`.")
+    length = int.from_bytes(start, "little")
     if length > _MOST_HEADER_BYTES:
         raise ValueError(
             f"{path} is damaged or not a model: expected a header of at most {_MOST_HEADER_BYTES // 2**20} MiB, found"
@@ -150,6 +153,9 @@ def _check_free(directory: Path, overwrite: bool) -> None:
             f"{directory} is not empty: expected an empty directory or an unused name. Choose another name, or pass"
             " overwrite=True to replace the model in it."
         )
+    existing = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
+    if not os.access(existing, os.W_OK):
+        raise OSError(f"Cannot write {directory}: {existing} is not writable. Choose another location.")
 
 
 @contextlib.contextmanager

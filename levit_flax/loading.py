@@ -113,7 +113,7 @@ def _resolve(
 def _load_weights(files: _Resolved, dtype: Any = None) -> tuple[LevitBase, Variables]:
     """Return the module and its variables as JAX arrays; `dtype` is that of `from_pretrained`."""
     assert files.weights is not None  # _resolve raises if there are none
-    requested = None if dtype is None or (isinstance(dtype, str) and dtype == "auto") else _floating(dtype)
+    requested = checkpoint._floating(dtype)
     if files.weights.name != _WEIGHTS_FILE:
         from levit_flax.convert import conversion, sources  # heavy imports that Flax weights do not need
 
@@ -126,17 +126,6 @@ def _load_weights(files: _Resolved, dtype: Any = None) -> tuple[LevitBase, Varia
     if dtype is None and jnp.dtype(model.param_dtype).itemsize < jnp.dtype(jnp.float32).itemsize:
         model, variables = checkpoint._cast(model, variables, jnp.float32)
     return model, checkpoint._to_device(variables, str(files.weights))
-
-
-def _floating(dtype: Any) -> Any:
-    """Return a floating-point dtype of NumPy from its name, or from a dtype of NumPy, JAX or PyTorch."""
-    try:
-        found = jnp.dtype(str(dtype).removeprefix("torch.") if type(dtype).__module__ == "torch" else dtype)
-    except TypeError:
-        found = None
-    if found is None or not jnp.issubdtype(found, jnp.floating):
-        raise ValueError(f'dtype must be a floating-point dtype, "auto" or None, found {dtype!r}.')
-    return found
 
 
 def _load_model(

@@ -294,7 +294,9 @@ def test_dtype_accepts_names_and_dtypes_of_other_libraries(tmp_path):
     for options in ({"torch_dtype": "float16"}, {"dtype": np.float16}, {"dtype": jax.numpy.float16}):
         assert lf.from_pretrained(tmp_path, **options)[0].param_dtype == np.float16
     for wrong in ("float17", "int32", 5):
-        with pytest.raises(ValueError, match='dtype must be a floating-point dtype, "auto" or None'):
+        with pytest.raises(
+            ValueError, match='dtype must be one of float16, bfloat16, float32, float64, "auto" or None'
+        ):
             lf.from_pretrained(tmp_path, dtype=wrong)
     with pytest.raises(ValueError, match="dtype and torch_dtype mean the same"):
         lf.from_pretrained(tmp_path, dtype="float16", torch_dtype="float32")

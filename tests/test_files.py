@@ -235,7 +235,7 @@ def test_absurd_headers_are_not_read(tmp_path):
 def test_large_text_files_are_refused(tmp_path):
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(8 * 2**30)
-    with pytest.raises(ValueError, match=r"config\.json is too large: expected at most 64 MiB"):
+    with pytest.raises(ValueError, match=r"config\.json is too large: expected at most 16 MiB"):
         files._read_json(tmp_path / "config.json")
 
 

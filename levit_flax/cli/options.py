@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from levit_flax.choices import _Runtime
+from levit_flax.config_values import _MOST_PIXELS
 
 DEFAULT_MODEL = "facebook/levit-128S"
 
@@ -14,6 +15,8 @@ def _parse_image_size(text: str) -> int | tuple[int, int]:
     sides = text.lower().split("x")
     if not all(side.isdecimal() for side in sides) or len(sides) > 2:
         raise typer.BadParameter(f"expected SIDE or HEIGHTxWIDTH in pixels, such as 224 or 224x320, found {text!r}")
+    if not all(1 <= int(side) <= _MOST_PIXELS for side in sides):
+        raise typer.BadParameter(f"expected sides from 1 to {_MOST_PIXELS} pixels, found {text:.40}")
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 

@@ -50,7 +50,8 @@ class _Problems:
     def raise_if_any(self, summary: str) -> None:
         """Raise one ConversionError with all problems below the summary."""
         if self:
-            raise ConversionError(f"{summary}:\n{self}")
+            advice = "\nRemove tensors of other modules before saving." if self.names[_Problem.UNEXPECTED] else ""
+            raise ConversionError(f"{summary}:\n{self}{advice}")
 
 
 def _listed(names: list[str]) -> str:

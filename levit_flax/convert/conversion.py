@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from levit_flax.arguments import _check_types
-from levit_flax.checkpoint import _to_device
+from levit_flax.checkpoint import _floating, _to_device
 from levit_flax.configuration import LevitConfig
 from levit_flax.hub import _HubOptions
 from levit_flax.modeling import LevitBase, Variables
@@ -84,7 +84,7 @@ def from_torch(
     Args:
         source: a weight file (safetensors, or a pickle written by `torch.save`), a directory, a Hub id, or a mapping
             from names to arrays or tensors.
-        dtype: dtype of the floating-point arrays; None keeps the checkpoint's.
+        dtype: dtype of the floating-point arrays; None or "auto" keeps the checkpoint's.
         config: the architecture; None for the config.json next to the weights or, if there is none, the architecture
             inferred from the tensor shapes.
         source_image_size: the checkpoint's input size in pixels, one side or (height, width), if it has no config and
@@ -116,7 +116,7 @@ def from_torch(
     """
     options = _HubOptions(revision, token, cache_dir, local_files_only)
     opened = _open_source(source, ema=ema, prefix=prefix, options=options)
-    conversion = _convert(opened, dtype, config=config, source_image_size=source_image_size)
+    conversion = _convert(opened, _floating(dtype), config=config, source_image_size=source_image_size)
     model, variables = conversion.model, conversion.variables
     if image_size is not None:
         model, variables = resize_image(model, variables, image_size)

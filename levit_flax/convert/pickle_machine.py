@@ -69,13 +69,14 @@ class _Inert:
     Attributes:
         name: the class or function that would have built it, such as `argparse.Namespace`.
         arguments: its arguments.
-        state: the object's attributes, usually a dict; None if the pickle sets none. Items that the pickle adds to the
-            object are dropped.
+        state: the object's attributes, usually a dict; None if the pickle sets none.
+        items: the items of a dictionary of an unknown class. Those of other containers are dropped.
     """
 
     name: str
     arguments: tuple[Any, ...]
     state: Any = None
+    items: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,41 +94,42 @@ class _Global:
 
 
 def _rebuild_tensor(
-    storage: _Storage,
+    storage: "_Storage | _Inert",
     offset: int,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     requires_grad: bool,
     backward_hooks: object,
     metadata: object = None,
-) -> np.ndarray:
-    """Return a read-only view of a storage; offset and strides are in elements."""
+) -> "np.ndarray | _Inert":
+    """Return a read-only view of a storage; offset and strides are in elements.
+
+    Tensors that no model of ours has stay records: other dtypes, and views that repeat or have yet to be computed.
+    """
+    if type(storage) is _Inert:
+        return _Inert(f"a tensor with the {storage.name}", ())
     numbers = (offset, *shape, *strides)
     if type(storage) is not _Storage or any(type(n) is not int or not 0 <= n <= sys.maxsize for n in numbers):
         raise ValueError("a tensor is not described by a storage and integers")
     if len(shape) != len(strides) or len(shape) > _MAX_DIMENSIONS:
         raise ValueError(f"a tensor has {len(shape)} dimensions and {len(strides)} strides")
     if metadata:
-        raise ConversionError(
-            "it has a tensor with a pending conjugation or negation; resolve it before saving the checkpoint"
-        )
+        return _Inert("a tensor with a pending conjugation or negation", ())
     elements, count = storage.elements, math.prod(shape)
     if count == 0:
         return np.ndarray(shape, elements.dtype, b"")
     if offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) >= elements.size:
         raise ValueError("a tensor reaches outside its storage")
     if count > max(elements.size, _MAX_EXPANDED):
-        raise ConversionError(
-            f"it has a tensor that expands {elements.size} numbers to {count}; call contiguous() on it before saving"
-        )
+        return _Inert(f"a tensor that expands {elements.size} numbers to {count}", ())
     width = elements.itemsize
     return np.ndarray(shape, elements.dtype, elements, offset * width, [stride * width for stride in strides])
 
 
 def _rebuild_parameter(
-    tensor: np.ndarray, requires_grad: bool, backward_hooks: object, state: object = None
-) -> np.ndarray:
-    if type(tensor) is not np.ndarray:
+    tensor: np.ndarray | _Inert, requires_grad: bool, backward_hooks: object, state: object = None
+) -> np.ndarray | _Inert:
+    if type(tensor) not in (np.ndarray, _Inert):
         raise ValueError("a parameter is not built from a tensor")
     return tensor
 
@@ -164,7 +166,7 @@ class _Machine:
     Source: CPython Lib/pickletools.py, which documents every instruction.
     """
 
-    def __init__(self, load_storage: Callable[[object], _Storage]) -> None:
+    def __init__(self, load_storage: Callable[[object], _Storage | _Inert]) -> None:
         self._load_storage = load_storage
         self._stack: list[Any] = []
         self._outer_stacks: list[list[Any]] = []  # one per open mark
@@ -235,8 +237,8 @@ class _Machine:
                 self._set_state(*self._pop(1))
             case _:
                 raise ConversionError(
-                    f"its pickle has the instruction {instruction}, which plain data does not need and which could"
-                    " execute code; " + _SAVE_WEIGHTS_ALONE
+                    f"its pickle has the instruction {instruction}, which torch.save does not write for plain data; "
+                    + _SAVE_WEIGHTS_ALONE
                 )
 
     def _pop(self, count: int) -> list[Any]:
@@ -257,7 +259,7 @@ class _Machine:
     def _update(self, items: list[Any]) -> None:
         target = self._stack[-1]
         if type(target) is _Inert:
-            return
+            target = target.items
         if type(target) not in (dict, OrderedDict):
             raise ValueError("it assigns items to an object that is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -303,5 +305,5 @@ def _children(value: object) -> Iterable[object]:
     if isinstance(value, list | tuple):
         return value
     if isinstance(value, _Inert):
-        return (value.arguments, value.state)
+        return (value.arguments, value.state, value.items)
     return ()

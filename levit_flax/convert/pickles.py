@@ -18,11 +18,21 @@ import ml_dtypes
 import numpy as np
 
 from .errors import ConversionError
-from .pickle_machine import _SAVE_WEIGHTS_ALONE, _STORAGES, _check_nesting, _Global, _Machine, _refused_global, _Storage
+from .pickle_machine import (
+    _SAVE_WEIGHTS_ALONE,
+    _STORAGES,
+    _check_nesting,
+    _Global,
+    _Inert,
+    _Machine,
+    _refused_global,
+    _Storage,
+)
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 _LONGEST_MAGIC = 64
+_OTHER_STORAGE = re.compile(r"torch\.(storage\.)?\w+Storage")  # of dtypes that no model of ours has
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, then the lengths of the name and of the extra field
 
 # Exceptions of the standard library on malformed pickles and zip files, and of torch.load, which does not wrap them.
@@ -146,11 +156,16 @@ class _ZipCheckpoint:
             raise ValueError(f"its entry {name!r:.50} does not match its checksum")
         return content
 
-    def load_storage(self, identifier: object) -> _Storage:
-        """Return the storage of a persistent identifier ("storage", class, key, device, length)."""
+    def load_storage(self, identifier: object) -> _Storage | _Inert:
+        """Return the storage of a persistent identifier ("storage", class, key, device, length).
+
+        Storages of other dtypes stay records of their class.
+        """
         match identifier:
             case ("storage", _Global(name), str(key), str(), int(length)) if name in _STORAGES:
                 dtype = _STORAGES[name]
+            case ("storage", _Global(name), str(), str(), int()) if _OTHER_STORAGE.fullmatch(name):
+                return _Inert(name, ())
             case _:
                 raise ValueError("a reference to a storage is malformed")
         if key not in self._storages:
@@ -210,7 +225,7 @@ def _as_numpy(tensor: Any) -> np.ndarray:
     """Return a tensor of any library as a NumPy array; PyTorch is imported only for its own tensors."""
     if not hasattr(tensor, "detach"):
         return np.asarray(tensor)
-    tensor = tensor.detach().cpu()
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
     if str(tensor.dtype) == "torch.bfloat16":  # Tensor.numpy does not support it
         import torch
 

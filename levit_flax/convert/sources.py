@@ -39,6 +39,7 @@ _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8})\.[a-z]+")
 
 _MOST_TENSORS = 100_000  # LeViT-384 has 600
 _LARGEST_AXIS = 2**31
+_MOST_LEVELS = 4  # of mappings in which a model is looked for
 
 _Tensors = Mapping[str, np.ndarray]
 
@@ -145,6 +146,8 @@ def _open_source(
     if isinstance(source, Mapping):
         weights = _check_tensors(source, "the mapping", ema)
         return _gather("the mapping", [(weights, None)], (), {"source": "a mapping of tensors"}, prefix)
+    if not str(source):
+        raise FileNotFoundError("The source is empty: expected a weight file, a directory or a Hub id.")
     path = Path(source).expanduser()
     if not os.path.lexists(path) and path.suffix in _WEIGHT_SUFFIXES:
         raise FileNotFoundError(
@@ -294,7 +297,7 @@ def _no_average(where: str) -> ConversionError:
 
 def _check_tensors(value: object, where: str, ema: bool = False) -> _Weights:
     """Return the state dict inside a training checkpoint, or raise ConversionError if there is none."""
-    value, wrappers, notes = _unwrap(value, where, ema)
+    value, wrappers, notes = _unwrap(_as_mapping(value), where, ema)
     if ema and not any(wrapper in _EMA_WRAPPERS for wrapper in wrappers):
         raise _no_average(where)
     if not isinstance(value, Mapping):
@@ -302,16 +305,39 @@ def _check_tensors(value: object, where: str, ema: bool = False) -> _Weights:
             f"{where} is not a state dict: expected a mapping from names to tensors, found an object of type"
             f" {_type_name(value)}. Save the state dict of the model with torch.save(model.state_dict(), path)."
         )
-    tensors = {name: entry for name, entry in value.items() if isinstance(name, str) and hasattr(entry, "shape")}
-    others = {str(name): _type_name(entry) for name, entry in value.items() if name not in tensors}
-    if others and not tensors:
+    arrays: dict[str, np.ndarray] = {}
+    others: dict[str, str] = {}
+    for name, entry in _flattened(value):
+        try:
+            if not hasattr(entry, "shape"):
+                others[name] = _type_name(entry)
+            else:
+                arrays[name] = _as_numpy(entry)
+        except (TypeError, RuntimeError, NotImplementedError):  # PyTorch's answers for float8, sparse and meta tensors
+            others[name] = f"a tensor of {entry.dtype} with the layout {entry.layout} on {entry.device}"
+    if others and not arrays:
         name, found = next(iter(others.items()))
         raise ConversionError(
-            f"{where} is not a state dict: expected tensors, found an object of type {found} under {name!r}."
+            f"{where} is not a state dict: expected tensors, found an object of type {found} under {name!r}. Save the"
+            " state dict of the model with torch.save(model.state_dict(), path)."
         )
-    arrays = {name: _as_numpy(tensor) for name, tensor in tensors.items()}
     shapes = {name: array.shape for name, array in arrays.items()}
     return _Weights(arrays, shapes, tuple(wrappers), tuple(notes), others)
+
+
+def _as_mapping(value: Any) -> Any:
+    """Return the items of a dictionary of an unknown class, or the value itself."""
+    return value.items if isinstance(value, _Inert) and value.items else value
+
+
+def _flattened(value: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Yield the entries of a mapping and of the mappings in it, with names joined by dots."""
+    for key, entry in value.items():
+        entry = _as_mapping(entry)
+        if isinstance(entry, Mapping) and entry and depth < _MOST_LEVELS:
+            yield from _flattened(entry, f"{prefix}{key}.", depth + 1)
+        else:
+            yield f"{prefix}{key}", entry
 
 
 def _type_name(value: object) -> str:
@@ -323,7 +349,7 @@ def _unwrap(value: object, where: str, ema: bool) -> tuple[object, list[str], li
     wrappers: list[str] = []
     notes: list[str] = []
     while isinstance(value, Mapping):
-        present = [key for key in (*_WRAPPERS, *_EMA_WRAPPERS) if isinstance(value.get(key), Mapping)]
+        present = [key for key in (*_WRAPPERS, *_EMA_WRAPPERS) if isinstance(_as_mapping(value.get(key)), Mapping)]
         averaged = [key for key in present if key in _EMA_WRAPPERS]
         plain = [key for key in present if key in _WRAPPERS]
         if not present:
@@ -337,7 +363,7 @@ def _unwrap(value: object, where: str, ema: bool) -> tuple[object, list[str], li
             notes.append(f"The checkpoint also has averaged weights ({averaged[0]}): pass ema=True to convert those.")
         chosen = (averaged or plain if ema else plain)[0]
         wrappers.append(chosen)
-        value = value[chosen]
+        value = _as_mapping(value[chosen])
     return value, wrappers, notes
 
 

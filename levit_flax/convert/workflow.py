@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from levit_flax import checkpoint, files, loading, surgery
+from levit_flax.choices import _CallError
 from levit_flax.configuration import _CONFIG_FILE
 from levit_flax.hub import _DEFAULTS, _HubOptions, _Resolved
 from levit_flax.image_processing import LevitImageProcessor
@@ -90,6 +91,11 @@ def _convert_to_directory(
         overwrite: replace an existing model.
     """
     files._check_free(out, overwrite)
+    if fold and layout == "hf":
+        raise _CallError(
+            "transformers has no layout for folded models: expected no folding, or the layout timm, timm_conv or"
+            " facebook. Leave out one of the two."
+        )
     loaded = _load(source, layout is not None, dtype, source_image_size, ema, prefix, options)
     results = _verify_conversion(loaded, compare_pytorch=layout is None, verify=verify)
     model, variables, provenance = loaded.model, loaded.variables, loaded.provenance

@@ -4,12 +4,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from levit_flax.arguments import _check_types
-from levit_flax.checkpoint import _check_variables, _save_tensors
+from levit_flax.checkpoint import _check_variables, _find_fault, _save_tensors
 from levit_flax.choices import WRITTEN_LAYOUTS, _suggest
 from levit_flax.configuration import LevitConfig
 from levit_flax.files import _write_atomically
@@ -20,6 +21,7 @@ from .layouts import _LAYOUTS, _index_table, _Row, _Structure
 
 # Files with these suffixes are pickles, which only PyTorch writes.
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
+_LISTED = 8  # maximum number of arrays in an error message
 
 
 @_check_types
@@ -49,10 +51,24 @@ def to_torch(model: LevitBase, variables: Mapping[str, Any], layout: str = "hf")
     return {name: np.array(array) for name, array in _state_dict(model, variables, layout).items()}
 
 
+def _check_values(variables: Mapping[str, Any]) -> None:
+    """Raise ValueError unless all variables have values that can be read back."""
+    faults = []
+    for path, leaf in flatten_dict(variables, sep="/").items():
+        if isinstance(leaf, jax.core.Tracer) or (isinstance(leaf, jax.Array) and leaf.is_deleted()):
+            faults.append(f"{path} (expected values, found a tracer or a deleted array)")
+        elif fault := _find_fault(path, np.asarray(leaf)):
+            faults.append(f"{path} ({fault})")
+    if faults:
+        more = " and more" if len(faults) > _LISTED else ""
+        raise ValueError(f"The variables cannot be converted: {', '.join(faults[:_LISTED])}{more}.")
+
+
 def _state_dict(model: LevitBase, variables: Mapping[str, Any], layout: str) -> dict[str, np.ndarray]:
     """Return the state dict; arrays whose axes are not permuted are views of the variables."""
     _check_layout(model, layout)
     _check_variables(model, variables, "The given tree")
+    _check_values(variables)
     structure = _Structure.of(model.config, model.head_names, model.folded)
     tensors = dict(_torch_tensors(_LAYOUTS[layout].rows(structure), variables))
     if _LAYOUTS[layout].index_tables:
@@ -132,6 +148,11 @@ def save_torch(
         (96, 128, 160)
     """
     path = Path(path)
+    if path.suffix not in (".safetensors", *_PICKLE_SUFFIXES):
+        raise ValueError(
+            f"{path} has an unknown suffix: expected .safetensors, {', '.join(_PICKLE_SUFFIXES)}, found"
+            f" {path.suffix or 'none'}."
+        )
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} already exists. Pass overwrite=True to replace it, or choose another name.")
     tensors = _state_dict(model, variables, layout)
