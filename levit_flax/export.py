@@ -157,7 +157,8 @@ def export_model(
         return logits
 
     runtime = {"onnx": "onnxruntime", "openvino": "openvino"}.get(format)
-    package = _import(runtime) if runtime else None  # before the graph is built
+    # ONNX needs its runtime only for the measurement, and OpenVINO to write the artifact; found before the work.
+    package = _import(runtime) if runtime and (format == "openvino" or calibration is not None) else None
     artifact = to_stablehlo(classify, shape, platforms) if runtime is None else to_onnx(classify, shape)
     quantization = None
     if calibration is not None and runtime is not None:

@@ -82,7 +82,9 @@ def _import(runtime: str) -> Any:
     try:
         return importlib.import_module(runtime)
     except ImportError:
-        raise ImportError(f"The runtime {runtime} is not installed. Run: pip install 'levit-flax[{extra}]'") from None
+        raise ImportError(
+            f"This requires {runtime}, which is not installed. Run: pip install 'levit-flax[{extra}]'"
+        ) from None
 
 
 _RUNTIMES: dict[str, Callable[[Any, bytes], Callable[[tuple[int, ...]], _Run]]] = {

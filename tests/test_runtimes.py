@@ -75,7 +75,7 @@ def test_commands_take_a_runtime(runtime, tmp_path, capsys):
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_missing_runtime_raises(model, runtime, monkeypatch):
     monkeypatch.setitem(sys.modules, runtime, None)
-    with pytest.raises(ImportError, match=f"{runtime} is not installed. Run: pip install 'levit-flax"):
+    with pytest.raises(ImportError, match=f"{runtime}, which is not installed. Run: pip install 'levit-flax"):
         lf.ImageClassifier(*model, runtime=runtime)
 
 

@@ -50,7 +50,9 @@ class _Problems:
     def raise_if_any(self, summary: str) -> None:
         """Raise one ConversionError with all problems below the summary."""
         if self:
-            advice = "\nRemove tensors of other modules before saving." if self.names[_Problem.UNEXPECTED] else ""
+            # If none is missing, the unexpected ones are not misspelled names of the model's.
+            foreign = self.names[_Problem.UNEXPECTED] and not self.names[_Problem.MISSING]
+            advice = "\nRemove tensors of other modules before saving." if foreign else ""
             raise ConversionError(f"{summary}:\n{self}{advice}")
 
 
