@@ -84,8 +84,8 @@ OpenVINO is faster if it is compiled for one batch size: read the model with `op
 
 _ABOUT_INT8 = """
 The weights and most activations are int8, calibrated with {calibration_images} images. On {held_out_images} other
-images, the top-1 accuracy is {top1_int8:.2%}; before quantization it was {top1_float32:.2%}. int8 is faster only on
-CPUs that multiply it natively (AVX-512 VNNI, AVX-VNNI or AMX).
+images, the top-1 accuracy is {top1_int8:.2%}; before quantization it was {top1_float32:.2%}. int8 is meant for CPUs
+that multiply it natively (AVX-512 VNNI, AVX-VNNI or AMX).
 """
 
 # For each format, the name of the artifact and the text of its README.

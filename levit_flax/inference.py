@@ -137,7 +137,10 @@ class _InferenceFunction:
         size = self._padded_size(count)
         if size > count:
             pixels = np.concatenate([pixels, np.zeros((size - count, *pixels.shape[1:]), pixels.dtype)])
-        return self._program(pixels)(jax.device_put(pixels, self._sharding)), count
+        return self._program(pixels)(self._put(pixels)), count
+
+    def _put(self, pixels: Any) -> Any:
+        return jax.device_put(pixels, self._sharding)
 
     def _check(self, pixels: Any) -> Any:
         """Return the pixels as an array of a dtype for which programs are compiled."""

@@ -41,12 +41,14 @@ class _RuntimeFunction(_InferenceFunction):
         artifact = to_onnx(lambda pixels: self._apply(host, pixels), shape)
         self._build_run = _RUNTIMES[runtime](package, artifact)
 
+    def _put(self, pixels: Any) -> Any:
+        return np.asarray(pixels)
+
     def _build(self, pixels: Any) -> _Program:
         run, processor = self._build_run(pixels.shape), self.processor
 
         def program(pixels: Any) -> Any:
-            values = np.asarray(pixels)
-            return run(processor.rescale_and_normalize(values) if values.dtype == np.uint8 else values)
+            return run(processor.rescale_and_normalize(pixels) if pixels.dtype == np.uint8 else pixels)
 
         return program
 
