@@ -137,18 +137,18 @@ def test_hosts_that_differ_refuse_to_begin(folder, toml, compiled, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "skip").write_text("ant/1.png\n")
 
-    def messages(*hosts):
+    def messages(status, *hosts):
         rest = ["--recipe", toml, "--output", tmp_path / "run"]
         commands = json.dumps([["finetune", *map(str, [*arguments, *rest])] for arguments in hosts])
         process = start([PROGRAMS / "command_hosts.py", tmp_path, free_address(), commands], compiled)
         out, err = process.communicate()
-        assert (process.returncode, json.loads(out)) == (0, [1, 1]), err
+        assert (process.returncode, json.loads(out)) == (0, [status] * 2), err
         return [(tmp_path / f"{index}.err").read_text() for index in range(2)]
 
-    first, second = messages([folder], [tmp_path / "empty"])
+    first, second = messages(1, [folder], [tmp_path / "empty"])
     assert "error: Host 1 cannot start training. See its output for the reason." in first
     assert f"error: {tmp_path}/empty has no folders" in second
-    for said in messages([folder], [folder, "--skip", tmp_path / "skip"]):
+    for said in messages(2, [folder], [folder, "--skip", tmp_path / "skip"]):
         assert "error: The hosts have different settings or see different images" in said
 
 
