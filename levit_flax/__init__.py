@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .modeling import LevitForImageClassification as LevitForImageClassification
     from .modeling import LevitForImageClassificationWithTeacher as LevitForImageClassificationWithTeacher
     from .modeling import LevitModel as LevitModel
+    from .nnx import from_nnx as from_nnx
+    from .nnx import to_nnx as to_nnx
     from .surgery import change_channels as change_channels
     from .surgery import fold_batch_norm as fold_batch_norm
     from .surgery import merge_heads as merge_heads
@@ -44,6 +46,9 @@ _MODULES = {
     "resize_image": "surgery",
     "replace_head": "surgery",
     "change_channels": "surgery",
+    # flax.nnx
+    "to_nnx": "nnx",
+    "from_nnx": "nnx",
     # Preprocessing and inference
     "LevitImageProcessor": "image_processing",
     "LevitImageProcessorFast": "image_processing",

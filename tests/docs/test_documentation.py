@@ -35,9 +35,15 @@ LONG = (  # they compile several models; other tests in the short run export and
     "features.md",
     "finetune.md",
     "from_transformers.md",
+    "nnx.md",
     "understand.md",
 )
-NEEDS = {"understand.md": "matplotlib", "export.md": "flatbuffers", "finetune.md": "grain"}
+NEEDS = {
+    "understand.md": "matplotlib",
+    "export.md": "flatbuffers",
+    "finetune.md": "grain",
+    "nnx.md": "orbax.checkpoint",
+}
 OBJECT = re.compile(r"^::: (\S+)$", re.MULTILINE)  # as mkdocstrings marks them
 
 PACKAGE = Path(levit_flax.__file__).parent
@@ -56,6 +62,7 @@ COMPILING = tuple(
         "evaluation",
         "modeling",
         "modeling_outputs",
+        "nnx",
         "training.finetuning",
         "visualize",
     )
