@@ -40,7 +40,7 @@ _OWN_BLOCK = "levit_flax"
 
 
 class FeatureInfo(NamedTuple):
-    """The shape of a feature map [B H W C] returned with `output_features=True`.
+    """The shape of a feature map [B H W C] that `output_features` returns.
 
     Attributes:
         channels: number of channels, C.

@@ -8,7 +8,7 @@ facebookresearch/LeViT levit.py; transformers modeling_levit.py.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from .blocks import _Downsample, _Stage, _Stem
 from .configuration import LevitConfig
 from .image_processing import LevitImageProcessor
 from .layers import _at_least_float32, _NormLinear
-from .modeling_inputs import _check_pixel_values
+from .modeling_inputs import _check_features, _check_pixel_values
 from .modeling_outputs import (
     LevitForImageClassificationOutput,
     LevitForImageClassificationWithTeacherOutput,
@@ -230,7 +230,7 @@ class LevitBase(nn.Module):
         train: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        output_features: bool = False,
+        output_features: bool | Sequence[int] = False,
     ) -> LevitModelOutput:
         """Compute the output of the model without heads; the arguments are those of `LevitModel`."""
         config, shared = self.config, self._shared
@@ -239,6 +239,7 @@ class LevitBase(nn.Module):
         if output_attentions is None:
             output_attentions = config.output_attentions
         _check_pixel_values(pixel_values, config)
+        selected = _check_features(output_features, config.num_stages)
         if train and self.folded:
             raise ValueError(
                 "A folded model cannot be trained: expected a model with folded=False, found folded=True. Train the"
@@ -246,28 +247,34 @@ class LevitBase(nn.Module):
             )
         stem = _Stem(config.hidden_sizes[0], config.kernel_size, config.stride, config.padding, **shared, name="stem")
         x = stem(pixel_values.astype(shared["dtype"]), train)  # [B N C]
+        # Without a head, the stages after the last selected one are not needed.
+        truncated = selected and not self.head_names and not self.is_initializing()
+        last = max(selected) if truncated else config.num_stages - 1
+        complete = last == config.num_stages - 1
         hidden_states, attentions, features = [x], [], []
-        for i, (grid, width) in enumerate(zip(config.grids, config.hidden_sizes, strict=True)):
+        for i, (grid, width) in enumerate(zip(config.grids[: last + 1], config.hidden_sizes, strict=False)):
             x, maps = _Stage(config=config, index=i, **shared, name=f"stage_{i}")(x, train)
             attentions += maps
             features.append(x.reshape(x.shape[0], *grid, width))
-            if i < config.num_stages - 1:
+            if i < last:
                 x, attention = _Downsample(config=config, index=i, **shared, name=f"downsample_{i}")(x, train)
                 attentions.append(attention)
-            hidden_states.append(x)
+            if i < last or complete:
+                hidden_states.append(x)
         return LevitModelOutput(
-            last_hidden_state=x,
-            pooler_output=x.mean(1),
+            last_hidden_state=x if complete else None,
+            pooler_output=x.mean(1) if complete else None,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
-            features=tuple(features) if output_features else None,
+            features=tuple(features[i] for i in selected) if selected else None,
         )
 
     def _returns_dict(self, return_dict: bool | None) -> bool:
         return self.config.return_dict if return_dict is None else return_dict
 
-    def _apply_head(self, name: str, pooled: jax.Array, train: bool) -> jax.Array:
+    def _apply_head(self, name: str, pooled: jax.Array | None, train: bool) -> jax.Array:
         """Map pooled features [B C] to logits [B num_labels], or return them unchanged if there are no classes."""
+        assert pooled is not None  # the model with heads computes every stage
         if self.config.num_labels == 0:
             return pooled
         return _NormLinear(self.config.num_labels, **self._shared, name=name)(pooled, train)
@@ -294,7 +301,7 @@ class LevitModel(LevitBase):
         return_dict: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        output_features: bool = False,
+        output_features: bool | Sequence[int] = False,
     ) -> LevitModelOutput | tuple[Any, ...]:
         """Compute the features of a batch of images.
 
@@ -309,13 +316,16 @@ class LevitModel(LevitBase):
             output_hidden_states: also return the tokens after the stem and after each stage; None uses the config's.
             output_attentions: also return the attention weights of every block and downsampling; None uses the
                 config's.
-            output_features: also return the feature map [B H W C] of each stage.
+            output_features: also return the feature map [B H W C] of each stage, or of the stages with these indices,
+                in their order. Negative indices count from the end. The stages after the last of these indices are not
+                computed, so that `last_hidden_state` and `pooler_output` are None.
 
         Returns:
             A `LevitModelOutput`, or a tuple.
 
         Raises:
-            ValueError: the batch does not fit the config, or `train` is True and the model is folded.
+            ValueError: the batch does not fit the config, there is no stage with an index, or `train` is True and the
+                model is folded.
 
         Examples:
             >>> model = LevitModel(LevitConfig(image_size=32, drop_path_rate=0.1))
@@ -357,7 +367,7 @@ class LevitForImageClassification(LevitBase):
         return_dict: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        output_features: bool = False,
+        output_features: bool | Sequence[int] = False,
     ) -> LevitForImageClassificationOutput | tuple[Any, ...]:
         """Classify a batch of images, and compute the loss if labels are given.
 
@@ -372,7 +382,7 @@ class LevitForImageClassification(LevitBase):
             output_hidden_states: also return the tokens after the stem and after each stage; None uses the config's.
             output_attentions: also return the attention weights of every block and downsampling; None uses the
                 config's.
-            output_features: also return the feature map [B H W C] of each stage.
+            output_features: also return the feature map [B H W C] of each stage, or of the stages with these indices.
 
         Returns:
             A `LevitForImageClassificationOutput`, or a tuple.
@@ -416,7 +426,7 @@ class LevitForImageClassificationWithTeacher(LevitBase):
         return_dict: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        output_features: bool = False,
+        output_features: bool | Sequence[int] = False,
     ) -> LevitForImageClassificationWithTeacherOutput | tuple[Any, ...]:
         """Classify a batch of images.
 
@@ -433,7 +443,7 @@ class LevitForImageClassificationWithTeacher(LevitBase):
             output_hidden_states: also return the tokens after the stem and after each stage; None uses the config's.
             output_attentions: also return the attention weights of every block and downsampling; None uses the
                 config's.
-            output_features: also return the feature map [B H W C] of each stage.
+            output_features: also return the feature map [B H W C] of each stage, or of the stages with these indices.
 
         Returns:
             A `LevitForImageClassificationWithTeacherOutput`, or a tuple.

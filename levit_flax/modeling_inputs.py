@@ -1,5 +1,8 @@
 """Check the inputs of the models."""
 
+import operator
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -40,3 +43,25 @@ def _check_pixel_values(pixel_values: jax.Array, config: LevitConfig) -> None:
             f"pixel_values has the wrong dtype: {wanted}, found {pixel_values.dtype}. Rescale and normalize the images"
             " with LevitImageProcessor."
         )
+
+
+def _check_features(output_features: bool | Sequence[int], num_stages: int) -> tuple[int, ...]:
+    """Return the indices, from 0, of the stages whose features are returned, or raise ValueError."""
+    if isinstance(output_features, bool):
+        return tuple(range(num_stages)) if output_features else ()
+    wanted = f"expected True, False, or a tuple of stage indices from 0 to {num_stages - 1}"
+    try:
+        indices = tuple(operator.index(i) for i in output_features)
+        valid = bool(indices) and not any(isinstance(i, bool) for i in output_features)
+    except TypeError:
+        valid = False
+    if not valid:
+        raise ValueError(
+            f"output_features is invalid: {wanted}, found {output_features!r}. Pass a tuple such as (0, 1)."
+        )
+    if not all(-num_stages <= i < num_stages for i in indices):
+        raise ValueError(
+            f"output_features has an index out of range: {wanted}, found {output_features!r}. The model has"
+            f" {num_stages} stages."
+        )
+    return tuple(i % num_stages for i in indices)

@@ -81,13 +81,14 @@ class LevitModelOutput(_ModelOutput):
     All arrays are in the model's computation dtype.
 
     Attributes:
-        last_hidden_state: [B N C], the tokens of the last stage.
-        pooler_output: [B C], the mean of these tokens.
+        last_hidden_state: [B N C], the tokens of the last stage; None if `output_features` leaves this stage out.
+        pooler_output: [B C], the mean of these tokens; None like them.
         hidden_states: the tokens after the stem, then after each stage and its downsampling, each [B N C]; None unless
             `output_hidden_states=True`.
         attentions: the attention weights [B H Q K] of every block and downsampling, in order. The weights of each
             query sum to 1. None unless `output_attentions=True`.
-        features: the feature map [B H W C] of each stage before its downsampling; None unless `output_features=True`.
+        features: the feature map [B H W C] of each selected stage before its downsampling; None unless
+            `output_features` is True or a tuple.
 
     Examples:
         >>> from levit_flax import LevitConfig, LevitModel
@@ -99,8 +100,8 @@ class LevitModelOutput(_ModelOutput):
         ((1, 1, 384), 14, (1, 4, 16, 16), None)
     """
 
-    last_hidden_state: jax.Array
-    pooler_output: jax.Array
+    last_hidden_state: jax.Array | None = None
+    pooler_output: jax.Array | None = None
     hidden_states: tuple[jax.Array, ...] | None = None
     attentions: tuple[jax.Array, ...] | None = None
     features: tuple[jax.Array, ...] | None = None

@@ -1,6 +1,7 @@
 """The models: parameter counts, outputs, training mode and the errors for wrong calls."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ SIZES = {
     "levit-256": (18_893_876, 18_379_852, 18_856_276, 18_343_276, 73_152),
     "levit-384": (39_128_836, 38_358_300, 39_074_100, 38_305_100, 106_400),
 }
+
+THREE_STAGES = {**SMALL, "mlp_ratio": (2, 2, 2), "attention_ratio": (2, 2, 2)}
 
 ONE_HEAD, TWO_HEADS = lf.LevitForImageClassification, lf.LevitForImageClassificationWithTeacher
 
@@ -115,7 +118,7 @@ def test_offset_index_of_a_wide_grid():
 
 
 def test_outputs_have_transformers_names_and_order():
-    model, variables, pixel_values = make(TWO_HEADS, **{**SMALL, "mlp_ratio": (2, 2, 2), "attention_ratio": (2, 2, 2)})
+    model, variables, pixel_values = make(TWO_HEADS, **THREE_STAGES)
 
     @jax.jit
     def both(variables, pixel_values):
@@ -141,6 +144,73 @@ def test_outputs_have_transformers_names_and_order():
     last, pooled, hidden = out.to_tuple()
     assert last is out.last_hidden_state and hidden is out.hidden_states
     np.testing.assert_allclose(pooled, last.mean(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("selected", [(0,), (1, 0), (-1,), (0, 2), [1]])
+def test_selected_features_equal_those_of_all_stages(selected):
+    model, variables, pixel_values = make(lf.LevitModel, **THREE_STAGES)
+
+    @jax.jit
+    def both(variables, pixel_values):
+        everything = model.apply(variables, pixel_values, output_features=True, output_hidden_states=True)
+        return everything, model.apply(
+            variables, pixel_values, output_features=selected, output_hidden_states=True, output_attentions=True
+        )
+
+    everything, found = both(variables, pixel_values)
+    assert len(found.features) == len(selected)
+    for i, feature in zip(selected, found.features, strict=True):
+        np.testing.assert_array_equal(feature, everything.features[i])
+        info = model.config.feature_info[i]
+        assert feature.shape == (2, *info.grid, info.channels)
+    last = max(i % 3 for i in selected)
+    assert (found.last_hidden_state is None) == (found.pooler_output is None) == (last < 2)
+    assert len(found.hidden_states) == (4 if last == 2 else 1 + last)
+    for hidden, wanted in zip(found.hidden_states, everything.hidden_states, strict=False):
+        np.testing.assert_array_equal(hidden, wanted)
+    assert len(found.attentions) == (2, 4, 7)[last]  # one per block and downsampling
+
+
+def test_stages_after_the_selected_ones_are_not_computed():
+    model, variables, pixel_values = make(lf.LevitModel, **THREE_STAGES)
+    needed = {name: tree for name, tree in variables["params"].items() if name in ("stem", "stage_0")}
+    apply = functools.partial(model.apply, output_features=(0,))
+    jax.eval_shape(apply, {**variables, "params": needed}, pixel_values)  # would raise if it read another parameter
+    _, updates = compiled(model, output_features=(0,), train=True, mutable=("batch_stats",))(variables, pixel_values)
+    before, after = (tree["batch_stats"] for tree in (variables, updates))
+    changed = [name for name in before if not jax.tree.all(jax.tree.map(np.array_equal, before[name], after[name]))]
+    assert sorted(changed) == ["stage_0", "stem"]
+
+
+def test_classifier_computes_its_logits_with_selected_features():
+    model, variables, pixel_values = make(TWO_HEADS)
+    found = compiled(model, output_features=(0,))(variables, pixel_values)
+    assert [feature.shape for feature in found.features] == [(2, 2, 3, 8)]
+    np.testing.assert_array_equal(found.logits, compiled(model)(variables, pixel_values).logits)
+
+
+def test_initialization_with_selected_features_returns_all_variables():
+    model, variables, pixel_values = make(lf.LevitModel)
+    found = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, output_features=(0,)), pixel_values)
+    assert jax.tree.structure(found) == jax.tree.structure(variables)
+
+
+@pytest.mark.parametrize(
+    ("selected", "message"),
+    [
+        (0, "is invalid: expected True, False, or a tuple of stage indices from 0 to 1, found 0"),
+        ((), r"is invalid: .*found \(\)"),
+        ((True, False), "is invalid"),
+        ("01", "is invalid"),
+        (None, "is invalid"),
+        ((0, 2), r"has an index out of range: .*found \(0, 2\). The model has 2 stages"),
+        ((-3,), "has an index out of range"),
+    ],
+)
+def test_wrong_feature_indices_raise(selected, message):
+    model, variables, pixel_values = make(lf.LevitModel)
+    with pytest.raises(ValueError, match=message):
+        model.apply(variables, pixel_values, output_features=selected)
 
 
 def test_model_without_classes_returns_pooled_features():
