@@ -18,7 +18,7 @@ from flax.traverse_util import unflatten_dict
 import levit_flax as lf
 from levit_flax import convert
 from levit_flax.convert import workflow
-from levit_flax.modeling import _abstract_variables
+from levit_flax.modeling_variables import _abstract_variables
 
 
 def write_checkpoint(variant: str, path: str, layout: str) -> None:

@@ -71,7 +71,7 @@ def write_models(directory: Path, variant: str) -> None:
     use_jax_on("cpu")
     import levit_flax as lf
     from levit_flax.convert.workflow import _convert_to_directory
-    from levit_flax.modeling import _abstract_variables
+    from levit_flax.modeling_variables import _abstract_variables
 
     config = lf.LevitConfig(**TINY) if variant == "tiny" else lf.VARIANTS[variant]
     model = lf.LevitForImageClassificationWithTeacher(config)

@@ -3,12 +3,19 @@
 Axes are named as in `levit_flax.attention`.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 
 from .attention import _Attention, _DownsamplingAttention
 from .configuration import LevitConfig
 from .layers import _MLP, _ConvNorm, _drop_path, _Layer
+
+
+def _rematerialized(layer: type[_Layer]) -> Any:
+    """Return the class of layers that keep only their input for the backward pass."""
+    return nn.remat(layer, static_argnums=2)  # `train`, counted from `self`
 
 
 class _Stem(_Layer):
@@ -83,17 +90,20 @@ class _Stage(_Layer):
     Attributes:
         config: the architecture.
         index: index of the stage, from 0.
+        remat: keep only the input of each block for the backward pass, which computes the rest again.
     """
 
     config: LevitConfig
     index: int
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, list[jax.Array]]:
         """Map [B N C] to [B N C], and also return the attention weights [B H N N] of each block."""
         config, attentions = self.config, []
+        block = _rematerialized(_Block) if self.remat else _Block
         for i in range(config.depths[self.index]):
-            x, attention = _Block(
+            x, attention = block(
                 num_heads=config.num_attention_heads[self.index],
                 key_dim=config.key_dim[self.index],
                 attention_ratio=config.attention_ratio[self.index],

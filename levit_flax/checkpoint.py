@@ -22,6 +22,7 @@ from .arguments import _check_types
 from .configuration import _CONFIG_FILE, _OWN_BLOCK, LevitConfig
 from .image_processing import _PROCESSOR_FILE, LevitImageProcessor
 from .modeling import LevitBase, Variables
+from .modeling_variables import _abstract_variables
 
 _WEIGHTS_FILE = "flax_model.safetensors"  # transformers would load model.safetensors as PyTorch weights
 
@@ -211,7 +212,7 @@ def _save_tensors(path: Path, tensors: Mapping[str, np.ndarray], format: str) ->
 
 def _check_variables(model: LevitBase, variables: Mapping[str, Any], name: str) -> None:
     """Raise ValueError unless the tree called `name` has the paths and shapes of the model's variables."""
-    expected = {path: leaf.shape for path, leaf in modeling._abstract_variables(model).items()}
+    expected = {path: leaf.shape for path, leaf in _abstract_variables(model).items()}
     found = {path: leaf.shape for path, leaf in flatten_dict(variables, sep="/").items()}
     differing = [
         f"{path} (expected {expected.get(path, 'nothing')}, found {found.get(path, 'nothing')})"

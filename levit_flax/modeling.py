@@ -7,7 +7,6 @@ Source: Graham et al. 2021, "LeViT: a Vision Transformer in ConvNet's Clothing f
 facebookresearch/LeViT levit.py; transformers modeling_levit.py.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,10 +14,9 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 from flax.typing import Dtype, PrecisionLike
 
-from .blocks import _Downsample, _Stage, _Stem
+from .blocks import _Downsample, _rematerialized, _Stage, _Stem
 from .configuration import LevitConfig
 from .image_processing import LevitImageProcessor
 from .layers import _at_least_float32, _NormLinear
@@ -45,6 +43,8 @@ class LevitBase(nn.Module):
         param_dtype: dtype of the parameters that `init` creates.
         precision: precision of matrix products and convolutions, as in `jax.lax.Precision`; None for JAX's default,
             which is lower than float32 on GPU and TPU.
+        remat: keep only the input of each block and downsampling for the backward pass, which computes the rest again.
+            Training then needs less memory and more time. Outputs and gradients are the same.
 
     Examples:
         >>> model = LevitModel(LevitConfig(image_size=64), precision="highest")
@@ -57,6 +57,7 @@ class LevitBase(nn.Module):
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     precision: PrecisionLike = None
+    remat: bool = False
 
     head_names: ClassVar[tuple[str, ...]] = ()
 
@@ -251,13 +252,14 @@ class LevitBase(nn.Module):
         truncated = selected and not self.head_names and not self.is_initializing()
         last = max(selected) if truncated else config.num_stages - 1
         complete = last == config.num_stages - 1
+        downsample = _rematerialized(_Downsample) if self.remat else _Downsample
         hidden_states, attentions, features = [x], [], []
         for i, (grid, width) in enumerate(zip(config.grids[: last + 1], config.hidden_sizes, strict=False)):
-            x, maps = _Stage(config=config, index=i, **shared, name=f"stage_{i}")(x, train)
+            x, maps = _Stage(config=config, index=i, remat=self.remat, **shared, name=f"stage_{i}")(x, train)
             attentions += maps
             features.append(x.reshape(x.shape[0], *grid, width))
             if i < last:
-                x, attention = _Downsample(config=config, index=i, **shared, name=f"downsample_{i}")(x, train)
+                x, attention = downsample(config=config, index=i, **shared, name=f"downsample_{i}")(x, train)
                 attentions.append(attention)
             if i < last or complete:
                 hidden_states.append(x)
@@ -476,26 +478,3 @@ _MODEL_CLASSES: tuple[type[LevitBase], ...] = (
     LevitForImageClassification,
     LevitForImageClassificationWithTeacher,
 )
-
-
-def _abstract_variables(model: LevitBase) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shape and dtype of every variable by path, such as "params/stem/conv_0/conv/kernel".
-
-    Nothing is computed or allocated.
-    """
-    # Tracing a large model takes half a second, so the fields that do not affect the shapes are left out of its cache.
-    traced = _trace_variables(model.clone(dtype=None, param_dtype=jnp.float32, precision=None))
-    return {
-        path: jax.ShapeDtypeStruct(leaf.shape, model.param_dtype) if leaf.dtype == jnp.float32 else leaf
-        for path, leaf in traced.items()
-    }
-
-
-@functools.lru_cache(maxsize=8)
-def _trace_variables(model: LevitBase) -> dict[str, jax.ShapeDtypeStruct]:
-    config = model.config
-    pixel_values = jax.ShapeDtypeStruct((1, *config.image_height_width, config.num_channels), jnp.float32)
-    traced: dict[str, jax.ShapeDtypeStruct] = flatten_dict(
-        jax.eval_shape(model.init, jax.random.key(0), pixel_values), sep="/"
-    )
-    return traced

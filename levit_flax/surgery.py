@@ -64,7 +64,7 @@ def fold_batch_norm(model: LevitBase, variables: Mapping[str, Any]) -> tuple[Lev
             new_kernel, new_bias = factor[:, None] * kernel64, shift @ kernel64 + np.asarray(bias, np.float64)
         folded[f"{linear}/kernel"] = _like(new_kernel, kernel)
         folded[f"{linear}/bias"] = _like(new_bias, kernel if bias is None else bias)
-    return model.clone(folded=True), _unflatten(folded, flat)
+    return model.clone(folded=True, remat=False), _unflatten(folded, flat)
 
 
 @_check_types
@@ -281,7 +281,7 @@ def change_channels(model: LevitBase, variables: Mapping[str, Any], num_channels
 
 def _as_class(model: LevitBase, model_class: type[_Model]) -> _Model:
     """Return a model of another class with the same fields."""
-    fields = {name: getattr(model, name) for name in ("folded", "dtype", "param_dtype", "precision")}
+    fields = {name: getattr(model, name) for name in ("folded", "dtype", "param_dtype", "precision", "remat")}
     return model_class(model.config, **fields)
 
 

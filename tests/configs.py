@@ -9,7 +9,8 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from levit_flax import LevitConfig
-from levit_flax.modeling import LevitBase, Variables, _abstract_variables
+from levit_flax.modeling import LevitBase, Variables
+from levit_flax.modeling_variables import _abstract_variables
 
 SMALL = {
     "image_size": 64,

@@ -12,7 +12,8 @@ from flax.traverse_util import flatten_dict
 import levit_flax as lf
 from configs import SMALL, TINY, UNUSUAL, compiled, random_variables, unusual_config
 from levit_flax.attention import _offset_index
-from levit_flax.modeling import _MODEL_CLASSES, _abstract_variables, classification_loss
+from levit_flax.modeling import _MODEL_CLASSES, classification_loss
+from levit_flax.modeling_variables import _abstract_variables
 
 # Counted on the reference implementations: parameters with two heads and with one, the same two folded, and the entries
 # of all running means and variances.

@@ -15,7 +15,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import levit_flax as lf
 from configs import TINY, compiled, random_variables, unusual_config
 from levit_flax.attention import _offset_index
-from levit_flax.modeling import _MODEL_CLASSES, _abstract_variables
+from levit_flax.modeling import _MODEL_CLASSES
+from levit_flax.modeling_variables import _abstract_variables
 
 PROGRAMS = Path(__file__).parent / "programs"
 FLOAT32_LIMIT = 1e-5  # of the largest logit

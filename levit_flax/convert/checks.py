@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from levit_flax.checkpoint import _NEGATIVE, _NOT_FINITE, _find_fault
-from levit_flax.modeling import _abstract_variables
+from levit_flax.modeling_variables import _abstract_variables
 
 from .architecture import _Architecture
 from .errors import ConversionError

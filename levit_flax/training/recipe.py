@@ -80,6 +80,8 @@ class Recipe:
         batch_norm: "train" updates the running statistics, "freeze" uses and keeps them, "freeze_with_parameters"
             freezes those whose learning rate is 0.
         compute_dtype: dtype of the computation. Parameters, batch norm and softmax are always float32.
+        remat: compute the activations of each block again in the backward pass instead of storing them, which takes
+            less memory and more time. The gradients are the same.
 
         learning_rate: peak learning rate for batches of `learning_rate_batch` images.
         learning_rate_batch: the peak is multiplied by batch_size / learning_rate_batch; 0 for no scaling.
@@ -147,6 +149,7 @@ class Recipe:
     drop_path_rate: float | None = None
     batch_norm: str = "train"
     compute_dtype: str = "float32"
+    remat: bool = False
 
     # The optimizer
     learning_rate: float = 5e-4
@@ -316,6 +319,8 @@ def _as_type(name: str, value: Any, hint: Any) -> Any:
         origin = typing.get_origin(option) or option
         if origin is types.NoneType and value is None:
             return None
+        if origin is bool and isinstance(value, bool):
+            return value
         if origin is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
         if origin is int and isinstance(value, int) and not isinstance(value, bool):

@@ -58,7 +58,7 @@ def _make_student(
     if recipe.drop_path_rate is not None:
         changes["drop_path_rate"] = recipe.drop_path_rate
     dtype = None if recipe.compute_dtype == "float32" else jnp.dtype(recipe.compute_dtype)
-    model = model.clone(config=dataclasses.replace(model.config, **changes), dtype=dtype)
+    model = model.clone(config=dataclasses.replace(model.config, **changes), dtype=dtype, remat=recipe.remat)
     return _Student(model, variables, loading._resize_processor(student.processor, model.config))
 
 

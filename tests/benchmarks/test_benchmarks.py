@@ -264,6 +264,14 @@ def test_training_runs_as_a_script(tmp_path):
     assert 0 <= result["data"]["share_waiting_for_data"] < 1 and result["data"]["ceiling_images_per_second"]
 
 
+def test_training_memory_of_a_tiny_model(run_quickly):
+    need("grain", "orbax.checkpoint", "tensorboardX")
+    rows = run_quickly("training_memory.py", "--variants", "tiny", "--batches", 4)["variants"]["tiny"]["float32"]["4"]
+    assert rows["stored"]["argument_mib"] == rows["remat"]["argument_mib"]  # the same weights and images
+    assert rows["ratio"]["operations"] > 1.05  # the forward pass of the blocks runs twice
+    assert rows["remat"]["intermediate_mib"] > 0
+
+
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}  # compiling takes most of the time
 
 
@@ -369,3 +377,5 @@ def test_stored_results_are_within_the_limits():
     for row in accuracy["types"].values():
         assert row["agreement_with_float32"] >= 0.99
     assert conversion["variants"]["levit-384"]["seconds"] < SECONDS
+    memory = json.loads((RESULTS / "training_memory.json").read_text())
+    assert memory["variants"]["levit-256"]["float32"]["128"]["ratio"]["intermediate_mib"] < 0.5

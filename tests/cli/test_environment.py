@@ -15,7 +15,7 @@ import levit_flax as lf
 from configs import unusual_config
 from levit_flax.cli import main
 from levit_flax.cli.info import _count_parameters
-from levit_flax.modeling import _abstract_variables
+from levit_flax.modeling_variables import _abstract_variables
 
 COMMAND = [sys.executable, "-m", "levit_flax"]
 

@@ -14,7 +14,8 @@ from levit_flax import convert
 from levit_flax.attention import _offset_index
 from levit_flax.convert import ConversionError
 from levit_flax.convert.layouts import _LAYOUTS, _Permutation, _Structure
-from levit_flax.modeling import _MODEL_CLASSES, LevitBase, _abstract_variables
+from levit_flax.modeling import _MODEL_CLASSES, LevitBase
+from levit_flax.modeling_variables import _abstract_variables
 
 # Tensors in a transformers checkpoint with two heads, one, and none. Source: counted on transformers' state dicts.
 TENSORS = {"levit-128S": (325, 318, 311), "levit-128": (400, 393, 386), "levit-192": (400, 393, 386)}

@@ -324,6 +324,25 @@ def test_frozen_backbone_keeps_every_bit():
                 np.testing.assert_array_equal(after[path], before[path], err_msg=path)
 
 
+def test_rematerialized_step_freezes_the_same_statistics():
+    with jax.enable_x64(True):
+        model, variables = random_model(dtype=jnp.float64, drop_path_rate=0.3)
+        table = {"(head|stage_1)/.*": 1.0, ".*": 0.0}
+        results = []
+        for remat in (False, True):
+            task = make_task(
+                model.clone(remat=remat), variables, batch_norm="freeze_with_parameters", learning_rates=table
+            )
+            state, _ = compiled(task.train_step)(task.init(variables), None, random_batch(0, np.float64))
+            results.append(jax.device_get(flatten_dict(state.variables, sep="/")))
+    moved = set()
+    for path, wanted in results[0].items():
+        np.testing.assert_allclose(results[1][path], wanted, rtol=0, atol=PARAMETERS_LIMIT, err_msg=path)
+        if not np.array_equal(wanted, flatten_dict(variables, sep="/")[path]):
+            moved.add(path.split("/")[1])
+    assert moved == {"head", "stage_1"}
+
+
 @pytest.mark.slow
 def test_frozen_statistics_are_used_and_kept_and_parts_of_a_batch_add_up_to_it():
     with jax.enable_x64(True):

@@ -133,6 +133,14 @@ def test_image_size_of_the_recipe_resizes_the_model(one_head, folder):
     assert student_of(one_head, train).model.config.image_height_width == (32, 32)
 
 
+def test_recipe_selects_rematerialization(one_head, folder):
+    train, _ = _find_images(folder, tiny_recipe(), ())
+    assert student_of(one_head, train, remat=True).model.remat
+    assert not student_of(one_head, train).model.remat
+    with pytest.raises(RecipeError, match="remat is 1: expected bool"):
+        tiny_recipe(remat=1)
+
+
 @pytest.mark.parametrize(("given", "wanted"), [(None, 0.25), (0.0, 0.0), (0.5, 0.5)])
 def test_drop_path_rate_defaults_to_the_checkpoint(one_head, folder, given, wanted):
     train, _ = _find_images(folder, tiny_recipe(), ())
