@@ -22,7 +22,7 @@ from .arguments import _check_types
 from .configuration import _CONFIG_FILE, _OWN_BLOCK, LevitConfig
 from .image_processing import _PROCESSOR_FILE, LevitImageProcessor
 from .modeling import LevitBase, Variables
-from .modeling_variables import _abstract_variables
+from .modeling_variables import _differences
 
 _WEIGHTS_FILE = "flax_model.safetensors"  # transformers would load model.safetensors as PyTorch weights
 
@@ -212,18 +212,14 @@ def _save_tensors(path: Path, tensors: Mapping[str, np.ndarray], format: str) ->
 
 def _check_variables(model: LevitBase, variables: Mapping[str, Any], name: str) -> None:
     """Raise ValueError unless the tree called `name` has the paths and shapes of the model's variables."""
-    expected = {path: leaf.shape for path, leaf in _abstract_variables(model).items()}
-    found = {path: leaf.shape for path, leaf in flatten_dict(variables, sep="/").items()}
-    differing = [
-        f"{path} (expected {expected.get(path, 'nothing')}, found {found.get(path, 'nothing')})"
-        for path in sorted(expected.keys() | found.keys())
-        if expected.get(path) != found.get(path)
-    ]
+    differing, count = _differences(model, variables)
     if differing:
-        count = len(expected.keys() | found.keys())
+        hint = ""
+        if any(re.search(r"/count \(.*float", line) for line in differing):
+            hint = " Counters of batches stay integers: average only floating-point arrays."
         raise ValueError(
             f"{name} does not fit {type(model).__name__}: {len(differing)} of {count} arrays differ,"
-            f" {', '.join(differing[:8])}."
+            f" {', '.join(differing[:8])}.{hint}"
         )
 
 

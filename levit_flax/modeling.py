@@ -20,6 +20,7 @@ from .blocks import _Downsample, _rematerialized, _Stage, _Stem
 from .configuration import LevitConfig
 from .image_processing import LevitImageProcessor
 from .layers import _at_least_float32, _NormLinear
+from .modeling_errors import _explained
 from .modeling_inputs import _check_features, _check_pixel_values
 from .modeling_outputs import (
     LevitForImageClassificationOutput,
@@ -295,6 +296,7 @@ class LevitModel(LevitBase):
     """
 
     @nn.compact
+    @_explained
     def __call__(
         self,
         pixel_values: jax.Array,
@@ -326,8 +328,8 @@ class LevitModel(LevitBase):
             A `LevitModelOutput`, or a tuple.
 
         Raises:
-            ValueError: the batch does not fit the config, there is no stage with an index, or `train` is True and the
-                model is folded.
+            ValueError: the batch or the variables do not fit the model, there is no stage with an index, or `train` is
+                True and the model is folded, or `mutable` or the key is missing.
 
         Examples:
             >>> model = LevitModel(LevitConfig(image_size=32, drop_path_rate=0.1))
@@ -360,6 +362,7 @@ class LevitForImageClassification(LevitBase):
     head_names = ("head",)
 
     @nn.compact
+    @_explained
     def __call__(
         self,
         pixel_values: jax.Array,
@@ -390,7 +393,8 @@ class LevitForImageClassification(LevitBase):
             A `LevitForImageClassificationOutput`, or a tuple.
 
         Raises:
-            ValueError: the batch does not fit the config, or `train` is True and the model is folded.
+            ValueError: the batch or the variables do not fit the model, or `train` is True and the model is folded, or
+                `mutable` or the key is missing.
         """
         features = self._backbone(pixel_values, train, output_hidden_states, output_attentions, output_features)
         logits = self._apply_head("head", features.pooler_output, train)
@@ -419,6 +423,7 @@ class LevitForImageClassificationWithTeacher(LevitBase):
     head_names = ("head", "head_dist")
 
     @nn.compact
+    @_explained
     def __call__(
         self,
         pixel_values: jax.Array,
@@ -451,7 +456,8 @@ class LevitForImageClassificationWithTeacher(LevitBase):
             A `LevitForImageClassificationWithTeacherOutput`, or a tuple.
 
         Raises:
-            ValueError: the batch does not fit the config, or `train` is True and the model is folded.
+            ValueError: the batch or the variables do not fit the model, or `train` is True and the model is folded, or
+                `mutable` or the key is missing.
             TypeError: `labels` is not None.
         """
         if labels is not None:

@@ -1,7 +1,8 @@
 """The paths, shapes and dtypes of a model's variables."""
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -32,3 +33,31 @@ def _trace_variables(model: "LevitBase") -> dict[str, jax.ShapeDtypeStruct]:
         jax.eval_shape(model.init, jax.random.key(0), pixel_values), sep="/"
     )
     return traced
+
+
+def _collections(model: "LevitBase") -> list[str]:
+    """Return the names of the collections of a model's variables."""
+    return ["params"] if model.folded else ["params", "batch_stats"]
+
+
+def _differences(model: "LevitBase", variables: Mapping[str, Any]) -> tuple[list[str], int]:
+    """Return the arrays whose paths, shapes or kinds are not those of the model's variables, and the number of arrays.
+
+    Counters of batches are integers. All other arrays are floating point of any width.
+    """
+    expected = {path: _describe(leaf) for path, leaf in _abstract_variables(model).items()}
+    found = {path: _describe(leaf) for path, leaf in flatten_dict(variables, sep="/").items()}
+    paths = sorted(expected.keys() | found.keys(), key=lambda path: (not path.startswith("params/"), path))
+    differing = [
+        f"{path} (expected {expected.get(path, 'nothing')}, found {found.get(path, 'nothing')})"
+        for path in paths
+        if expected.get(path) != found.get(path)
+    ]
+    return differing, len(paths)
+
+
+def _describe(leaf: Any) -> str:
+    """Return the shape of an array, or its kind if it has no axes."""
+    if leaf.shape:
+        return str(tuple(leaf.shape))
+    return "integer ()" if jnp.issubdtype(leaf.dtype, jnp.integer) else f"{leaf.dtype} ()"
