@@ -1,9 +1,10 @@
-"""Labeled images from a directory, a Hugging Face dataset or any sequence."""
+"""Labeled images, folders of them, and how their classes match those of a model."""
 
 import os
+import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .configuration import (
-    _MULTI_LABEL,
-    _PROBLEM_TYPES,
-    _REGRESSION,
-    _SINGLE_LABEL,
-)
+from .configuration import _MULTI_LABEL, _PROBLEM_TYPES, _REGRESSION, _SINGLE_LABEL
 from .image_processing import LevitImageProcessor
 from .image_sources import _is_encoded
 from .imagenet import _imagenet_labels, _imagenet_wordnet_ids
@@ -27,6 +23,10 @@ _LISTED = 5  # maximum number of class names in an error message
 # Suffixes of images that cannot be decoded.
 _OTHER_IMAGES = frozenset(".arw .cr2 .cr3 .dng .eps .exr .heic .heif .jxl .nef .psd .svg".split())
 
+# The names of the parts of the data to train on and to validate on.
+_TRAIN = "train"
+_VALIDATION = ("validation", "val", "valid", "test")
+
 # Preferred column names if several columns have the right type.
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels")
@@ -35,14 +35,23 @@ _READER = LevitImageProcessor(do_resize=False, do_center_crop=False)  # converts
 
 
 @dataclass(frozen=True)
-class _Columns:
-    """The columns of a Hugging Face dataset to read; None chooses a column by type and name."""
+class _DataOptions:
+    """The part of a dataset to read.
 
-    image: str | None = None
-    label: str | None = None
+    Attributes:
+        split: name of a split; None for the usual one.
+        revision: branch, tag or commit of a dataset on the Hub; None for its main branch.
+        image_column: column of the images; None chooses one by type and name.
+        label_column: column of the targets; None chooses one by type and name.
+    """
+
+    split: str | None = None
+    revision: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
 
 
-_ANY_COLUMNS = _Columns()
+_ANY_DATA = _DataOptions()
 
 
 class DataError(ValueError):
@@ -202,37 +211,6 @@ class _SelectedRows:
         return _row_key(self.images, int(self.indices[index]))
 
 
-@dataclass(frozen=True)
-class _DatasetImages:
-    """The images of a split of a Hugging Face dataset, still encoded: bytes or paths, or None if there is no image.
-
-    `datasets` would end an iteration at the first damaged image.
-    """
-
-    dataset: Any
-    column: str
-    split: str
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._encoded(self.dataset[int(index)])
-
-    def __iter__(self) -> Iterator[Any]:
-        return map(self._encoded, self.dataset)  # prefetches, unlike access by index
-
-    def _encoded(self, row: Any) -> Any:
-        image = row[self.column]
-        if image is None:
-            return None
-        return image["path"] if image["bytes"] is None else image["bytes"]
-
-    def key(self, index: int) -> str:
-        """Return the name of an image in a skip list."""
-        return f"{self.split}/{index}"
-
-
 def _row_key(images: Any, index: int) -> str:
     """Return the name in a skip list of an image that is not a file."""
     return str(images.key(index)) if hasattr(images, "key") else str(index)
@@ -294,38 +272,29 @@ def _read_folder(directory: Path, allow_empty: bool = False) -> LabeledImages:
     return LabeledImages(images, targets, tuple(classes), str(directory))
 
 
-def _load_dataset(name: str, **options: Any) -> Any:
-    """Load a Hugging Face dataset; the options are those of `datasets.load_dataset`."""
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError(
-            f"The directory {name} does not exist, and loading a Hugging Face dataset requires datasets, which is not"
-            " installed. Run: pip install 'levit-flax[datasets]'"
-        ) from None
-    try:
-        return datasets.load_dataset(name, **options)
-    except (FileNotFoundError, ConnectionError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise FileNotFoundError(
-            f"The directory {name} does not exist, and there is no such Hugging Face dataset, or it cannot be loaded:"
-            f" {reason}."
-        ) from error
+def _read_named_parts(
+    where: str, names: Collection[str], read: Callable[[str], LabeledImages], options: _DataOptions
+) -> dict[str, LabeledImages]:
+    """Return the images to train on, under the name "train", and those to validate on if there is such a split.
 
-
-def _read_split(
-    dataset: Any, name: str, split: str, problem_types: Collection[str] | None = None, columns: _Columns = _ANY_COLUMNS
-) -> LabeledImages:
-    """Return the images and targets of one split of a Hugging Face dataset, decoded on access.
-
-    The targets have one of the accepted `problem_types`; None accepts all.
+    Args:
+        where: name of the data in messages.
+        names: names of the splits.
+        read: returns the images of a split, or of an expression such as "train[:80%]".
+        options: its split is the one to train on.
     """
-    data = _read_columns(dataset, f"{name}, {split}", split, problem_types, columns)
-    if data.problem_type == _SINGLE_LABEL:
-        missing = np.flatnonzero((data.targets < 0) | (data.targets >= len(data.labels)))
-        if len(missing):
-            raise _unlabeled(data.where, len(data), missing)
-    return data
+    train = options.split or _TRAIN
+    mentioned = {train, *re.findall(r"[\w.-]+", train)}
+    if len(mentioned) == 1 and train not in (*names, "all"):
+        raise DataError(
+            f"The dataset {where} has the splits {', '.join(names)}: expected one named {train}. Choose one with"
+            " split=..."
+        )
+    other = next((name for name in _VALIDATION if name in names and not mentioned & {name, "all"}), None)
+    parts = {_TRAIN: read(train)}
+    if other:
+        parts[other] = read(other)
+    return parts
 
 
 def _unlabeled(where: str, count: int, missing: Any) -> DataError:
@@ -384,37 +353,68 @@ def _match_names(names: Sequence[str], labels: Sequence[str], what: str) -> list
     return [indices[name][0] for name in names]
 
 
-def _read_columns(
-    dataset: Any, where: str, split: str, problem_types: Collection[str] | None, columns: _Columns
-) -> LabeledImages:
-    """Return the image column with the column of targets."""
-    import datasets
+@dataclass(frozen=True)
+class _Target:
+    """A column of targets.
 
-    features = dataset.features
-    types = {key: _problem_type(feature) for key, feature in features.items()}
-    accepted = [key for key, problem_type in types.items() if problem_type in (problem_types or _PROBLEM_TYPES)]
+    Attributes:
+        name: name of the column.
+        problem_type: as in `LevitConfig`.
+        labels: class names; empty for regression.
+    """
+
+    name: str
+    problem_type: str
+    labels: tuple[str, ...] = ()
+
+
+def _choose_columns(
+    images: Sequence[str],
+    targets: Sequence[_Target],
+    columns: Collection[str],
+    where: str,
+    problem_types: Collection[str] | None,
+    options: _DataOptions,
+) -> tuple[str, _Target]:
+    """Return the column of images and the column of targets to read.
+
+    Args:
+        images: columns that contain images.
+        targets: columns that can be targets.
+        columns: all columns.
+        where: name of the data in messages.
+        problem_types: accepted problem types of the targets; None accepts all.
+        options: the columns that were asked for.
+    """
+    accepted = {target.name: target for target in targets if target.problem_type in (problem_types or _PROBLEM_TYPES)}
     # Numbers are targets only if there are no classes, because they may be boxes or coordinates.
-    targets = [key for key in accepted if types[key] != _REGRESSION] or accepted
-    images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
+    usual = [name for name, target in accepted.items() if target.problem_type != _REGRESSION] or list(accepted)
     kinds = "classes" if problem_types == (_SINGLE_LABEL,) else "classes, lists of classes or numbers"
-    image = _choose_column(images, columns.image, _IMAGE_COLUMNS, "image_column", f"images, {where}", features)
-    candidates = targets if columns.label is None else accepted
-    target = _choose_column(candidates, columns.label, _LABEL_COLUMNS, "label_column", f"{kinds}, {where}", features)
-    encoded = dataset.cast_column(image, datasets.Image(decode=False))
-    rows, values, feature = _DatasetImages(encoded, image, split), dataset[target], features[target]
-    if types[target] == _SINGLE_LABEL:
-        classes = [-1 if index is None else index for index in values]
-        return LabeledImages(rows, np.asarray(classes, np.int32), tuple(feature.names), where)
+    image = _choose_column(images, options.image_column, _IMAGE_COLUMNS, "image_column", f"images, {where}", columns)
+    candidates = usual if options.label_column is None else list(accepted)
+    content = f"{kinds}, {where}"
+    name = _choose_column(candidates, options.label_column, _LABEL_COLUMNS, "label_column", content, columns)
+    return image, accepted[name]
+
+
+def _label_rows(rows: Any, values: Sequence[Any], target: _Target, where: str) -> LabeledImages:
+    """Return images with the values of their column of targets; None and -1 are no classes."""
+    if target.problem_type == _SINGLE_LABEL:
+        classes = np.asarray([-1 if index is None else index for index in values], np.int32)
+        outside = np.flatnonzero((classes < 0) | (classes >= len(target.labels)))
+        if len(outside):
+            raise _unlabeled(where, len(values), outside)
+        return LabeledImages(rows, classes, target.labels, where)
     missing = [i for i, value in enumerate(values) if value is None]
     if missing:
         raise _unlabeled(where, len(values), missing)
-    if types[target] == _REGRESSION:
-        numbers = np.asarray(values, np.float32).reshape(len(dataset), -1)
+    if target.problem_type == _REGRESSION:
+        numbers = np.asarray(values, np.float32).reshape(len(values), -1)
         return LabeledImages(rows, numbers, (), where, _REGRESSION)
-    matrix = np.zeros((len(dataset), feature.feature.num_classes), np.float32)
+    matrix = np.zeros((len(values), len(target.labels)), np.float32)
     for row, indices in zip(matrix, values, strict=True):
         row[list(indices)] = 1
-    return LabeledImages(rows, matrix, tuple(feature.feature.names), where, _MULTI_LABEL)
+    return LabeledImages(rows, matrix, target.labels, where, _MULTI_LABEL)
 
 
 def _choose_column(
@@ -443,15 +443,3 @@ def _choose_column(
         f"It is not clear which column to use: expected one column of {content}, found {', '.join(candidates)}. Choose"
         f" one with {option}=..."
     )
-
-
-def _problem_type(feature: Any) -> str | None:
-    """Return the problem type of a dataset's feature, or None if it cannot be a target."""
-    import datasets
-
-    entry = getattr(feature, "feature", None)
-    if isinstance(feature, datasets.ClassLabel):
-        return _SINGLE_LABEL
-    if isinstance(entry, datasets.ClassLabel):
-        return _MULTI_LABEL
-    return _REGRESSION if getattr(entry or feature, "dtype", "").startswith("float") else None

@@ -14,7 +14,8 @@ from .arguments import _check_types
 from .choices import _CROP_RULES
 from .classifier import ImageClassifier
 from .configuration import _SINGLE_LABEL
-from .datasets import DataError, LabeledImages, _Columns, _load_dataset, _match_classes, _read_folder, _read_split
+from .data_sources import _read_part
+from .datasets import DataError, LabeledImages, _DataOptions, _match_classes
 from .image_processing import _TIMM_CROP_PCT, LevitImageProcessor, _size_for_edge
 from .images import ImageError
 
@@ -205,29 +206,34 @@ def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> Lev
 def read_data(
     source: str | Path,
     labels: Sequence[str],
-    split: str = "test",
+    split: str | None = None,
     *,
+    data_revision: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> LabeledImages:
-    """Read the labeled images of a directory or a Hugging Face dataset.
+    """Read the labeled images of a directory or a dataset.
 
     Args:
-        source: a directory with one folder per class, or the name of a Hugging Face dataset (requires `datasets`).
-            Hidden files and folders are skipped.
+        source: one of these:
+
+            - a directory with one folder per class; hidden files and folders are skipped;
+            - "hfds/NAME" or "hfds/NAME:CONFIG": a Hugging Face dataset (requires `datasets`). "NAME" alone is the same
+              if there is no such directory.
         labels: class names of the model. The classes of the data are matched by name, or those of ImageNet by WordNet
             id. If no name matches but the numbers are equal, they are matched by position, with a warning.
-        split: split of a Hugging Face dataset.
-        image_column: image column of a Hugging Face dataset; None for the only one, or the one called image or img.
-        label_column: class column of a Hugging Face dataset; None for the only one, or the one called label or labels.
+        split: split of a dataset, `test` by default; for a directory, the name of a folder in it.
+        data_revision: branch, tag or commit of a Hugging Face dataset; None for its main branch.
+        image_column: image column of a dataset; None for the only one, or the one called image or img.
+        label_column: class column of a dataset; None for the only one, or the one called label or labels.
 
     Returns:
         The images, with the class indices and class names of the model.
 
     Raises:
-        DataError: there are no images, the classes do not match those of the model, or it is not clear which columns
-            to read.
-        ImportError: `source` is not a directory, and `datasets` is not installed.
+        DataError: there are no images, the classes do not match those of the model, the split does not exist, or it is
+            not clear which columns to read.
+        ImportError: the package that reads the dataset is not installed.
 
     Examples:
         >>> import tempfile
@@ -240,12 +246,7 @@ def read_data(
         >>> [path.parent.name for path in data.images], data.targets.tolist()
         (['cat', 'dog'], [1, 2])
     """
-    directory = Path(source).expanduser()
-    if directory.is_dir():
-        data = _read_folder(directory, allow_empty=True)
-    else:
-        columns = _Columns(image_column, label_column)
-        data = _read_split(_load_dataset(str(source), split=split), str(source), split, (_SINGLE_LABEL,), columns)
+    data = _read_part(source, _DataOptions(split, data_revision, image_column, label_column))
     indices = _match_classes(data.labels, labels, data.where)
     if not len(data):
         raise DataError(f"{data.where} contains no images: expected at least one.")

@@ -14,8 +14,10 @@ pytest.importorskip("grain")
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tensorboardX")
 
-from levit_flax.datasets import DataError, _Columns, _load_dataset, _read_split  # noqa: E402
+from levit_flax.data_sources import _read_parts  # noqa: E402
+from levit_flax.datasets import DataError, _DataOptions  # noqa: E402
 from levit_flax.evaluation import evaluate  # noqa: E402
+from levit_flax.hugging_face import _load_dataset, _read_split  # noqa: E402
 from levit_flax.training import data  # noqa: E402
 
 NAMES = ["ant", "bee", "cat"]
@@ -72,16 +74,18 @@ def test_classes_are_chosen_before_numbers_that_come_first():
     rows = many_columns(latitude=(number, [0.1, 0.2]), kind=(CLASS, [2, 0]))
     found = _read_split(rows, "the data", "train")
     assert found.problem_type == "single_label_classification" and found.targets.tolist() == [2, 0]
-    assert _read_split(rows, "the data", "train", columns=_Columns(label="latitude")).problem_type == "regression"
+    numbers = _read_split(rows, "the data", "train", options=_DataOptions(label_column="latitude"))
+    assert numbers.problem_type == "regression"
 
 
 def test_ambiguous_columns_are_listed_with_the_option():
     rows = many_columns(fine=(CLASS, [2, 0]), coarse=(CLASS, [1, 1]))
     with pytest.raises(DataError, match=r"found fine, coarse\. Choose one with label_column=\.\.\.$"):
         _read_split(rows, "the data", "train")
-    assert _read_split(rows, "the data", "train", columns=_Columns(label="coarse")).targets.tolist() == [1, 1]
+    coarse = _read_split(rows, "the data", "train", options=_DataOptions(label_column="coarse"))
+    assert coarse.targets.tolist() == [1, 1]
     with pytest.raises(DataError, match=r"The column photo cannot be used: .* found fine, coarse in the columns photo"):
-        _read_split(rows, "the data", "train", columns=_Columns(label="photo"))
+        _read_split(rows, "the data", "train", options=_DataOptions(label_column="photo"))
     named = many_columns(label=(CLASS, [2, 0]), coarse=(CLASS, [1, 1]))
     assert _read_split(named, "the data", "train").targets.tolist() == [2, 0]
 
@@ -90,10 +94,10 @@ def test_dataset_without_training_split_raises(monkeypatch):
     part = make("label", CLASS, [0, 1, 2, 0])
     both = datasets.DatasetDict({"train": part, "test": part.select([1, 2])})
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"whole": both}[name])
-    assert {name: len(found) for name, found in data._read_dataset("whole").items()} == {"train": 4, "test": 2}
+    assert {name: len(found) for name, found in _read_parts("whole", _DataOptions()).items()} == {"train": 4, "test": 2}
     monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict({"test": part}))
     with pytest.raises(DataError, match="has the splits test: expected one named train"):
-        data._read_dataset("part")
+        _read_parts("part", _DataOptions())
 
 
 def test_rows_without_a_class_raise():
@@ -105,11 +109,11 @@ def test_rows_without_a_class_raise():
 def test_rows_are_left_out_by_name(monkeypatch, tmp_path):
     parts = {"train": make("label", CLASS, [0, 1, 2, 0]), "test": make("label", CLASS, [1, 2])}
     monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(parts))
-    found = data._without_skipped(data._read_dataset("zoo"), tmp_path, {"train/0", "test/0"})
+    found = data._without_skipped(_read_parts("zoo", _DataOptions()), tmp_path, {"train/0", "test/0"})
     assert [shade(found["train"], i) for i in range(3)] == [1, 2, 3] and [shade(found["test"], 0)] == [1]
     assert found["train"].name(1) == "image train/2 of zoo, train"
 
-    whole = data._read_dataset("zoo")
+    whole = _read_parts("zoo", _DataOptions())
     train, validation = data._leave_out(whole["train"], whole["test"], tmp_path, {"train/0", "test/1"})
     assert [shade(train, i) for i in range(4)] == [3, 1, 2, 3] and len(validation) == 1  # another ant in its place
     with pytest.raises(DataError, match="no image of the class bee left"):
@@ -122,7 +126,7 @@ def test_undecodable_row_raises_with_its_name(monkeypatch):
     broken = datasets.Dataset.from_dict(rows, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict({"train": broken}))
     with pytest.raises(DataError, match=r"^image train/1 of zoo, train cannot be used: "):
-        data._read_dataset("zoo")["train"].load(1)
+        _read_parts("zoo", _DataOptions())["train"].load(1)
 
 
 def shade(images, index):

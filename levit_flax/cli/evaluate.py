@@ -10,6 +10,7 @@ from levit_flax.choices import _CropRule
 
 from .options import (
     DEFAULT_MODEL,
+    DataRevisionOption,
     ImageColumnOption,
     ImageSizeOption,
     JsonOption,
@@ -26,15 +27,21 @@ if TYPE_CHECKING:
     from levit_flax.evaluation import Evaluation
 
 
-def evaluate(
+def evaluate(  # long: its parameters are the options, with their help
     data: Annotated[
-        str, typer.Argument(help="Directory with one folder per class, or the name of a Hugging Face dataset.")
+        str,
+        typer.Argument(
+            help="Directory with one folder per class, or a Hugging Face dataset: hfds/NAME or hfds/NAME:CONFIG."
+        ),
     ],
     model: ModelOption = DEFAULT_MODEL,
     crop: Annotated[
         _CropRule, typer.Option(help="Resize and crop images as the model's processor or the named library does.")
     ] = "model",
-    split: Annotated[str, typer.Option(help="Split of a Hugging Face dataset.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="Split of a dataset, test by default; or a folder in the directory.")
+    ] = None,
+    data_revision: DataRevisionOption = None,
     image_column: ImageColumnOption = None,
     label_column: LabelColumnOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 64,
@@ -62,7 +69,12 @@ def evaluate(
     loaded = ImageClassifier.from_pretrained(model, image_size=image_size, revision=revision, local_files_only=offline)
     processor = evaluation.evaluation_processor(crop, loaded.processor)
     labeled = evaluation.read_data(
-        data, loaded.model.config.id2label, split, image_column=image_column, label_column=label_column
+        data,
+        loaded.model.config.id2label,
+        split,
+        data_revision=data_revision,
+        image_column=image_column,
+        label_column=label_column,
     )
     classifier = ImageClassifier(
         loaded.model,

@@ -8,6 +8,7 @@ import typer
 from levit_flax.choices import _RECIPE_NAMES, _WrittenLayout
 
 from .options import (
+    DataRevisionOption,
     ImageColumnOption,
     JsonOption,
     LabelColumnOption,
@@ -23,7 +24,7 @@ def finetune(  # long: its parameters are the options, with their help
         str,
         typer.Argument(
             help="Directory with one folder per class, or with the folders train and validation that contain such"
-            " folders; or the name of a Hugging Face dataset."
+            " folders; or a Hugging Face dataset: hfds/NAME or hfds/NAME:CONFIG."
         ),
     ],
     output: Annotated[
@@ -76,6 +77,10 @@ def finetune(  # long: its parameters are the options, with their help
     process_id: Annotated[
         int | None, typer.Option(min=0, envvar="LEVIT_FLAX_PROCESS_ID", help="Index of this process, from 0.")
     ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of a dataset to train on, such as train[:80%]; or a folder in DATA.")
+    ] = None,
+    data_revision: DataRevisionOption = None,
     image_column: ImageColumnOption = None,
     max_image_pixels: MaxPixelsOption = None,
     label_column: LabelColumnOption = None,
@@ -109,6 +114,8 @@ def finetune(  # long: its parameters are the options, with their help
                 skip=_read_skip_list(skip) if skip else (),
                 check_data=check_data,
                 export_torch=export_torch,
+                split=split,
+                data_revision=data_revision,
                 image_column=image_column,
                 label_column=label_column,
                 threads=threads,

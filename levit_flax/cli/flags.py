@@ -10,6 +10,7 @@ from collections.abc import Collection
 FLAGS = {
     "PIL.Image.MAX_IMAGE_PIXELS": "--max-image-pixels",
     "batch_size=...": "--batch-size",
+    "data_revision=...": "--data-revision",
     "dtype=...": "--dtype",
     "ema=True": "--ema",
     "export_torch=...": "--export-torch",
@@ -25,6 +26,7 @@ FLAGS = {
     "prefix=...": "--prefix",
     "skip=...": "--skip",
     "source_image_size=...": "--source-image-size",
+    "split=...": "--split",
     "teacher=...": "--teacher",
     "verify=False": "--no-verify",
 }

@@ -39,12 +39,9 @@ SourceImageSizeOption = Annotated[
         help="Input size of the checkpoint, if its attention biases fit several sizes and it has no config.",
     ),
 ]
-ImageColumnOption = Annotated[
-    str | None, typer.Option(help="Image column of a Hugging Face dataset, if it has several.")
-]
-LabelColumnOption = Annotated[
-    str | None, typer.Option(help="Label column of a Hugging Face dataset, if it has several.")
-]
+ImageColumnOption = Annotated[str | None, typer.Option(help="Image column of a dataset, if it has several.")]
+LabelColumnOption = Annotated[str | None, typer.Option(help="Label column of a dataset, if it has several.")]
+DataRevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face dataset.")]
 RuntimeOption = Annotated[
     _Runtime, typer.Option(help="Library that computes; OpenVINO and onnxruntime are faster on many CPUs.")
 ]

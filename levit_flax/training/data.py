@@ -21,23 +21,14 @@ import numpy as np
 from PIL import Image
 
 from levit_flax.arguments import _check_types
-from levit_flax.datasets import (
-    _ANY_COLUMNS,
-    DataError,
-    LabeledImages,
-    _Columns,
-    _load_dataset,
-    _read_folder,
-    _read_split,
-)
+from levit_flax.data_sources import _read_parts
+from levit_flax.datasets import _ANY_DATA, _TRAIN, DataError, LabeledImages, _DataOptions
 from levit_flax.image_processing import LevitImageProcessor
 from levit_flax.images import ImageError, _check_header
 
 from .augmentation import _augment
 from .recipe import Recipe
 
-_TRAIN_FOLDER = "train"
-_VALIDATION_FOLDERS = ("validation", "val", "valid", "test")
 _PRINTED_ROW = re.compile(r"image (\S+/\d+) of .*")  # as `LabeledImages.name` prints it
 _LISTED = 5  # maximum number of images or classes in an error message
 
@@ -49,22 +40,31 @@ def read_images(
     skip: Collection[str | Path] = (),
     check: bool = False,
     *,
+    split: str | None = None,
+    data_revision: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> tuple[LabeledImages, LabeledImages]:
     """Find the images to train on and those to validate on.
 
     Args:
-        source: a directory with a folder for each class; a directory with the folders `train` and `validation` (or
-            `val`, `valid`, `test`) that each have a folder for each class; or the name of a Hugging Face dataset
-            (requires `datasets`).
+        source: one of these:
+
+            - a directory with a folder for each class, or with the folders `train` and `validation` (or `val`, `valid`,
+              `test`) that each have a folder for each class;
+            - "hfds/NAME" or "hfds/NAME:CONFIG": a Hugging Face dataset (requires `datasets`). "NAME" alone is the same
+              if there is no such directory.
         recipe: its `validation_share` and `seed` select the validation images if the source has no validation part.
         skip: images to leave out: paths relative to the source, or rows of a dataset such as "train/17", or either as
             errors print them.
         check: decode every image. By default only the headers of image files are read.
-        image_column: image column of a Hugging Face dataset; None for the only one, or the one called image or img.
-        label_column: column of targets of a Hugging Face dataset; None for the only column of classes, or the one
-            called label or labels; if there are no classes, the same for numbers.
+        split: split of a dataset to train on, or an expression such as "train[:80%]"; for a directory, the name of a
+            folder in it. None for `train`. The validation images are those of the split `validation` (or `val`,
+            `valid`, `test`), unless `split` names it.
+        data_revision: branch, tag or commit of a Hugging Face dataset; None for its main branch.
+        image_column: image column of a dataset; None for the only one, or the one called image or img.
+        label_column: column of targets of a dataset; None for the only column of classes, or the one called label or
+            labels; if there are no classes, the same for numbers.
 
     Returns:
         The training images and the validation images.
@@ -85,27 +85,29 @@ def read_images(
         >>> len(train), len(validation), train.labels
         (18, 2, ('cat', 'dog'))
     """
-    parts = _find_images(source, recipe, _skip_keys(skip, source), _Columns(image_column, label_column))
+    parts = _find_images(
+        source, recipe, _skip_keys(skip, source), _DataOptions(split, data_revision, image_column, label_column)
+    )
     for part in parts:
         _check_images(part, decode=check)
     return parts
 
 
 def _find_images(
-    source: str | Path, recipe: Recipe, skip: Collection[str], columns: _Columns = _ANY_COLUMNS
+    source: str | Path, recipe: Recipe, skip: Collection[str], options: _DataOptions = _ANY_DATA
 ) -> tuple[LabeledImages, LabeledImages]:
     """Like `read_images`, but does not open the files."""
     directory = Path(source).expanduser()
-    parts = _read_folders(directory) if directory.is_dir() else _read_dataset(str(source), columns)
+    parts = _read_parts(source, options)
     if skip:
         parts = _without_skipped(parts, directory, skip)
-    train = parts[_TRAIN_FOLDER]
+    train = parts[_TRAIN]
     if train.labels and len(train.labels) < 2:
         raise DataError(f"{train.where} has a single class, {train.labels[0]!r}: expected two or more.")
     if len(parts) == 1:
         train, validation = _split(train, recipe)
     else:
-        validation = next(part for name, part in parts.items() if name != _TRAIN_FOLDER)
+        validation = next(part for name, part in parts.items() if name != _TRAIN)
         if validation.labels != train.labels:
             unmatched = sorted(set(train.labels) ^ set(validation.labels))
             found = f"only one has {', '.join(unmatched[:_LISTED])}" if unmatched else "their order differs"
@@ -119,25 +121,6 @@ def _find_images(
     return train, validation
 
 
-def _read_folders(directory: Path) -> dict[str, LabeledImages]:
-    """Return the training part of a directory, under the name "train", and its validation part if there is one."""
-    if not (directory / _TRAIN_FOLDER).is_dir():
-        return {_TRAIN_FOLDER: _read_folder(directory)}
-    other = next((name for name in _VALIDATION_FOLDERS if (directory / name).is_dir()), None)
-    names = (_TRAIN_FOLDER, other) if other else (_TRAIN_FOLDER,)
-    return {name: _read_folder(directory / name) for name in names}
-
-
-def _read_dataset(name: str, columns: _Columns = _ANY_COLUMNS) -> dict[str, LabeledImages]:
-    """Like `_read_folders`, for a Hugging Face dataset."""
-    splits = _load_dataset(name)
-    if _TRAIN_FOLDER not in splits:
-        raise DataError(f"The dataset {name} has the splits {', '.join(splits)}: expected one named {_TRAIN_FOLDER}.")
-    other = next((part for part in _VALIDATION_FOLDERS if part in splits), None)
-    names = (_TRAIN_FOLDER, other) if other else (_TRAIN_FOLDER,)
-    return {part: _read_split(splits[part], name, part, columns=columns) for part in names}
-
-
 def _without_skipped(parts: dict[str, LabeledImages], root: Path, skip: Collection[str]) -> dict[str, LabeledImages]:
     """Return the parts without the skipped images; each class must keep an image."""
     keys = {name: [part.key(i, root) for i in range(len(part))] for name, part in parts.items()}
@@ -146,9 +129,9 @@ def _without_skipped(parts: dict[str, LabeledImages], root: Path, skip: Collecti
         name: part.select([i for i, key in enumerate(keys[name]) if key not in skip], part.where)
         for name, part in parts.items()
     }
-    train = kept[_TRAIN_FOLDER]
+    train = kept[_TRAIN]
     if train.targets.ndim == 1 and train.labels:
-        gone = set(parts[_TRAIN_FOLDER].targets.tolist()) - set(train.targets.tolist())
+        gone = set(parts[_TRAIN].targets.tolist()) - set(train.targets.tolist())
         if gone:
             raise DataError(
                 f"{train.where} would have no image of the class {train.labels[min(gone)]} left. Skip fewer images."

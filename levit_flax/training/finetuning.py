@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from levit_flax.arguments import _check_types
-from levit_flax.datasets import _Columns
+from levit_flax.datasets import _DataOptions
 from levit_flax.hub import _HubOptions
 
 from .hosts import _run_on_hosts
@@ -31,6 +31,8 @@ def finetune(
     skip: Collection[str | Path] = (),
     check_data: bool = False,
     export_torch: str | None = None,
+    split: str | None = None,
+    data_revision: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     threads: int = 2,
@@ -57,6 +59,8 @@ def finetune(
         skip: images to leave out, as in `read_images`.
         check_data: decode every image before the first step.
         export_torch: PyTorch layout in which to write the best model as well, such as "hf".
+        split: as in `read_images`.
+        data_revision: as in `read_images`.
         image_column: as in `read_images`.
         label_column: as in `read_images`.
         threads: number of threads that decode and augment images, in each process.
@@ -112,7 +116,7 @@ def finetune(
         export_torch=export_torch,
         threads=threads,
         processes=processes,
-        columns=_Columns(image_column, label_column),
+        subset=_DataOptions(split, data_revision, image_column, label_column),
         options=_HubOptions(revision, token, cache_dir, local_files_only),
     )
     _run_on_hosts(lambda: _prepare_output(plan.output, plan.settings, plan.resumed), only_first=True)

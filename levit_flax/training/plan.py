@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from levit_flax.datasets import LabeledImages, _Columns
+from levit_flax.datasets import LabeledImages, _DataOptions
 from levit_flax.hub import _HubOptions
 from levit_flax.visualize import _new_figure
 
@@ -65,7 +65,7 @@ def _make_plan(
     export_torch: str | None,
     threads: int,
     processes: int,
-    columns: _Columns,
+    subset: _DataOptions,
     options: _HubOptions,
 ) -> _TrainingPlan:
     """Check the arguments of `finetune` on all hosts, load the models and list the images.
@@ -86,7 +86,7 @@ def _make_plan(
         if overwrite:
             _check_sources(output, model, teacher)
         previous = _read_run(output) if resume else None
-        return previous, *_find_images(source, recipe, frozenset(previous.skip) if previous else skipped, columns)
+        return previous, *_find_images(source, recipe, frozenset(previous.skip) if previous else skipped, subset)
 
     previous, train, validation = _run_on_hosts(find)
     settings = _RunSettings(

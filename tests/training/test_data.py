@@ -1,7 +1,6 @@
 """Data of a training run: which images it uses, and which rows each step sees."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,11 +18,11 @@ from training_runs import (
 )
 
 import levit_flax as lf
+from levit_flax.data_sources import _read_parts
 from levit_flax.training import DataError, LabeledImages
 from levit_flax.training.data import (
     _evaluation_batches,
     _find_images,
-    _read_folders,
     _read_skip_list,
     _Shard,
     _skip_keys,
@@ -127,7 +126,7 @@ def test_skipped_images_may_be_named_as_errors_print_them(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     expected = {f"{name}/1.png" for name in CLASSES[:2]}
     for source in ("data", "./data", tmp_path / "data"):
-        printed = {_read_folders(Path(source))["train"].name(i) for i in (1, 4)}
+        printed = {_read_parts(source)["train"].name(i) for i in (1, 4)}
         assert _skip_keys(printed, source) == expected
         assert _skip_keys({tmp_path / "data" / name for name in expected}, source) == expected
     assert _skip_keys({"image train/17 of zoo/animals, train", "test/3"}, "zoo/animals") == {"train/17", "test/3"}
