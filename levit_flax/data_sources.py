@@ -4,10 +4,15 @@ from pathlib import Path
 
 from .datasets import _ANY_DATA, _TRAIN, _VALIDATION, DataError, LabeledImages, _DataOptions, _read_folder
 from .hugging_face import _read_dataset_part, _read_dataset_parts
+from .tfds import _read_tfds_part, _read_tfds_parts
 
 # The kinds of sources, and the fields of `_DataOptions` that apply to each.
 _COLUMNS = {"image_column", "label_column"}
-_OPTIONS = {"folder": {"split"}, "hfds": {"split", "revision", *_COLUMNS}}
+_OPTIONS = {
+    "folder": {"split"},
+    "hfds": {"split", "revision", *_COLUMNS},
+    "tfds": {"split", *_COLUMNS},
+}
 _SCHEMES = _OPTIONS.keys() - {"folder"}
 
 
@@ -17,7 +22,7 @@ def _kind_of(source: str | Path, options: _DataOptions) -> str:
     kind, slash, name = text.partition("/")
     if "://" in text:
         raise DataError(
-            f"The scheme of {text} is not known: expected a directory, hfds/NAME or NAME, found"
+            f"The scheme of {text} is not known: expected a directory, hfds/NAME, tfds/NAME or NAME, found"
             f" {text.partition('://')[0]}://."
         )
     if isinstance(source, Path) or not slash or kind not in _SCHEMES:
@@ -33,16 +38,19 @@ def _kind_of(source: str | Path, options: _DataOptions) -> str:
 
 def _read_part(source: str | Path, options: _DataOptions) -> LabeledImages:
     """Return the images of a source for evaluation, with the class names of the data."""
-    if _kind_of(source, options) == "folder":
+    kind = _kind_of(source, options)
+    if kind == "folder":
         return _read_folder(_folder(source, options.split), allow_empty=True)
-    return _read_dataset_part(str(source), options.split or "test", options)
+    read = _read_tfds_part if kind == "tfds" else _read_dataset_part
+    return read(str(source), options.split or "test", options)
 
 
 def _read_parts(source: str | Path, options: _DataOptions = _ANY_DATA) -> dict[str, LabeledImages]:
     """Return the images to train on, under the name "train", and those to validate on if there is such a part."""
-    if _kind_of(source, options) == "folder":
+    kind = _kind_of(source, options)
+    if kind == "folder":
         return _read_folders(_folder(source), options.split)
-    return _read_dataset_parts(str(source), options)
+    return (_read_tfds_parts if kind == "tfds" else _read_dataset_parts)(str(source), options)
 
 
 def _read_folders(directory: Path, split: str | None = None) -> dict[str, LabeledImages]:

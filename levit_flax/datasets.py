@@ -272,6 +272,11 @@ def _read_folder(directory: Path, allow_empty: bool = False) -> LabeledImages:
     return LabeledImages(images, targets, tuple(classes), str(directory))
 
 
+def _reason(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+
+
 def _read_named_parts(
     where: str, names: Collection[str], read: Callable[[str], LabeledImages], options: _DataOptions
 ) -> dict[str, LabeledImages]:

@@ -219,7 +219,10 @@ def read_data(
 
             - a directory with one folder per class; hidden files and folders are skipped;
             - "hfds/NAME" or "hfds/NAME:CONFIG": a Hugging Face dataset (requires `datasets`). "NAME" alone is the same
-              if there is no such directory.
+              if there is no such directory;
+            - "tfds/NAME", "tfds/NAME:VERSION" or "tfds/NAME/CONFIG:VERSION": a dataset of TensorFlow Datasets that is
+              prepared as ArrayRecord files in the directory TFDS_DATA_DIR (requires the extra `tfds`, and not
+              TensorFlow).
         labels: class names of the model. The classes of the data are matched by name, or those of ImageNet by WordNet
             id. If no name matches but the numbers are equal, they are matched by position, with a warning.
         split: split of a dataset, `test` by default; for a directory, the name of a folder in it.

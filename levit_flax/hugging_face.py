@@ -13,6 +13,7 @@ from .datasets import (
     _DataOptions,
     _label_rows,
     _read_named_parts,
+    _reason,
     _Target,
 )
 
@@ -94,11 +95,6 @@ def _read_dataset_parts(source: str, options: _DataOptions) -> dict[str, Labeled
         return _read_split(known, source, split, options=options)
 
     return _read_named_parts(source, splits, read, options)
-
-
-def _reason(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def _read_split(

@@ -13,6 +13,38 @@ def _rows(folder: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     return [{"image": path.read_bytes(), "label": label} for path, label in pairs], data.labels
 
 
+def copy_to_records(splits: dict[str, Path], directory: Path) -> str:
+    """Write folders as the splits of a dataset of TensorFlow Datasets in TFDS_DATA_DIR, and return its source."""
+    import tensorflow_datasets as tfds
+
+    labels = _rows(next(iter(splits.values())))[1]
+    features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=list(labels))}
+    return prepare_records({split: _rows(folder)[0] for split, folder in splits.items()}, features, directory)
+
+
+def prepare_records(
+    rows: dict[str, list[dict[str, Any]]], features: dict[str, Any], directory: Path, file_format: str = "array_record"
+) -> str:
+    """Write rows as the splits of a dataset of TensorFlow Datasets in TFDS_DATA_DIR, and return its source."""
+    import tensorflow_datasets as tfds
+
+    class Zoo(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            columns = tfds.features.FeaturesDict(features)
+            return tfds.core.DatasetInfo(builder=self, features=columns, disable_shuffling=True)
+
+        def _split_generators(self, _):
+            return {split: enumerate(part) for split, part in rows.items()}
+
+        def _generate_examples(self): ...
+
+    tfds.display_progress_bar(False)
+    Zoo(data_dir=directory, file_format=file_format).download_and_prepare()
+    return "tfds/zoo"
+
+
 def copy_to_parquet(splits: dict[str, Path], directory: Path) -> str:
     """Write folders as the splits of a Hugging Face dataset, and return its source."""
     import datasets

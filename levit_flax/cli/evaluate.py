@@ -31,7 +31,7 @@ def evaluate(  # long: its parameters are the options, with their help
     data: Annotated[
         str,
         typer.Argument(
-            help="Directory with one folder per class, or a Hugging Face dataset: hfds/NAME or hfds/NAME:CONFIG."
+            help="Directory with one folder per class, or a dataset: hfds/NAME[:CONFIG] or tfds/NAME[:VERSION]."
         ),
     ],
     model: ModelOption = DEFAULT_MODEL,

@@ -24,7 +24,7 @@ def finetune(  # long: its parameters are the options, with their help
         str,
         typer.Argument(
             help="Directory with one folder per class, or with the folders train and validation that contain such"
-            " folders; or a Hugging Face dataset: hfds/NAME or hfds/NAME:CONFIG."
+            " folders; or a dataset: hfds/NAME[:CONFIG] or tfds/NAME[:VERSION]."
         ),
     ],
     output: Annotated[

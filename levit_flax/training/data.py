@@ -53,7 +53,10 @@ def read_images(
             - a directory with a folder for each class, or with the folders `train` and `validation` (or `val`, `valid`,
               `test`) that each have a folder for each class;
             - "hfds/NAME" or "hfds/NAME:CONFIG": a Hugging Face dataset (requires `datasets`). "NAME" alone is the same
-              if there is no such directory.
+              if there is no such directory;
+            - "tfds/NAME", "tfds/NAME:VERSION" or "tfds/NAME/CONFIG:VERSION": a dataset of TensorFlow Datasets that is
+              prepared as ArrayRecord files in the directory TFDS_DATA_DIR (requires the extra `tfds`, and not
+              TensorFlow).
         recipe: its `validation_share` and `seed` select the validation images if the source has no validation part.
         skip: images to leave out: paths relative to the source, or rows of a dataset such as "train/17", or either as
             errors print them.

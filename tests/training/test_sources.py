@@ -9,7 +9,7 @@ pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tensorboardX")
 pytest.importorskip("matplotlib")
 
-from dataset_copies import copy_to_parquet
+from dataset_copies import copy_to_parquet, copy_to_records
 from training_runs import assert_same_run, run, tiny_recipe
 
 from levit_flax.training import DataError, finetune, read_images
@@ -24,13 +24,22 @@ def parquet(folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def records(folder, tmp_path_factory):
+    pytest.importorskip("tensorflow_datasets")
+    directory = tmp_path_factory.mktemp("records")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(directory))
+        yield copy_to_records({"train": folder}, directory)
+
+
+@pytest.fixture(scope="module")
 def other_splits(folder, tmp_path_factory):
     pytest.importorskip("datasets")
     directory = tmp_path_factory.mktemp("splits") / "zoo"
     return copy_to_parquet({"train": folder, "extra": folder, "validation": folder}, directory)
 
 
-@pytest.fixture(params=["parquet"])
+@pytest.fixture(params=["parquet", "records"])
 def copy(request):
     return request.getfixturevalue(request.param)
 
