@@ -20,6 +20,11 @@ def _is_collection(value: Any) -> bool:
     return hasattr(value, "__len__") and hasattr(value, "__iter__") and not isinstance(value, str | bytes | Mapping)
 
 
+def _is_sequence(value: Any) -> bool:
+    indexed = hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    return indexed and not isinstance(value, str | bytes | Mapping)
+
+
 def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
@@ -35,7 +40,7 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     dict: ("a mapping", lambda value: isinstance(value, Mapping)),
     Mapping: ("a mapping", lambda value: isinstance(value, Mapping)),
     tuple: ("a tuple", lambda value: isinstance(value, tuple | list)),
-    Sequence: ("a sequence", lambda value: _is_collection(value) and hasattr(value, "__getitem__")),
+    Sequence: ("a sequence", _is_sequence),
     Collection: ("a collection", _is_collection),
     Callable: ("a function", callable),
     np.ndarray: ("an array", _is_array),

@@ -1,9 +1,24 @@
-"""Read labeled images from a source of any kind: a directory, or a dataset by its name."""
+"""Read labeled images from a source of any kind: a directory, a dataset by its name, or a sequence."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from .datasets import _ANY_DATA, _TRAIN, _VALIDATION, DataError, LabeledImages, _DataOptions, _read_folder
-from .hugging_face import _read_dataset_part, _read_dataset_parts
+from .configuration import _SINGLE_LABEL
+from .datasets import (
+    _ANY_DATA,
+    _TRAIN,
+    _VALIDATION,
+    DataError,
+    LabeledImages,
+    _check_classes,
+    _DataOptions,
+    _read_folder,
+    _read_named_parts,
+)
+from .hugging_face import _read_dataset_part, _read_dataset_parts, _read_split
+from .sequences import _read_sequence
 from .tfds import _read_tfds_part, _read_tfds_parts
 
 # The kinds of sources, and the fields of `_DataOptions` that apply to each.
@@ -12,12 +27,32 @@ _OPTIONS = {
     "folder": {"split"},
     "hfds": {"split", "revision", *_COLUMNS},
     "tfds": {"split", *_COLUMNS},
+    "mapping": {"split", *_COLUMNS},
+    "dataset": _COLUMNS,
+    "sequence": set(),
 }
-_SCHEMES = _OPTIONS.keys() - {"folder"}
+_SCHEMES = ("hfds", "tfds")
 
 
-def _kind_of(source: str | Path, options: _DataOptions) -> str:
+def _kind_of(source: Any, options: _DataOptions) -> str:
     """Return the kind of a source, one of `_OPTIONS`; raise DataError if an option does not apply to it."""
+    if isinstance(source, str | Path):
+        kind = _kind_of_name(source)
+    elif isinstance(source, Mapping):
+        kind = "mapping"
+    else:
+        kind = "dataset" if hasattr(source, "cast_column") else "sequence"
+    for option in ("split", "revision", "image_column", "label_column"):
+        if getattr(options, option) is not None and option not in _OPTIONS[kind]:
+            argument = "data_revision" if option == "revision" else option
+            raise DataError(
+                f"{_root_of(source)} has no {option.replace('_', ' ')} to choose: expected no {argument}=..."
+            )
+    return kind
+
+
+def _kind_of_name(source: str | Path) -> str:
+    """Return the kind of a source that is named."""
     text = str(source)
     kind, slash, name = text.partition("/")
     if "://" in text:
@@ -26,31 +61,63 @@ def _kind_of(source: str | Path, options: _DataOptions) -> str:
             f" {text.partition('://')[0]}://."
         )
     if isinstance(source, Path) or not slash or kind not in _SCHEMES:
-        kind = "folder" if Path(source).expanduser().is_dir() else "hfds"
-    elif not name:
+        return "folder" if Path(source).expanduser().is_dir() else "hfds"
+    if not name:
         raise DataError(f"{text} names no dataset: expected {text}NAME.")
-    for option in ("split", "revision", "image_column", "label_column"):
-        if getattr(options, option) is not None and option not in _OPTIONS[kind]:
-            argument = "data_revision" if option == "revision" else option
-            raise DataError(f"{text} has no {option.replace('_', ' ')} to choose: expected no {argument}=...")
     return kind
 
 
-def _read_part(source: str | Path, options: _DataOptions) -> LabeledImages:
-    """Return the images of a source for evaluation, with the class names of the data."""
-    kind = _kind_of(source, options)
+def _root_of(source: Any) -> Path:
+    """Return the directory that the paths in a skip list are relative to; another source has a name for messages."""
+    return Path(source).expanduser() if isinstance(source, str | Path) else Path("the data")
+
+
+def _read_part(source: Any, options: _DataOptions) -> LabeledImages:
+    """Return the images of a source for evaluation, with the class names of the data; none if it does not name them."""
+    kind, split = _kind_of(source, options), options.split or "test"
     if kind == "folder":
         return _read_folder(_folder(source, options.split), allow_empty=True)
-    read = _read_tfds_part if kind == "tfds" else _read_dataset_part
-    return read(str(source), options.split or "test", options)
+    if kind in _SCHEMES:
+        return (_read_tfds_part if kind == "tfds" else _read_dataset_part)(str(source), split, options)
+    if kind == "mapping":
+        if split not in source:
+            raise DataError(f"The data has the splits {', '.join(source)}: expected one named {split}.")
+        return _read_objects(source[split], split, f"the data, {split}", options)
+    return _read_objects(source, split, "the data", options)
 
 
-def _read_parts(source: str | Path, options: _DataOptions = _ANY_DATA) -> dict[str, LabeledImages]:
+def _read_parts(source: Any, options: _DataOptions = _ANY_DATA) -> dict[str, LabeledImages]:
     """Return the images to train on, under the name "train", and those to validate on if there is such a part."""
     kind = _kind_of(source, options)
     if kind == "folder":
         return _read_folders(_folder(source), options.split)
-    return (_read_tfds_parts if kind == "tfds" else _read_dataset_parts)(str(source), options)
+    if kind in _SCHEMES:
+        return (_read_tfds_parts if kind == "tfds" else _read_dataset_parts)(str(source), options)
+    if kind == "mapping":
+
+        def read(split: str) -> LabeledImages:
+            return _read_objects(source[split], split, f"the data, {split}", options)
+
+        return _with_names(_read_named_parts("the data", source, read, options))
+    return _with_names({_TRAIN: _read_objects(source, _TRAIN, "the data", options)})
+
+
+def _read_objects(data: Any, split: str, where: str, options: _DataOptions) -> LabeledImages:
+    """Return the images of a Hugging Face dataset, of `LabeledImages`, or of a sequence of pairs."""
+    if hasattr(data, "cast_column"):
+        return _read_split(data, where, split, options=options)
+    return _read_sequence(data, split, where)
+
+
+def _with_names(parts: dict[str, LabeledImages]) -> dict[str, LabeledImages]:
+    """Return parts whose classes have names: those of another part, or else their numbers."""
+    unnamed = {name: part for name, part in parts.items() if part.problem_type == _SINGLE_LABEL and not part.labels}
+    highest = max((int(part.targets.max(initial=-1)) for part in unnamed.values()), default=-1)
+    labels = next((part.labels for part in parts.values() if part.labels), tuple(map(str, range(highest + 1))))
+    for name, part in unnamed.items():
+        _check_classes(part.targets, labels, part.where)
+        parts[name] = replace(part, labels=labels)
+    return parts
 
 
 def _read_folders(directory: Path, split: str | None = None) -> dict[str, LabeledImages]:

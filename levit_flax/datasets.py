@@ -132,7 +132,7 @@ class LabeledImages:
 
         Args:
             index: index of the image.
-            root: directory to which the paths of image files are made relative.
+            root: directory to which the paths of image files in it are made relative.
 
         Examples:
             >>> LabeledImages([Path("data/cat/1.jpg")], np.zeros(1, np.int32)).key(0, Path("data"))
@@ -141,7 +141,8 @@ class LabeledImages:
         self._check_indices(index)
         image = self.images[index] if isinstance(self.images, list) else None
         if isinstance(image, str | Path):
-            return Path(image).relative_to(root).as_posix()
+            path = Path(image)
+            return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
         return _row_key(self.images, index)
 
     def load(self, index: int) -> Image.Image:
@@ -292,14 +293,20 @@ def _read_named_parts(
     mentioned = {train, *re.findall(r"[\w.-]+", train)}
     if len(mentioned) == 1 and train not in (*names, "all"):
         raise DataError(
-            f"The dataset {where} has the splits {', '.join(names)}: expected one named {train}. Choose one with"
-            " split=..."
+            f"{where} has the splits {', '.join(names)}: expected one named {train}. Choose one with split=..."
         )
     other = next((name for name in _VALIDATION if name in names and not mentioned & {name, "all"}), None)
     parts = {_TRAIN: read(train)}
     if other:
         parts[other] = read(other)
     return parts
+
+
+def _check_classes(targets: np.ndarray, labels: Sequence[str], where: str) -> None:
+    """Raise DataError unless all targets are class indices; if there are no labels, they need not be bounded."""
+    outside = np.flatnonzero((targets < 0) | ((targets >= len(labels)) & bool(labels)))
+    if len(outside):
+        raise _unlabeled(where, len(targets), outside)
 
 
 def _unlabeled(where: str, count: int, missing: Any) -> DataError:
@@ -406,9 +413,7 @@ def _label_rows(rows: Any, values: Sequence[Any], target: _Target, where: str) -
     """Return images with the values of their column of targets; None and -1 are no classes."""
     if target.problem_type == _SINGLE_LABEL:
         classes = np.asarray([-1 if index is None else index for index in values], np.int32)
-        outside = np.flatnonzero((classes < 0) | (classes >= len(target.labels)))
-        if len(outside):
-            raise _unlabeled(where, len(values), outside)
+        _check_classes(classes, target.labels, where)
         return LabeledImages(rows, classes, target.labels, where)
     missing = [i for i, value in enumerate(values) if value is None]
     if missing:

@@ -3,7 +3,7 @@
 import csv
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,7 @@ def evaluation_processor(rule: str, model_processor: LevitImageProcessor) -> Lev
 
 @_check_types
 def read_data(
-    source: str | Path,
+    source: str | Path | LabeledImages | Sequence[Any] | Mapping[str, Any],
     labels: Sequence[str],
     split: str | None = None,
     *,
@@ -222,7 +222,11 @@ def read_data(
               if there is no such directory;
             - "tfds/NAME", "tfds/NAME:VERSION" or "tfds/NAME/CONFIG:VERSION": a dataset of TensorFlow Datasets that is
               prepared as ArrayRecord files in the directory TFDS_DATA_DIR (requires the extra `tfds`, and not
-              TensorFlow).
+              TensorFlow);
+            - `LabeledImages`, or any other sequence with `len()` and `[i]` that gives an image and a label: a class
+              index, a class name, a number, or a list of numbers. Its attribute `classes`, if it has one, names the
+              classes. Each item is read once for its label;
+            - a mapping from names of splits to such sequences, or a Hugging Face dataset that is already loaded.
         labels: class names of the model. The classes of the data are matched by name, or those of ImageNet by WordNet
             id. If no name matches but the numbers are equal, they are matched by position, with a warning.
         split: split of a dataset, `test` by default; for a directory, the name of a folder in it.
@@ -250,7 +254,11 @@ def read_data(
         (['cat', 'dog'], [1, 2])
     """
     data = _read_part(source, _DataOptions(split, data_revision, image_column, label_column))
-    indices = _match_classes(data.labels, labels, data.where)
     if not len(data):
         raise DataError(f"{data.where} contains no images: expected at least one.")
-    return replace(data, targets=np.array(indices, np.int32)[data.targets], labels=tuple(labels))
+    if data.labels:
+        indices = np.array(_match_classes(data.labels, labels, data.where), np.int32)
+        data = replace(data, targets=indices[data.targets])
+    data = replace(data, labels=tuple(labels))
+    _check_targets(data, len(labels))
+    return data

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from levit_flax.datasets import _read_folder
 
 
@@ -11,6 +13,21 @@ def _rows(folder: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     data = _read_folder(folder)
     pairs = zip(data.images, data.targets.tolist(), strict=True)
     return [{"image": path.read_bytes(), "label": label} for path, label in pairs], data.labels
+
+
+class Pairs:
+    """A folder as pairs of an image and a class index; neither iterable nor a `collections.abc.Sequence`."""
+
+    def __init__(self, folder: Path) -> None:
+        data = _read_folder(folder)
+        self.paths, self.targets, self.classes = data.images, data.targets, list(data.labels)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        with Image.open(self.paths[index]) as image:
+            return image.convert("RGB"), int(self.targets[index])
 
 
 def copy_to_records(splits: dict[str, Path], directory: Path) -> str:

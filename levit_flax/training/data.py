@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from levit_flax.arguments import _check_types
-from levit_flax.data_sources import _read_parts
+from levit_flax.data_sources import _read_parts, _root_of
 from levit_flax.datasets import _ANY_DATA, _TRAIN, DataError, LabeledImages, _DataOptions
 from levit_flax.image_processing import LevitImageProcessor
 from levit_flax.images import ImageError, _check_header
@@ -35,7 +35,7 @@ _LISTED = 5  # maximum number of images or classes in an error message
 
 @_check_types
 def read_images(
-    source: str | Path,
+    source: str | Path | LabeledImages | Sequence[Any] | Mapping[str, Any],
     recipe: Recipe,
     skip: Collection[str | Path] = (),
     check: bool = False,
@@ -56,7 +56,11 @@ def read_images(
               if there is no such directory;
             - "tfds/NAME", "tfds/NAME:VERSION" or "tfds/NAME/CONFIG:VERSION": a dataset of TensorFlow Datasets that is
               prepared as ArrayRecord files in the directory TFDS_DATA_DIR (requires the extra `tfds`, and not
-              TensorFlow).
+              TensorFlow);
+            - `LabeledImages`, or any other sequence with `len()` and `[i]` that gives an image and a label: a class
+              index, a class name, a number, or a list of numbers. Its attribute `classes`, if it has one, names the
+              classes. Each item is read once for its label before the first step;
+            - a mapping from names of splits to such sequences, or a Hugging Face dataset that is already loaded.
         recipe: its `validation_share` and `seed` select the validation images if the source has no validation part.
         skip: images to leave out: paths relative to the source, or rows of a dataset such as "train/17", or either as
             errors print them.
@@ -97,13 +101,12 @@ def read_images(
 
 
 def _find_images(
-    source: str | Path, recipe: Recipe, skip: Collection[str], options: _DataOptions = _ANY_DATA
+    source: Any, recipe: Recipe, skip: Collection[str], options: _DataOptions = _ANY_DATA
 ) -> tuple[LabeledImages, LabeledImages]:
     """Like `read_images`, but does not open the files."""
-    directory = Path(source).expanduser()
     parts = _read_parts(source, options)
     if skip:
-        parts = _without_skipped(parts, directory, skip)
+        parts = _without_skipped(parts, _root_of(source), skip)
     train = parts[_TRAIN]
     if train.labels and len(train.labels) < 2:
         raise DataError(f"{train.where} has a single class, {train.labels[0]!r}: expected two or more.")
@@ -152,9 +155,9 @@ def _check_skipped(skip: Collection[str], known: Collection[str], source: Path) 
         )
 
 
-def _skip_keys(skip: Collection[Any], source: str | Path) -> frozenset[str]:
+def _skip_keys(skip: Collection[Any], source: Any) -> frozenset[str]:
     """Return the keys of skipped images, from paths relative to the source or as the errors print them."""
-    directory = Path(source).expanduser()
+    directory = _root_of(source)
     keys = set()
     for entry in map(str, skip):
         row = _PRINTED_ROW.fullmatch(entry)

@@ -1,13 +1,13 @@
 """Train or fine-tune a model in one call."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from levit_flax.arguments import _check_types
-from levit_flax.datasets import _DataOptions
+from levit_flax.datasets import LabeledImages, _DataOptions
 from levit_flax.hub import _HubOptions
 
 from .hosts import _run_on_hosts
@@ -20,7 +20,7 @@ from .run_directory import _prepare_output
 
 @_check_types
 def finetune(
-    data: str | Path,
+    data: str | Path | LabeledImages | Sequence[Any] | Mapping[str, Any],
     output: str | Path,
     *,
     model: str | Path | None = None,

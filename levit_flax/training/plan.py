@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from levit_flax.data_sources import _root_of
 from levit_flax.datasets import LabeledImages, _DataOptions
 from levit_flax.hub import _HubOptions
 from levit_flax.visualize import _new_figure
@@ -52,7 +53,7 @@ class _TrainingPlan:
 
 
 def _make_plan(
-    source: str | Path,
+    source: Any,
     output: str | Path,
     *,
     model: str | Path | None,
@@ -104,7 +105,7 @@ def _make_plan(
             _check_same(output, previous, settings)
         _check_batch(recipe, train)
         _check_teacher(teacher, recipe, train)
-        root = Path(source).expanduser()
+        root = _root_of(source)
         parts = _leave_out(train, validation, root, skipped, previous.skip) if previous else (train, validation)
         for part in parts:
             _check_images(part, decode=check_data)

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from levit_flax import files
 from levit_flax.datasets import LabeledImages
 
@@ -41,6 +43,7 @@ _OWN_NAMES = (
     _TORCH_DIRECTORY,
     _TENSORBOARD_DIRECTORY,
 )
+_SAMPLED_IMAGES = 16  # of a dataset, to recognize it when the run is resumed
 _LISTED_DIFFERENCES = 5  # maximum number of differences in an error message
 
 
@@ -52,7 +55,7 @@ class _DataFingerprint:
         training_images: number of images.
         validation_images: number of images.
         classes: number of classes; 0 for regression.
-        sha256: digest of file names and targets.
+        sha256: digest of the targets, and of the names of files or of a sample of the encoded images of a dataset.
     """
 
     training_images: int
@@ -114,9 +117,15 @@ def _fingerprint(train: LabeledImages, validation: LabeledImages) -> _DataFinger
     """Return the fingerprint of the images of a run."""
     digest = hashlib.sha256()
     for data in (train, validation):
-        for index in range(len(data)) if isinstance(data.images, list) else ():
-            path = Path(data.images[index])
-            digest.update(os.fsencode(f"{path.parent.name}/{path.name}\n"))
+        listed = isinstance(data.images, list)
+        sample = np.linspace(0, len(data) - 1, min(len(data), _SAMPLED_IMAGES)).astype(int)
+        for index in range(len(data)) if listed else sample:
+            image = data.images[index]
+            if listed:
+                path = Path(image)
+                digest.update(os.fsencode(f"{path.parent.name}/{path.name}\n"))
+            elif isinstance(image, bytes):  # decoded images may be augmented at random
+                digest.update(image)
         digest.update(data.targets.tobytes())
     return _DataFingerprint(len(train), len(validation), len(train.labels), digest.hexdigest())
 

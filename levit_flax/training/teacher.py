@@ -195,7 +195,7 @@ def _read_logits(path: Path, train: LabeledImages, root: Path, config: LevitConf
     except Exception as error:  # noqa: BLE001 - the reader of a damaged archive may raise any error
         raise ValueError(f"{path} is not a file of stored logits: {error}") from None
     rows = {name: row for row, name in enumerate(files.tolist())}
-    names = [Path(image).relative_to(root).as_posix() for image in train.images]
+    names = [train.key(index, root) for index in range(len(train))]
     missing = [name for name in names if name not in rows]
     if missing:
         raise ValueError(

@@ -9,7 +9,7 @@ pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tensorboardX")
 pytest.importorskip("matplotlib")
 
-from dataset_copies import copy_to_parquet, copy_to_records
+from dataset_copies import Pairs, copy_to_parquet, copy_to_records
 from training_runs import assert_same_run, run, tiny_recipe
 
 from levit_flax.training import DataError, finetune, read_images
@@ -39,7 +39,12 @@ def other_splits(folder, tmp_path_factory):
     return copy_to_parquet({"train": folder, "extra": folder, "validation": folder}, directory)
 
 
-@pytest.fixture(params=["parquet", "records"])
+@pytest.fixture(scope="module")
+def pairs(folder):
+    return Pairs(folder)
+
+
+@pytest.fixture(params=["parquet", "records", "pairs"])
 def copy(request):
     return request.getfixturevalue(request.param)
 
@@ -84,7 +89,7 @@ def test_split_of_a_folder_is_a_folder_in_it(folder, tmp_path):
         (
             "hfds/ZOO",
             ["--split", "nowhere"],
-            r"The dataset hfds/ZOO has the splits train: expected one named nowhere\. .* with --split$",
+            r"hfds/ZOO has the splits train: expected one named nowhere\. .* with --split$",
         ),
         ("hfds/ZOO", ["--split", "train[:x]"], r"The Hugging Face dataset ZOO cannot be loaded: .*train\[:x\].*"),
         ("hfds/ZOO:small", [], r"The Hugging Face dataset ZOO:small cannot be loaded: .*small.*"),
