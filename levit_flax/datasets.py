@@ -15,7 +15,7 @@ from PIL import Image
 from .configuration import _MULTI_LABEL, _PROBLEM_TYPES, _REGRESSION, _SINGLE_LABEL
 from .image_processing import LevitImageProcessor
 from .image_sources import _is_encoded
-from .imagenet import _imagenet_labels, _imagenet_wordnet_ids
+from .imagenet import _imagenet_labels, _imagenet_names, _imagenet_wordnet_ids
 from .images import _image_suffixes, _load_image
 
 _LISTED = 5  # maximum number of class names in an error message
@@ -319,16 +319,18 @@ def _unlabeled(where: str, count: int, missing: Any) -> DataError:
 def _match_classes(names: Sequence[str], labels: Sequence[str], where: str) -> list[int]:
     """Return the model's index of each class of the data.
 
-    Classes are matched by name; those of ImageNet also by WordNet id. Only if no name matches, they are matched by
-    position, and a warning is issued.
+    Classes are matched by name; those of ImageNet, or some of them, also by WordNet id. Only if no name matches, they
+    are matched by position, and a warning is issued.
     """
-    known = set(labels)
-    if any(name in known for name in names):
-        return _match_names(names, labels, f"The classes of {where}")
     if tuple(labels) == _imagenet_labels():
         by_id = {wordnet_id: i for i, wordnet_id in enumerate(_imagenet_wordnet_ids())}
         if all(name in by_id for name in names):
             return [by_id[name] for name in names]
+    known = set(labels)
+    choices = (names, _imagenet_names(names) or names)
+    names = max(choices, key=lambda choice: sum(name in known for name in choice))
+    if any(name in known for name in names):
+        return _match_names(names, labels, f"The classes of {where}")
     if len(names) == len(labels):
         warnings.warn(
             f"No class name of {where} is one of the model's: its {len(names)} classes are matched by position,"

@@ -90,6 +90,13 @@ def test_names_of_two_classes_are_ambiguous_and_wordnet_ids_are_not():
         _match_classes(["crane"], labels, "here")
 
 
+def test_wordnet_ids_match_the_names_of_a_model_of_some_classes():
+    labels = ["goldfish, Carassius auratus", "n02012849", "tench, Tinca tinca"]
+    assert _match_classes(["n01440764", "n02012849"], labels, "here") == [2, 1]
+    with pytest.raises(DataError, match=r"of here do not match: .* found 1 of 2 that are not, such as stingray\."):
+        _match_classes(["n01440764", "n01498041"], labels, "here")
+
+
 @pytest.mark.parametrize("target", [-1, 7, -100])
 def test_targets_that_are_no_class_indices_raise(classifier, target):
     images = [np.zeros((32, 32, 3), np.uint8)] * 2

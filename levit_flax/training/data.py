@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -24,6 +24,7 @@ from levit_flax.arguments import _check_types
 from levit_flax.data_sources import _read_parts, _root_of
 from levit_flax.datasets import _ANY_DATA, _TRAIN, DataError, LabeledImages, _DataOptions
 from levit_flax.image_processing import LevitImageProcessor
+from levit_flax.imagenet import _imagenet_names
 from levit_flax.images import ImageError, _check_header
 
 from .augmentation import _augment
@@ -74,7 +75,8 @@ def read_images(
             labels; if there are no classes, the same for numbers.
 
     Returns:
-        The training images and the validation images.
+        The training images and the validation images. Classes that are named by WordNet ids of ImageNet, such as
+        n01440764, get the names of ImageNet's classes.
 
     Raises:
         DataError: there are too few images or classes, the two parts have different classes, or an image is unusable.
@@ -104,7 +106,7 @@ def _find_images(
     source: Any, recipe: Recipe, skip: Collection[str], options: _DataOptions = _ANY_DATA
 ) -> tuple[LabeledImages, LabeledImages]:
     """Like `read_images`, but does not open the files."""
-    parts = _read_parts(source, options)
+    parts = {name: _with_imagenet_names(part) for name, part in _read_parts(source, options).items()}
     if skip:
         parts = _without_skipped(parts, _root_of(source), skip)
     train = parts[_TRAIN]
@@ -125,6 +127,12 @@ def _find_images(
         if not len(part):
             raise DataError(f"{part.where} has no images: expected at least one.")
     return train, validation
+
+
+def _with_imagenet_names(data: LabeledImages) -> LabeledImages:
+    """Replace class names that are WordNet ids by the names of ImageNet's classes."""
+    names = _imagenet_names(data.labels)
+    return replace(data, labels=names) if names else data
 
 
 def _without_skipped(parts: dict[str, LabeledImages], root: Path, skip: Collection[str]) -> dict[str, LabeledImages]:

@@ -1,6 +1,7 @@
 """Datasets of the same images as a folder train the same bits, and take the same options."""
 
 import re
+import warnings
 
 import pytest
 
@@ -9,10 +10,16 @@ pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tensorboardX")
 pytest.importorskip("matplotlib")
 
+import jax
+import numpy as np
 from dataset_copies import Pairs, copy_to_parquet, copy_to_records
-from training_runs import assert_same_run, run, tiny_recipe
+from training_runs import assert_same_run, random_config, run, tiny_recipe
 
-from levit_flax.training import DataError, finetune, read_images
+import levit_flax as lf
+from configs import random_variables
+from levit_flax.imagenet import _imagenet_labels, _imagenet_wordnet_ids
+from levit_flax.training import DataError, LabeledImages, finetune, read_images
+from levit_flax.training.student import _align_classes, _set_classes
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
@@ -79,6 +86,28 @@ def test_split_of_a_folder_is_a_folder_in_it(folder, tmp_path):
     assert len(read_images(tmp_path, tiny_recipe(), split="val")[1]) == 3  # a tenth of the same folder
     with pytest.raises(DataError, match=r"has the folders first, val: expected one named second\. Change split="):
         read_images(tmp_path, tiny_recipe(), split="second")
+
+
+def test_classes_named_by_wordnet_ids_get_the_names_of_imagenet(folder, tmp_path):
+    ids = {"n01440764": "tench, Tinca tinca", "n02012849": "n02012849", "n02123045": "tabby, tabby cat"}
+    for name, source in zip(ids, sorted(folder.iterdir()), strict=True):
+        (tmp_path / name).symlink_to(source)
+    assert read_images(tmp_path, tiny_recipe())[0].labels == tuple(ids.values())  # crane is the name of two classes
+    (tmp_path / "dog").symlink_to(source)
+    assert read_images(tmp_path, tiny_recipe())[0].labels == ("dog", *ids)
+
+
+def test_all_classes_of_imagenet_keep_the_heads_of_a_checkpoint(tmp_path):
+    ids, names = _imagenet_wordnet_ids(), _imagenet_labels()
+    images = LabeledImages([np.zeros((8, 8, 3), np.uint8)] * 2000, np.arange(2000, dtype=np.int32) % 1000, ids)
+    train, validation = read_images({"train": images, "val": images}, tiny_recipe())
+    assert train.labels == validation.labels == names
+    model = lf.LevitForImageClassification(random_config(num_labels=1000, id2label=names))
+    variables = random_variables(model)
+    with warnings.catch_warnings(action="error"):  # a warning would announce new heads
+        kept, same = _set_classes(model, variables, train, jax.random.key(0))
+    assert kept is model and same is variables
+    assert _align_classes(train, model.config) is train
 
 
 @pytest.mark.parametrize(
