@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -23,6 +23,9 @@ from .modeling import LevitBase, Variables
 # Compiling a model for the fastest inference pays off for more images than this.
 _FEW_IMAGES = 256
 _READ_AHEAD = 2  # images decoded ahead, in batches: enough to keep the device busy
+
+
+_T = TypeVar("_T")
 
 
 class ImageClassifier:
@@ -286,6 +289,21 @@ class ImageClassifier:
         rows = iter(() if computing is None else self._function.finish(computing))
         for pixels in batch:
             yield pixels if isinstance(pixels, Exception) else next(rows)
+
+
+def _classify_rows(
+    classifier: ImageClassifier, rows: Iterable[tuple[_T, Any]]
+) -> Iterator[tuple[_T, np.ndarray | ImageError | OSError]]:
+    """Yield the first entry of each row with the result of `stream_logits` for the second, which is an image."""
+    waiting: deque[_T] = deque()
+
+    def images() -> Iterator[Any]:
+        for value, image in rows:
+            waiting.append(value)
+            yield image
+
+    for logits in classifier.stream_logits(images()):
+        yield waiting.popleft(), logits
 
 
 def _map_ahead(pool: ThreadPoolExecutor, function: Any, items: Iterable[Any], ahead: int) -> Iterator[Any]:

@@ -1,6 +1,6 @@
 """Read labeled images from a source of any kind: a directory, a dataset by its name, or a sequence."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,32 @@ from .datasets import (
     _read_folder,
     _read_named_parts,
 )
-from .hugging_face import _read_dataset_part, _read_dataset_parts, _read_split
+from .hugging_face import (
+    _read_dataset_images,
+    _read_dataset_part,
+    _read_dataset_parts,
+    _read_split,
+    _stream_split,
+)
 from .sequences import _read_sequence
-from .tfds import _read_tfds_part, _read_tfds_parts
+from .streams import LabeledStream
+from .tfds import _read_tfds_images, _read_tfds_part, _read_tfds_parts
+from .webdataset import _read_webdataset, _read_webdataset_images
 
 # The kinds of sources, and the fields of `_DataOptions` that apply to each.
 _COLUMNS = {"image_column", "label_column"}
 _OPTIONS = {
     "folder": {"split"},
     "hfds": {"split", "revision", *_COLUMNS},
+    "hfids": {"split", "revision", *_COLUMNS},
     "tfds": {"split", *_COLUMNS},
+    "wds": _COLUMNS,
     "mapping": {"split", *_COLUMNS},
     "dataset": _COLUMNS,
     "sequence": set(),
 }
-_SCHEMES = ("hfds", "tfds")
+_SCHEMES = ("hfds", "hfids", "tfds", "wds")
+_STREAMS = ("hfids", "wds")  # have no random access
 
 
 def _kind_of(source: Any, options: _DataOptions) -> str:
@@ -57,8 +68,8 @@ def _kind_of_name(source: str | Path) -> str:
     kind, slash, name = text.partition("/")
     if "://" in text:
         raise DataError(
-            f"The scheme of {text} is not known: expected a directory, hfds/NAME, tfds/NAME or NAME, found"
-            f" {text.partition('://')[0]}://."
+            f"The scheme of {text} is not known: expected a directory, NAME, or NAME after"
+            f" {', '.join(f'{scheme}/' for scheme in _SCHEMES)}, found {text.partition('://')[0]}://."
         )
     if isinstance(source, Path) or not slash or kind not in _SCHEMES:
         return "folder" if Path(source).expanduser().is_dir() else "hfds"
@@ -72,13 +83,19 @@ def _root_of(source: Any) -> Path:
     return Path(source).expanduser() if isinstance(source, str | Path) else Path("the data")
 
 
-def _read_part(source: Any, options: _DataOptions) -> LabeledImages:
+def _read_part(source: Any, options: _DataOptions) -> LabeledImages | LabeledStream:
     """Return the images of a source for evaluation, with the class names of the data; none if it does not name them."""
     kind, split = _kind_of(source, options), options.split or "test"
     if kind == "folder":
         return _read_folder(_folder(source, options.split), allow_empty=True)
-    if kind in _SCHEMES:
-        return (_read_tfds_part if kind == "tfds" else _read_dataset_part)(str(source), split, options)
+    if kind == "hfds":
+        return _read_dataset_part(str(source), split, options)
+    if kind == "hfids":
+        return _stream_split(source, split, options)
+    if kind == "tfds":
+        return _read_tfds_part(source, split, options)
+    if kind == "wds":
+        return _read_webdataset(source, options)
     if kind == "mapping":
         if split not in source:
             raise DataError(f"The data has the splits {', '.join(source)}: expected one named {split}.")
@@ -86,20 +103,45 @@ def _read_part(source: Any, options: _DataOptions) -> LabeledImages:
     return _read_objects(source, split, "the data", options)
 
 
+def _is_dataset(source: str) -> bool:
+    """Return whether a string names a dataset by its scheme."""
+    scheme, slash, _ = source.partition("/")
+    return bool(slash) and scheme in _SCHEMES
+
+
+def _read_images(source: str, options: _DataOptions) -> Iterator[tuple[str, Any]]:
+    """Return the names and the images of a dataset, which need no labels."""
+    kind, split = _kind_of(source, options), options.split or "test"
+    if kind == "wds":
+        return _read_webdataset_images(source, options)
+    if kind == "tfds":
+        rows = _read_tfds_images(source, split, options)
+    else:
+        rows = _read_dataset_images(source, split, options, streaming=kind in _STREAMS)
+    return ((f"{source}/{key}", image) for key, image in rows)
+
+
 def _read_parts(source: Any, options: _DataOptions = _ANY_DATA) -> dict[str, LabeledImages]:
     """Return the images to train on, under the name "train", and those to validate on if there is such a part."""
     kind = _kind_of(source, options)
+    if kind in _STREAMS:
+        raise DataError(
+            f"{source} is read in order and cannot be shuffled: expected data with random access for training, such as"
+            " hfds/NAME or tfds/NAME."
+        )
     if kind == "folder":
-        return _read_folders(_folder(source), options.split)
-    if kind in _SCHEMES:
-        return (_read_tfds_parts if kind == "tfds" else _read_dataset_parts)(str(source), options)
-    if kind == "mapping":
+        parts = _read_folders(_folder(source), options.split)
+    elif kind in _SCHEMES:
+        parts = (_read_tfds_parts if kind == "tfds" else _read_dataset_parts)(str(source), options)
+    elif kind == "mapping":
 
         def read(split: str) -> LabeledImages:
             return _read_objects(source[split], split, f"the data, {split}", options)
 
-        return _with_names(_read_named_parts("the data", source, read, options))
-    return _with_names({_TRAIN: _read_objects(source, _TRAIN, "the data", options)})
+        parts = _read_named_parts("the data", source, read, options)
+    else:
+        parts = {_TRAIN: _read_objects(source, _TRAIN, "the data", options)}
+    return _with_names(parts)
 
 
 def _read_objects(data: Any, split: str, where: str, options: _DataOptions) -> LabeledImages:

@@ -4,7 +4,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -374,7 +374,7 @@ class _Target:
     Attributes:
         name: name of the column.
         problem_type: as in `LevitConfig`.
-        labels: class names; empty for regression.
+        labels: class names; empty for regression, and for classes without names.
     """
 
     name: str
@@ -382,33 +382,41 @@ class _Target:
     labels: tuple[str, ...] = ()
 
 
-def _choose_columns(
-    images: Sequence[str],
-    targets: Sequence[_Target],
+def _choose_image(images: Sequence[str], columns: Collection[str], where: str, options: _DataOptions) -> str:
+    """Return the column of images to read.
+
+    Args:
+        images: columns that contain images.
+        columns: all columns.
+        where: name of the data in messages.
+        options: the column that was asked for.
+    """
+    return _choose_column(images, options.image_column, _IMAGE_COLUMNS, "image_column", f"images, {where}", columns)
+
+
+def _choose_target(
+    targets: Iterable[_Target],
     columns: Collection[str],
     where: str,
     problem_types: Collection[str] | None,
     options: _DataOptions,
-) -> tuple[str, _Target]:
-    """Return the column of images and the column of targets to read.
+) -> _Target:
+    """Return the column of targets to read.
 
     Args:
-        images: columns that contain images.
         targets: columns that can be targets.
         columns: all columns.
         where: name of the data in messages.
         problem_types: accepted problem types of the targets; None accepts all.
-        options: the columns that were asked for.
+        options: the column that was asked for.
     """
     accepted = {target.name: target for target in targets if target.problem_type in (problem_types or _PROBLEM_TYPES)}
     # Numbers are targets only if there are no classes, because they may be boxes or coordinates.
     usual = [name for name, target in accepted.items() if target.problem_type != _REGRESSION] or list(accepted)
     kinds = "classes" if problem_types == (_SINGLE_LABEL,) else "classes, lists of classes or numbers"
-    image = _choose_column(images, options.image_column, _IMAGE_COLUMNS, "image_column", f"images, {where}", columns)
-    candidates = usual if options.label_column is None else list(accepted)
-    content = f"{kinds}, {where}"
+    candidates, content = usual if options.label_column is None else list(accepted), f"{kinds}, {where}"
     name = _choose_column(candidates, options.label_column, _LABEL_COLUMNS, "label_column", content, columns)
-    return image, accepted[name]
+    return accepted[name]
 
 
 def _label_rows(rows: Any, values: Sequence[Any], target: _Target, where: str) -> LabeledImages:

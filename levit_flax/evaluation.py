@@ -12,12 +12,13 @@ import numpy as np
 
 from .arguments import _check_types
 from .choices import _CROP_RULES
-from .classifier import ImageClassifier
+from .classifier import ImageClassifier, _classify_rows
 from .configuration import _SINGLE_LABEL
 from .data_sources import _read_part
 from .datasets import DataError, LabeledImages, _DataOptions, _match_classes
 from .image_processing import _TIMM_CROP_PCT, LevitImageProcessor, _size_for_edge
 from .images import ImageError
+from .streams import LabeledStream, _RenumberedRows
 
 _TOP_K = 5
 
@@ -95,7 +96,7 @@ class Evaluation:
 
 
 @_check_types
-def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
+def evaluate(classifier: ImageClassifier, data: LabeledImages | LabeledStream) -> Evaluation:
     """Compute the accuracy, loss and confusion matrix of a classifier.
 
     Args:
@@ -113,25 +114,43 @@ def evaluate(classifier: ImageClassifier, data: LabeledImages) -> Evaluation:
         >>> result.images, result.confusion.shape, result.broken
         (2, (10, 10), ['The image nowhere.jpg does not exist.'])
     """
-    return _evaluate(classifier, data, classifier.stream_logits(data.images))
+    return _evaluate(classifier, data, _classify_rows(classifier, _rows_of(data)))
+
+
+def _rows_of(data: LabeledImages | LabeledStream) -> Iterator[tuple[tuple[str, int], Any]]:
+    """Yield the name and the target of each image, and the image."""
+    if isinstance(data, LabeledImages):
+        for i, (image, target) in enumerate(zip(data.images, data.targets.tolist(), strict=True)):
+            yield (data.name(i), target), image
+    else:
+        for key, image, target in data.rows:
+            yield (f"image {key} of {data.where}", target), image
 
 
 def _evaluate(
-    classifier: ImageClassifier, data: LabeledImages, rows: Iterator[np.ndarray | ImageError | OSError]
+    classifier: ImageClassifier,
+    data: LabeledImages | LabeledStream,
+    results: Iterator[tuple[tuple[str, int], np.ndarray | ImageError | OSError]],
 ) -> Evaluation:
-    """Like `evaluate`, for the results of `stream_logits` of the images, which are computed when they are read."""
+    """Like `evaluate`, for the results of `_classify_rows` of the images, which are computed when they are read."""
     labels = classifier.model.config.id2label
-    config = classifier.model.config
-    _check_targets(data, len(labels))
-    count, batch_size = len(data), classifier.batch_size
-    for size in {min(count, batch_size), count % batch_size} - {0}:  # compile all shapes before timing
+    config, sizes = classifier.model.config, {classifier.batch_size}
+    if isinstance(data, LabeledImages):
+        _check_targets(data, len(labels))
+        sizes = {min(len(data), classifier.batch_size), len(data) % classifier.batch_size} - {0}
+    for size in sizes:  # compile all shapes before timing
         classifier.logits(np.zeros((size, *config.image_height_width, config.num_channels), np.uint8))
     confusion = np.zeros((len(labels), len(labels)), np.int64)
     in_top5, losses, broken = 0, 0.0, []
     start = time.perf_counter()
-    for i, (label, logits) in enumerate(zip(data.targets, rows, strict=True)):
+    for (name, label), logits in results:
+        if not 0 <= label < len(labels):
+            raise DataError(
+                f"The target of {name} is not a class index: expected a value in [0, {len(labels)}), found {label}."
+                " Leave this image out."
+            )
         if isinstance(logits, Exception):
-            text, name = str(logits), data.name(i)
+            text = str(logits)
             broken.append(text if name in text else f"{name}: {text}")
             continue
         order = np.argsort(-logits, kind="stable")
@@ -211,7 +230,7 @@ def read_data(
     data_revision: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
-) -> LabeledImages:
+) -> LabeledImages | LabeledStream:
     """Read the labeled images of a directory or a dataset.
 
     Args:
@@ -223,6 +242,9 @@ def read_data(
             - "tfds/NAME", "tfds/NAME:VERSION" or "tfds/NAME/CONFIG:VERSION": a dataset of TensorFlow Datasets that is
               prepared as ArrayRecord files in the directory TFDS_DATA_DIR (requires the extra `tfds`, and not
               TensorFlow);
+            - "hfids/NAME" or "hfids/NAME:CONFIG": a Hugging Face dataset that is downloaded while it is read;
+            - "wds/SHARDS": tar files of a WebDataset on this machine, such as "wds/data/test-{000..007}.tar". The files
+              .cls contain class indices of the model;
             - `LabeledImages`, or any other sequence with `len()` and `[i]` that gives an image and a label: a class
               index, a class name, a number, or a list of numbers. Its attribute `classes`, if it has one, names the
               classes. Each item is read once for its label;
@@ -235,7 +257,8 @@ def read_data(
         label_column: class column of a dataset; None for the only one, or the one called label or labels.
 
     Returns:
-        The images, with the class indices and class names of the model.
+        The images, with the class indices and class names of the model: a `LabeledStream` for "hfids" and "wds",
+        otherwise `LabeledImages`.
 
     Raises:
         DataError: there are no images, the classes do not match those of the model, the split does not exist, or it is
@@ -254,11 +277,14 @@ def read_data(
         (['cat', 'dog'], [1, 2])
     """
     data = _read_part(source, _DataOptions(split, data_revision, image_column, label_column))
+    if isinstance(data, LabeledStream):
+        indices = _match_classes(data.labels, labels, data.where) if data.labels else range(len(labels))
+        return replace(data, rows=_RenumberedRows(data.rows, indices), labels=tuple(labels))
     if not len(data):
         raise DataError(f"{data.where} contains no images: expected at least one.")
     if data.labels:
-        indices = np.array(_match_classes(data.labels, labels, data.where), np.int32)
-        data = replace(data, targets=indices[data.targets])
+        order = np.array(_match_classes(data.labels, labels, data.where), np.int32)
+        data = replace(data, targets=order[data.targets])
     data = replace(data, labels=tuple(labels))
     _check_targets(data, len(labels))
     return data

@@ -9,13 +9,15 @@ from .datasets import (
     _ANY_DATA,
     DataError,
     LabeledImages,
-    _choose_columns,
+    _choose_image,
+    _choose_target,
     _DataOptions,
     _label_rows,
     _read_named_parts,
     _reason,
     _Target,
 )
+from .streams import LabeledStream, _reading
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,39 @@ def _read_dataset_parts(source: str, options: _DataOptions) -> dict[str, Labeled
     return _read_named_parts(source, splits, read, options)
 
 
+def _read_dataset_images(source: str, split: str, options: _DataOptions, streaming: bool) -> Iterator[tuple[str, Any]]:
+    """Return the names and the images of one split of a Hugging Face dataset."""
+    where = f"{source}, {split}"
+    loaded = _load_dataset(source, replace(options, split=split), streaming=streaming or None)
+    dataset, image = _with_encoded_images(loaded, where, options)
+    return ((f"{split}/{i}", _encoded(row[image])) for i, row in enumerate(_reading(dataset, where)))
+
+
+def _stream_split(source: str, split: str, options: _DataOptions) -> LabeledStream:
+    """Return the images of one split of a Hugging Face dataset that is downloaded while it is read."""
+    where = f"{source}, {split}"
+    loaded = _load_dataset(source, replace(options, split=split), streaming=True)
+    dataset, image = _with_encoded_images(loaded, where, options)
+    target = _find_target(dataset.features, where, (_SINGLE_LABEL,), options)
+    return LabeledStream(_DatasetRows(dataset, image, target.name, split, where), target.labels, where)
+
+
+@dataclass(frozen=True)
+class _DatasetRows:
+    """The name, image and class index of each row of a dataset that is read in order."""
+
+    dataset: Any
+    image: str
+    target: str
+    split: str
+    where: str
+
+    def __iter__(self) -> Iterator[tuple[str, Any, int]]:
+        for i, row in enumerate(_reading(self.dataset, self.where)):
+            target = row[self.target]
+            yield f"{self.split}/{i}", _encoded(row[self.image]), -1 if target is None else target
+
+
 def _read_split(
     dataset: Any,
     name: str,
@@ -108,23 +143,45 @@ def _read_split(
 
     The targets have one of the accepted `problem_types`; None accepts all.
     """
-    import datasets
-
-    where, features = f"{name}, {split}", dataset.features
-    images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
-    targets = [target for key, feature in features.items() if (target := _as_target(key, feature))]
-    image, target = _choose_columns(images, targets, features, where, problem_types, options)
-    encoded = dataset.cast_column(image, datasets.Image(decode=False))
+    where = f"{name}, {split}"
+    target = _find_target(dataset.features, where, problem_types, options)
+    encoded, image = _with_encoded_images(dataset, where, options)
     return _label_rows(_DatasetImages(encoded, image, split), dataset[target.name], target, where)
 
 
-def _as_target(name: str, feature: Any) -> _Target | None:
+def _with_encoded_images(dataset: Any, where: str, options: _DataOptions) -> tuple[Any, str]:
+    """Return a dataset that does not decode its images, and the name of their column."""
+    import datasets
+
+    if dataset.features is None:  # of files whose first rows have not been read yet
+        [dataset] = _reading(map(_resolve_features, [dataset]), where)
+    images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    image = _choose_image(images, dataset.features, where, options)
+    return dataset.cast_column(image, datasets.Image(decode=False)), image
+
+
+def _resolve_features(dataset: Any) -> Any:
+    return dataset._resolve_features()
+
+
+def _find_target(
+    features: Mapping[str, Any], where: str, problem_types: Collection[str] | None, options: _DataOptions
+) -> _Target:
+    """Return the column of targets to read."""
+    targets = (_as_target(name, feature, options) for name, feature in features.items())
+    return _choose_target(filter(None, targets), features, where, problem_types, options)
+
+
+def _as_target(name: str, feature: Any, options: _DataOptions) -> _Target | None:
     """Return a column as a column of targets, or None if its feature cannot be one."""
     import datasets
 
     entry = getattr(feature, "feature", None)
+    dtype = str(getattr(entry or feature, "dtype", ""))
     if isinstance(feature, datasets.ClassLabel):
         return _Target(name, _SINGLE_LABEL, tuple(feature.names))
     if isinstance(entry, datasets.ClassLabel):
         return _Target(name, _MULTI_LABEL, tuple(entry.names))
-    return _Target(name, _REGRESSION) if getattr(entry or feature, "dtype", "").startswith("float") else None
+    if not entry and name == options.label_column and dtype.startswith(("int", "uint")):
+        return _Target(name, _SINGLE_LABEL)  # integers are classes only if they are asked for
+    return _Target(name, _REGRESSION) if dtype.startswith("float") else None

@@ -11,13 +11,15 @@ from .configuration import _MULTI_LABEL, _REGRESSION, _SINGLE_LABEL
 from .datasets import (
     DataError,
     LabeledImages,
-    _choose_columns,
+    _choose_image,
+    _choose_target,
     _DataOptions,
     _label_rows,
     _read_named_parts,
     _reason,
     _Target,
 )
+from .streams import _reading
 
 _READ_AT_ONCE = 256  # records
 _FORMAT = "array_record"
@@ -108,13 +110,22 @@ def _read_records(
 
     where = f"{source}, {split}"
     features = dict(sorted(builder.info.features.items()))  # its own order changes from process to process
-    images = [key for key, feature in features.items() if _is_image(feature)]
-    targets = [target for key, feature in features.items() if (target := _as_target(key, feature))]
-    image, target = _choose_columns(images, targets, features, where, problem_types, options)
-    records = _read_raw(builder, source, split)
-    pixels, classes = (tfds.features.FeaturesDict({name: features[name]}) for name in (image, target.name))
-    values = list(_column_values(records, classes))
-    return _label_rows(_RecordImages(records, pixels, split), values, target, where)
+    targets = (_as_target(name, feature, options) for name, feature in features.items())
+    target = _choose_target(filter(None, targets), features, where, problem_types, options)
+    images = _read_images(builder, source, split, options)
+    classes = tfds.features.FeaturesDict({target.name: features[target.name]})
+    return _label_rows(images, list(_column_values(images.records, classes)), target, where)
+
+
+def _read_images(builder: Any, source: str, split: str, options: _DataOptions) -> _RecordImages:
+    """Return the images of one split."""
+    import tensorflow_datasets as tfds
+
+    features = dict(sorted(builder.info.features.items()))
+    images = [name for name, feature in features.items() if _is_image(feature)]
+    image = _choose_image(images, features, f"{source}, {split}", options)
+    column = tfds.features.FeaturesDict({image: features[image]})
+    return _RecordImages(_read_raw(builder, source, split), column, split)
 
 
 def _read_raw(builder: Any, source: str, split: str) -> Any:
@@ -134,7 +145,7 @@ def _is_image(feature: Any) -> bool:
     return type(feature) is tfds.features.Image and np.dtype(feature.np_dtype).kind == "u"
 
 
-def _as_target(name: str, feature: Any) -> _Target | None:
+def _as_target(name: str, feature: Any, options: _DataOptions) -> _Target | None:
     """Return a column as a column of targets, or None if its feature cannot be one."""
     from tensorflow_datasets.core import features
 
@@ -142,8 +153,12 @@ def _as_target(name: str, feature: Any) -> _Target | None:
         return _Target(name, _SINGLE_LABEL, _class_names(feature))
     if isinstance(feature, features.Sequence) and isinstance(feature.feature, features.ClassLabel):
         return _Target(name, _MULTI_LABEL, _class_names(feature.feature))
-    numbers = type(feature) in (features.Scalar, features.Tensor) and np.dtype(feature.np_dtype).kind == "f"
-    return _Target(name, _REGRESSION) if numbers and len(feature.shape) < 2 and None not in feature.shape else None
+    if type(feature) not in (features.Scalar, features.Tensor) or len(feature.shape) > 1 or None in feature.shape:
+        return None
+    kind = np.dtype(feature.np_dtype).kind
+    if not feature.shape and name == options.label_column and kind in "iu":
+        return _Target(name, _SINGLE_LABEL)  # integers are classes only if they are asked for
+    return _Target(name, _REGRESSION) if kind == "f" else None
 
 
 def _class_names(feature: Any) -> tuple[str, ...]:
@@ -153,6 +168,12 @@ def _class_names(feature: Any) -> tuple[str, ...]:
 def _read_tfds_part(source: str, split: str, options: _DataOptions) -> LabeledImages:
     """Return the images of one split for evaluation."""
     return _read_records(_open_builder(source), source, split, (_SINGLE_LABEL,), options)
+
+
+def _read_tfds_images(source: str, split: str, options: _DataOptions) -> Iterator[tuple[str, Any]]:
+    """Return the names and the images of one split."""
+    images = _read_images(_open_builder(source), source, split, options)
+    return ((images.key(i), image) for i, image in enumerate(_reading(images, f"{source}, {split}")))
 
 
 def _read_tfds_parts(source: str, options: _DataOptions) -> dict[str, LabeledImages]:

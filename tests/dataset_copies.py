@@ -1,5 +1,7 @@
 """Copies of a folder of labeled images as datasets that are read by name."""
 
+import io
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,29 @@ def prepare_records(
     tfds.display_progress_bar(False)
     Zoo(data_dir=directory, file_format=file_format).download_and_prepare()
     return "tfds/zoo"
+
+
+def copy_to_tar(folder: Path, directory: Path) -> str:
+    """Write a folder as a WebDataset of two shards, with the indices of the folder's classes; return its source."""
+    directory.mkdir(parents=True)
+    rows, _ = _rows(folder)
+    half = len(rows) // 2
+    for shard, part in enumerate((rows[:half], rows[half:])):
+        files = {}
+        for i, row in enumerate(part):
+            files |= {f"{i:04}.png": row["image"], f"{i:04}.cls": str(row["label"]).encode(), f"{i:04}.json": b"{}"}
+        write_tar(directory / f"zoo-{shard:02}.tar", files)
+    return f"wds/{directory}/zoo-{{00..01}}.tar"
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> Path:
+    """Write a tar file, compressed if the name says so."""
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
 
 
 def copy_to_parquet(splits: dict[str, Path], directory: Path) -> str:

@@ -4,15 +4,17 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from .exit_status import FAILED, WRONG_CALL
 from .options import (
     DEFAULT_MODEL,
+    DataRevisionOption,
+    ImageColumnOption,
     JsonOption,
     MaxPixelsOption,
     ModelOption,
@@ -22,13 +24,19 @@ from .options import (
 )
 from .output import print_error, with_progress
 
+if TYPE_CHECKING:
+    from levit_flax.datasets import _DataOptions
+
 _STANDARD_INPUT = "-"
 
 
 def classify(
     paths: Annotated[
         list[str] | None,
-        typer.Argument(help="Images, directories to search for images, URLs, or - for an image in standard input."),
+        typer.Argument(
+            help="Images, directories to search for images, URLs, - for an image in standard input, or datasets:"
+            " hfds/NAME[:CONFIG], hfids/NAME (streamed), tfds/NAME[:VERSION], or wds/SHARDS for tar files."
+        ),
     ] = None,
     files_from: Annotated[
         str | None, typer.Option(help="File with one more path per line, or - for standard input.")
@@ -41,6 +49,9 @@ def classify(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
     runtime: RuntimeOption = "jax",
+    split: Annotated[str | None, typer.Option(help="Split of a dataset, test by default.")] = None,
+    data_revision: DataRevisionOption = None,
+    image_column: ImageColumnOption = None,
     max_image_pixels: MaxPixelsOption = None,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
@@ -50,24 +61,26 @@ def classify(
     """Classify images."""
     if as_json and as_csv:
         raise typer.BadParameter("expected --json or --csv, found both")
-    files, errors = _list_images(_all_paths(paths or [], files_from))
-    if not files:
+    from levit_flax.datasets import _DataOptions
+
+    found, errors = _list_images(_all_paths(paths or [], files_from), _DataOptions(split, data_revision, image_column))
+    if not found:
         _exit_with(errors, WRONG_CALL)
-    from levit_flax.classifier import _FEW_IMAGES, ImageClassifier
+    from levit_flax.classifier import _FEW_IMAGES, ImageClassifier, _classify_rows
     from levit_flax.memory import keep_freed_memory
 
     keep_freed_memory()
+    count = len(found) if all(isinstance(entry, str) for entry in found) else None
     classifier = ImageClassifier.from_pretrained(
         model,
         batch_size=batch_size,
         runtime=runtime,
-        fast_start=len(files) <= _FEW_IMAGES,
+        fast_start=count is not None and count <= _FEW_IMAGES,
         revision=revision,
         local_files_only=offline,
     )
     printer = _JsonPrinter() if as_json else _CsvPrinter() if as_csv else _TablePrinter()
-    images = (sys.stdin.buffer.read() if file == _STANDARD_INPUT else file for file in files)
-    for path, logits in zip(files, with_progress(classifier.stream_logits(images), len(files)), strict=True):
+    for path, logits in with_progress(_classify_rows(classifier, _open_images(found, errors)), count):
         if isinstance(logits, Exception):
             errors[path] = str(logits)
         else:
@@ -150,23 +163,49 @@ def _all_paths(paths: Sequence[str], files_from: str | None) -> list[str]:
     return found
 
 
-def _list_images(paths: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return the images to classify, and an error for each path without images."""
+def _list_images(
+    paths: Sequence[str], options: "_DataOptions"
+) -> tuple[list[str | Iterator[tuple[str, Any]]], dict[str, str]]:
+    """Return the images to classify, and an error for each path without images.
+
+    Images are paths, or for a dataset, an iterator of names and images.
+    """
+    from levit_flax.data_sources import _is_dataset, _read_images
     from levit_flax.datasets import _image_files
     from levit_flax.image_sources import _URL_SCHEMES
 
-    files, errors = [], {}
+    found: list[str | Iterator[tuple[str, Any]]] = []
+    errors = {}
     for path in paths:
         local = Path(path)
         if path == _STANDARD_INPUT or path.lower().startswith(_URL_SCHEMES) or local.is_file():
-            files.append(path)  # the classifier reports files that are not images
+            found.append(path)  # the classifier reports files that are not images
+        elif _is_dataset(path):
+            found.append(_read_images(path, options))
         elif local.is_dir():
             images = _image_files(local)
-            files += map(str, images)
+            found += map(str, images)
             if not images:
                 errors[path] = f"The directory {path} contains no images."
         elif local.exists():
-            files.append(path)
+            found.append(path)
         else:
             errors[path] = f"The image {path} does not exist."
-    return files, errors
+    return found, errors
+
+
+def _open_images(found: Iterable[str | Iterator[tuple[str, Any]]], errors: dict[str, str]) -> Iterator[tuple[str, Any]]:
+    """Yield the name of each image, and the image as the classifier reads it.
+
+    If a dataset cannot be read further, that is an error, and the next one is read.
+    """
+    from levit_flax.datasets import DataError
+
+    for entry in found:
+        if isinstance(entry, str):
+            yield entry, sys.stdin.buffer.read() if entry == _STANDARD_INPUT else entry
+        else:
+            try:
+                yield from entry
+            except DataError as error:
+                errors[str(error)] = str(error)

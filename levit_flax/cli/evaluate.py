@@ -31,7 +31,8 @@ def evaluate(  # long: its parameters are the options, with their help
     data: Annotated[
         str,
         typer.Argument(
-            help="Directory with one folder per class, or a dataset: hfds/NAME[:CONFIG] or tfds/NAME[:VERSION]."
+            help="Directory with one folder per class, or a dataset: hfds/NAME[:CONFIG], hfids/NAME (streamed),"
+            " tfds/NAME[:VERSION], or wds/SHARDS for tar files."
         ),
     ],
     model: ModelOption = DEFAULT_MODEL,
@@ -57,7 +58,8 @@ def evaluate(  # long: its parameters are the options, with their help
 ) -> None:
     """Measure the accuracy of a model on labeled images."""
     from levit_flax import evaluation, files
-    from levit_flax.classifier import _FEW_IMAGES, ImageClassifier
+    from levit_flax.classifier import _FEW_IMAGES, ImageClassifier, _classify_rows
+    from levit_flax.datasets import LabeledImages
     from levit_flax.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -76,16 +78,17 @@ def evaluate(  # long: its parameters are the options, with their help
         image_column=image_column,
         label_column=label_column,
     )
+    count = len(labeled) if isinstance(labeled, LabeledImages) else None
     classifier = ImageClassifier(
         loaded.model,
         loaded.variables,
         processor,
         batch_size,
         runtime=runtime,
-        fast_start=len(labeled) <= _FEW_IMAGES,
+        fast_start=count is not None and count <= _FEW_IMAGES,
     )
-    rows = with_progress(classifier.stream_logits(labeled.images), len(labeled))
-    result = evaluation._evaluate(classifier, labeled, rows)
+    results = with_progress(_classify_rows(classifier, evaluation._rows_of(labeled)), count)
+    result = evaluation._evaluate(classifier, labeled, results)
     numbers = {"model": model, "data": data, "crop": crop, **result.to_dict()}
     if output is not None:
         _write_numbers(output, numbers, result)

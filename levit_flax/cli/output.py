@@ -49,9 +49,9 @@ def print_notice(message: object) -> None:
     print(with_flags(message), file=sys.stderr)
 
 
-def with_progress(results: Iterable[T], total: int) -> Iterator[T]:
-    """Yield the results, with a progress bar on a terminal if there are many."""
-    if total < _SHOW_PROGRESS_FROM or not sys.stderr.isatty():
+def with_progress(results: Iterable[T], total: int | None) -> Iterator[T]:
+    """Yield the results, with a progress bar on a terminal if there are many, or if their number is not known."""
+    if (total is not None and total < _SHOW_PROGRESS_FROM) or not sys.stderr.isatty():
         yield from results
         return
     from rich.console import Console
