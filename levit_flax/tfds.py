@@ -94,8 +94,8 @@ def _open_builder(source: str) -> Any:
 
 def _advice(name: str) -> str:
     return (
-        f"Prepare it with: tfds build {name} --file_format={_FORMAT}. If it is prepared, set TFDS_DATA_DIR to the"
-        " directory of the datasets."
+        f"Prepare it with tfds.builder({name!r}, file_format={_FORMAT!r}).download_and_prepare(), and set TFDS_DATA_DIR"
+        " to the directory of the datasets."
     )
 
 

@@ -87,7 +87,7 @@ def test_version_and_part_of_a_split(directory):
         (
             "tfds/zoo:3.0.0",
             {"split": "train"},
-            r"^tfds/zoo:3.0.0 cannot be loaded: .*tfds build zoo:3.0.0 --file",
+            r"^tfds/zoo:3.0.0 cannot be loaded: .* Prepare it with tfds\.builder\('zoo:3.0.0', ",
         ),
         ("tfds/nowhere", {"split": "train"}, r"^tfds/nowhere cannot be loaded: Dataset nowhere not found\. Prepare it"),
         ("tfds/a b", {"split": "train"}, r"^tfds/a b cannot be loaded: .*"),

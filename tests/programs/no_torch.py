@@ -1,5 +1,6 @@
 """Make torch impossible to import in this process; imported first by the programs beside this file."""
 
+import os
 import sys
 
 
@@ -9,4 +10,5 @@ class _BlockTorch:
             raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
 
+os.environ["USE_TORCH"] = "0"  # keeps datasets from asking for it
 sys.meta_path.insert(0, _BlockTorch())

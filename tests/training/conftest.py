@@ -5,6 +5,7 @@ import pickle
 import jax
 import pytest
 import training_runs
+from dataset_copies import Pairs, copy_to_parquet, copy_to_records
 from filelock import FileLock
 from training_runs import save_model, tiny_recipe, write_images, write_recipe
 
@@ -95,3 +96,28 @@ def stored(teacher, folder, compiled_directory, tmp_path_factory):
         images = sorted(folder.rglob("*.png"), reverse=True)
         store_logits(path, ImageClassifier.from_pretrained(teacher), folder, images)
     return path
+
+
+@pytest.fixture(scope="session")
+def parquet(folder, tmp_path_factory):
+    pytest.importorskip("datasets")
+    return copy_to_parquet({"train": folder}, tmp_path_factory.mktemp("parquet") / "zoo")
+
+
+@pytest.fixture(scope="session")
+def records(folder, tmp_path_factory):
+    pytest.importorskip("tensorflow_datasets")
+    directory = tmp_path_factory.mktemp("records")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(directory))
+        yield copy_to_records({"train": folder}, directory)
+
+
+@pytest.fixture(scope="session")
+def pairs(folder):
+    return Pairs(folder)
+
+
+@pytest.fixture(params=["parquet", "records", "pairs"])
+def copy(request):
+    return request.getfixturevalue(request.param)

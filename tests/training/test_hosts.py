@@ -94,6 +94,17 @@ def test_two_hosts_train_as_one_and_stop_together(whole, folder, compiled, tmp_p
     np.testing.assert_allclose(by_epoch, expected[: len(rows)], rtol=LOSS_LIMIT)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["parquet", "records"])
+def test_two_hosts_train_on_a_dataset_as_on_a_folder(folder, source, compiled, tmp_path, request):
+    copy = request.getfixturevalue(source)
+    wanted = train_on(2, 1, compiled, folder, tmp_path / "folder", "float32", {}, stop_at=3)
+    losses = train_on(2, 1, compiled, copy, tmp_path / "copy", "float32", {}, stop_at=3)
+    steps = min(len(wanted), len(losses))  # the signal arrives after step 3 or later
+    assert steps >= 3
+    np.testing.assert_array_equal(losses[:steps], wanted[:steps])
+
+
 SPREAD = [(1, 8), (2, 4)]  # (hosts, devices of each)
 
 

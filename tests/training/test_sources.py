@@ -1,6 +1,8 @@
 """Datasets of the same images as a folder train the same bits, and take the same options."""
 
+import os
 import re
+import signal
 import warnings
 
 import pytest
@@ -12,31 +14,23 @@ pytest.importorskip("matplotlib")
 
 import jax
 import numpy as np
-from dataset_copies import Pairs, copy_to_parquet, copy_to_records
-from training_runs import assert_same_run, random_config, run, tiny_recipe
+from dataset_copies import copy_to_parquet
+from training_runs import STEPS_PER_EPOCH, assert_same_run, random_config, run, tiny_recipe
 
 import levit_flax as lf
 from configs import random_variables
 from levit_flax.imagenet import _imagenet_labels, _imagenet_wordnet_ids
-from levit_flax.training import DataError, LabeledImages, finetune, read_images
+from levit_flax.training import (
+    DataError,
+    LabeledImages,
+    RecipeError,
+    TrainingStopped,
+    finetune,
+    read_images,
+)
 from levit_flax.training.student import _align_classes, _set_classes
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
-
-
-@pytest.fixture(scope="module")
-def parquet(folder, tmp_path_factory):
-    pytest.importorskip("datasets")
-    return copy_to_parquet({"train": folder}, tmp_path_factory.mktemp("parquet") / "zoo")
-
-
-@pytest.fixture(scope="module")
-def records(folder, tmp_path_factory):
-    pytest.importorskip("tensorflow_datasets")
-    directory = tmp_path_factory.mktemp("records")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TFDS_DATA_DIR", str(directory))
-        yield copy_to_records({"train": folder}, directory)
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +40,49 @@ def other_splits(folder, tmp_path_factory):
     return copy_to_parquet({"train": folder, "extra": folder, "validation": folder}, directory)
 
 
-@pytest.fixture(scope="module")
-def pairs(folder):
-    return Pairs(folder)
-
-
-@pytest.fixture(params=["parquet", "records", "pairs"])
-def copy(request):
-    return request.getfixturevalue(request.param)
-
-
 def test_copies_of_a_folder_train_the_same_bits(whole, copy, tmp_path):
     finetune(copy, tmp_path / "run", recipe=tiny_recipe())
     assert_same_run(tmp_path / "run", whole[0])
+
+
+@pytest.mark.slow
+def test_copies_resume_in_worker_processes_to_the_same_bits(whole, copy, tmp_path):
+    def stop(now):
+        if now.step == STEPS_PER_EPOCH + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    options = {"recipe": tiny_recipe(), "processes": 1}
+    with pytest.raises(TrainingStopped):
+        finetune(copy, tmp_path / "run", show=stop, **options)
+    finetune(copy, tmp_path / "run", resume=True, **options)
+    assert_same_run(tmp_path / "run", whole[0])
+
+
+def test_skipped_rows_are_those_of_the_folder(folder, copy):
+    images = sorted(folder.rglob("*.png"))
+    left_out = [3, 17]
+    wanted = read_images(folder, tiny_recipe(), skip=[images[i] for i in left_out])
+    for names in ([f"train/{i}" for i in left_out], [f"image train/{i} of {copy}, train" for i in left_out]):
+        found = read_images(copy, tiny_recipe(), skip=names)
+        for part, expected in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(part.targets, expected.targets)
+            for i in range(len(part)):
+                np.testing.assert_array_equal(part.load(i), expected.load(i))
+    with pytest.raises(DataError, match=r"^1 entries of skip=\.\.\. match no image of .* found train/30\."):
+        read_images(copy, tiny_recipe(), skip=["train/30"])
+
+
+def test_run_is_not_resumed_on_other_images(folder, parquet, tmp_path):
+    first, *others = sorted(folder.rglob("*.png"))
+    for path in (first, *others):
+        (tmp_path / "data" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        source = others[0] if path == first else path
+        (tmp_path / "data" / path.relative_to(folder)).write_bytes(source.read_bytes())
+    recipe = tiny_recipe(epochs=2)
+    finetune(parquet, tmp_path / "run", recipe=recipe)
+    changed = copy_to_parquet({"train": tmp_path / "data"}, tmp_path / "zoo")
+    with pytest.raises(RecipeError, match=r"was started with other settings: data\.sha256 \(was "):
+        finetune(changed, tmp_path / "run", recipe=recipe, resume=True)
 
 
 def test_split_selects_the_images_to_train_on(other_splits):
