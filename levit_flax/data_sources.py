@@ -147,7 +147,7 @@ def _read_parts(source: Any, options: _DataOptions = _ANY_DATA) -> dict[str, Lab
 def _read_objects(data: Any, split: str, where: str, options: _DataOptions) -> LabeledImages:
     """Return the images of a Hugging Face dataset, of `LabeledImages`, or of a sequence of pairs."""
     if hasattr(data, "cast_column"):
-        return _read_split(data, where, split, options=options)
+        return _read_split(data, "the data", split, options=options)
     return _read_sequence(data, split, where)
 
 

@@ -146,7 +146,7 @@ def _read_split(
     where = f"{name}, {split}"
     target = _find_target(dataset.features, where, problem_types, options)
     encoded, image = _with_encoded_images(dataset, where, options)
-    return _label_rows(_DatasetImages(encoded, image, split), dataset[target.name], target, where)
+    return _label_rows(_DatasetImages(encoded, image, split), dataset[target.name][:], target, where)
 
 
 def _with_encoded_images(dataset: Any, where: str, options: _DataOptions) -> tuple[Any, str]:

@@ -1,6 +1,7 @@
 """Hugging Face datasets, by the real package."""
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ pytest.importorskip("tensorboardX")
 
 from levit_flax.data_sources import _read_parts  # noqa: E402
 from levit_flax.datasets import DataError, _DataOptions  # noqa: E402
-from levit_flax.evaluation import evaluate  # noqa: E402
+from levit_flax.evaluation import evaluate, read_data  # noqa: E402
 from levit_flax.hugging_face import _load_dataset, _read_split  # noqa: E402
 from levit_flax.training import data  # noqa: E402
 
@@ -167,6 +168,24 @@ def test_unlabeled_rows_raise(feature):
     rows = datasets.Dataset.from_dict({"image": IMAGES[:3], "label": [value, None, value]}, features=features)
     with pytest.raises(DataError, match=r"zoo, test has unlabeled rows: .* found 1 rows .* first row 1\."):
         _read_split(rows, "zoo", "test")
+
+
+def test_missing_package_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"^hfds/zoo cannot be read: loading .* 'levit-flax\[datasets\]'$"):
+        _read_parts("hfds/zoo")
+    with pytest.raises(ImportError, match=r"^The directory zoo does not exist, and loading a Hugging Face dataset"):
+        _read_parts("zoo")
+
+
+def test_loaded_datasets_are_read_from_python():
+    parts = {"train": make("label", CLASS, [0, 1, 2, 0]), "test": make("label", CLASS, [1, 2])}
+    for source in (parts, datasets.DatasetDict(parts)):
+        found = _read_parts(source)
+        assert [part.targets.tolist() for part in found.values()] == [[0, 1, 2, 0], [1, 2]]
+        assert found["train"].name(1) == "image train/1 of the data, train" and found["test"].labels == tuple(NAMES)
+    assert read_data(parts["test"], NAMES).targets.tolist() == [1, 2]
+    assert _read_parts(many_columns(a=(CLASS, [2, 0]), b=(CLASS, [1, 1])), _DataOptions(label_column="b"))
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError, ConnectionError])

@@ -30,6 +30,7 @@ LONG = (  # they compile several models; other tests in the short run export and
     "classify.md",
     "command_line.md",
     "convert.md",
+    "data.md",
     "evaluate.md",
     "export.md",
     "features.md",
