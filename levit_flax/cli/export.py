@@ -48,13 +48,15 @@ def export(
     )
     images = None
     if calibration is not None:
+        from levit_flax.datasets import LabeledImages
         from levit_flax.evaluation import read_data
 
         if not calibration.is_dir():
             raise FileNotFoundError(
                 f"The folder {calibration} does not exist: expected one folder of images per class."
             )
-        images = read_data(calibration, classifier.model.config.id2label)
+        data = read_data(calibration, classifier.model.config.id2label)
+        images = data if isinstance(data, LabeledImages) else None  # a folder is not a stream
     export_model(
         out,
         classifier.model,
