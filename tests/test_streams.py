@@ -100,6 +100,12 @@ def test_webdataset_has_the_metrics_of_the_folder(classifier, folder, tmp_path, 
     assert status == 0 and [answer["file"] for answer in json.loads(out)] == names
 
 
+def test_options_of_datasets_need_a_dataset(folder, capsys):
+    for option in ("--split", "--data-revision", "--image-column"):
+        status, out, err = run(capsys, "classify", folder, option, "name", "-m", "cifar10")
+        assert status == 2 and out == "" and "expected a dataset, such as hfds/NAME" in " ".join(err.split())
+
+
 def test_streams_cannot_be_shuffled(folder, tmp_path):
     pytest.importorskip("grain")
     from levit_flax.training import read_images

@@ -171,7 +171,7 @@ def _list_images(
     Images are paths, or for a dataset, an iterator of names and images.
     """
     from levit_flax.data_sources import _is_dataset, _read_images
-    from levit_flax.datasets import _image_files
+    from levit_flax.datasets import _DataOptions, _image_files
     from levit_flax.image_sources import _URL_SCHEMES
 
     found: list[str | Iterator[tuple[str, Any]]] = []
@@ -191,6 +191,8 @@ def _list_images(
             found.append(path)
         else:
             errors[path] = f"The image {path} does not exist."
+    if options != _DataOptions() and all(isinstance(entry, str) for entry in found):
+        raise typer.BadParameter("expected a dataset, such as hfds/NAME, whose split, revision or column to read")
     return found, errors
 
 
